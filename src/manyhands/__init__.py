@@ -1,0 +1,1 @@
+"""Train a PyTorch model with many workers, and know what it costs."""

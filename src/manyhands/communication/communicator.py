@@ -1,0 +1,305 @@
+"""What every transport offers: collectives, messages and symmetric memory, with each operation counted.
+
+`Communicator` is the seam. A transport subclasses it and fills in the underscored methods; checking arguments,
+counting bytes and naming the operation for error messages are done here, once.
+
+Payload bytes follow the *reference algorithm* of each operation (P ranks, n bytes of payload), whatever the transport
+really does; a transport that knows better reports what it moved in ``Counters.moved_B``:
+
+    all_reduce       ring                    2(P−1)/P · n   (Patarasu & Yuan 2009)
+    reduce_scatter   ring                     (P−1)/P · n
+    all_gather       ring                     (P−1)/P · n   n = the gathered vector
+    all_to_all       pairwise                 (P−1)/P · n
+    broadcast        chain from the root              n     (0 for the last rank of the chain)
+    send                                              n
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from manyhands.communication.reduction import slices
+from manyhands.communication.topology import Mesh
+from manyhands.errors import BadInput
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64)
+
+
+def reference_B(operation: str, n_B: int, size: int, *, rank: int = 0, root: int = 0) -> int:
+    """Payload bytes that ``rank`` sends for one operation on ``n_B`` bytes (the table above), rounded down."""
+    if size == 1:
+        return 0
+    if operation == "all_reduce":
+        return 2 * (size - 1) * n_B // size
+    if operation in ("reduce_scatter", "all_gather", "all_to_all"):
+        return (size - 1) * n_B // size
+    if operation == "broadcast":
+        return 0 if (rank - root) % size == size - 1 else n_B
+    if operation == "send":
+        return n_B
+    return 0
+
+
+class Work(Protocol):
+    """An operation under way. `wait` returns when the result may be read; it raises what went wrong."""
+
+    def wait(self) -> None: ...
+
+
+class Done:
+    """The `Work` of an operation that was finished when the call returned."""
+
+    def wait(self) -> None:
+        return
+
+
+DONE = Done()
+
+
+@dataclass(frozen=True)
+class Received:
+    """A message: who sent it and what it says (``tensor`` is the ``like`` that was passed, filled)."""
+
+    source: int
+    tensor: Tensor
+
+
+@dataclass
+class Tally:
+    """One operation's count: calls, messages and payload bytes under the reference algorithm."""
+
+    calls: int = 0
+    messages: int = 0
+    sent_B: int = 0
+
+
+@dataclass
+class Counters:
+    """What a rank has communicated so far, by purpose (``step``, ``consensus``, ``control``) and operation."""
+
+    tallies: dict[str, dict[str, Tally]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(Tally)))
+    moved_B: int = 0  # bytes really written to other ranks or to common memory, where the transport knows
+    wait_s: float = 0.0  # time spent waiting for peers
+    communicate_s: float = 0.0  # time inside operations, waiting excluded
+
+    def sent_B(self, purpose: str = "step") -> int:
+        """Payload bytes sent for ``purpose``."""
+        return sum(t.sent_B for t in self.tallies[purpose].values())
+
+    def messages(self, purpose: str = "step") -> int:
+        """Messages sent for ``purpose`` under the reference algorithms."""
+        return sum(t.messages for t in self.tallies[purpose].values())
+
+
+class Communicator(ABC):
+    """One rank's end of a group of ranks.
+
+    Collectives must be called by all ranks of the group in the same order with equal shapes and dtypes. Tensors are
+    contiguous; one from `allocate` is *symmetric*: transports that can, work on it without a copy.
+    """
+
+    transport: ClassVar[str]
+    #: Whether `allocate` with ``common=True`` really gives one copy that all ranks see (HOGWILD and the like need it).
+    shares_memory: ClassVar[bool] = False
+    #: Whether operations that return `Work` go on while the caller computes, so that bucketed overlap can pay.
+    overlaps: ClassVar[bool] = False
+
+    def __init__(self, rank: int, size: int, *, timeout_s: float = 60.0) -> None:
+        self.rank = rank
+        self.size = size
+        self.timeout_s = timeout_s
+        self.mesh = Mesh(data=size)
+        self.servers: Communicator | None = None
+        self.counters = Counters()
+        self.step: int | None = None  # the training step, for messages
+        self._purpose = "step"
+        self._groups: dict[frozenset[str], Communicator] = {}
+
+    # -- memory ----------------------------------------------------------------------------------------------------
+
+    def allocate(self, numel: int, dtype: torch.dtype = torch.float32, *, common: bool = False) -> Tensor:
+        """Zero-filled symmetric memory of ``numel`` elements. Collective.
+
+        ``common=True`` says that the caller keeps all ranks' contents equal, so one copy may serve them all; where
+        `shares_memory` holds it is one copy, elsewhere each rank gets its own.
+        """
+        if numel < 0:
+            raise BadInput(f"allocate({numel}): a size is a whole number from 0.")
+        return self._allocate(numel, dtype, common)
+
+    def is_common(self, x: Tensor) -> bool:
+        """Whether ``x`` lies in memory that all ranks see as one copy."""
+        return False
+
+    # -- collectives -----------------------------------------------------------------------------------------------
+
+    def all_reduce(self, x: Tensor, *, weight: float | None = None) -> Work:
+        """``x ← Σ_p x_p`` on every rank, or the weighted mean ``Σ w_p x_p / Σ w_p`` where weights are given.
+
+        ``x`` must not be touched before ``wait()``. Either every rank gives a weight or none does. A weight of 0
+        excludes a rank whatever its ``x`` holds; if all are 0 the result is 0. One rank's ``x`` is untouched bit for
+        bit. The weight itself rides along and is not counted as payload.
+        """
+        self._count("all_reduce", x, 2 * (self.size - 1))
+        if self.size == 1:
+            return DONE
+        return self._all_reduce(_flat(x), weight)
+
+    def reduce_scatter(self, x: Tensor, *, weight: float | None = None) -> tuple[int, int]:
+        """Reduce as `all_reduce` does, but only this rank's slice: returns its bounds ``(lo, hi)`` in ``x.view(-1)``.
+
+        ``x[lo:hi]`` then holds the result; the rest of ``x`` is undefined.
+        """
+        self._count("reduce_scatter", x, self.size - 1)
+        if self.size == 1:
+            return 0, x.numel()
+        self._reduce_scatter(_flat(x), weight)
+        return slices(x.numel(), self.size)[self.rank]
+
+    def all_gather(self, x: Tensor, bounds: Sequence[tuple[int, int]] | None = None) -> Work:
+        """Fill ``x`` in place: rank p contributes ``x[lo_p:hi_p]``; default bounds are those of `reduce_scatter`.
+
+        On common memory there is one copy already and this is a barrier.
+        """
+        self._count("all_gather", x, self.size - 1)
+        if self.size == 1:
+            return DONE
+        return self._all_gather(_flat(x), slices(x.numel(), self.size) if bounds is None else bounds)
+
+    def all_to_all(self, x: Tensor) -> Tensor:
+        """``x`` is P equal chunks; returns the chunks addressed to this rank, in rank order."""
+        if x.numel() % self.size:
+            raise BadInput(f"all_to_all of {x.numel()} elements over {self.size} ranks: the chunks must be equal.")
+        self._count("all_to_all", x, self.size - 1)
+        return x.clone() if self.size == 1 else self._all_to_all(_flat(x)).view(x.shape)
+
+    def broadcast(self, x: Tensor, root: int = 0) -> Work:
+        """``x`` becomes the root's ``x`` on every rank."""
+        self._peer(root)
+        self._count("broadcast", x, 1, root=root)
+        return DONE if self.size == 1 else self._broadcast(_flat(x), root)
+
+    def barrier(self) -> None:
+        """Return when every rank has called it."""
+        self._tally("barrier").calls += 1
+        if self.size > 1:
+            self._barrier()
+
+    # -- messages --------------------------------------------------------------------------------------------------
+
+    def send(self, x: Tensor, to: int, tag: int = 0) -> Work:
+        """Send ``x``; ``x`` must not be changed before ``wait()``. Messages of one (sender, tag) arrive in order."""
+        self._peer(to)
+        self._count("send", x, 1)
+        return self._send(_flat(x), to, tag)
+
+    def recv(self, like: Tensor, frm: int | None = None, tag: int = 0) -> Received:
+        """Receive into ``like`` from rank ``frm``, or from anyone (the sender is told)."""
+        if frm is not None:
+            self._peer(frm)
+        return self._recv(_flat(like), frm, tag)
+
+    # -- groups ----------------------------------------------------------------------------------------------------
+
+    def split(self, color: int) -> Communicator:
+        """The group of the ranks that gave the same ``color``, in rank order. Collective over this group."""
+        group = self._split(color)
+        group.counters = self.counters
+        return group
+
+    def over(self, axes: frozenset[str]) -> Communicator:
+        """The ranks that differ from this one only along ``axes`` of the mesh. Collective on first use."""
+        if all(self.mesh[a] == 1 or a in axes for a in self.mesh):
+            return self
+        if axes not in self._groups:
+            group = self.split(self.mesh.color(self.rank, axes))
+            group.mesh = Mesh((a, self.mesh[a]) for a in self.mesh if a in axes)
+            self._groups[axes] = group
+        return self._groups[axes]
+
+    def close(self) -> None:
+        """Give back what this end holds. Not collective; safe to call twice."""
+        return
+
+    # -- counting --------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def counting(self, purpose: str) -> Iterator[None]:
+        """Count what happens inside under another purpose than ``step`` (e.g. ``consensus``)."""
+        before, self._purpose = self._purpose, purpose
+        try:
+            yield
+        finally:
+            self._purpose = before
+
+    def _tally(self, operation: str) -> Tally:
+        return self.counters.tallies[self._purpose][operation]
+
+    def _count(self, operation: str, x: Tensor, messages: int, *, root: int = 0) -> None:
+        tally = self.counters.tallies[self._purpose][operation]
+        tally.calls += 1
+        if self.size > 1:
+            tally.messages += messages
+            tally.sent_B += reference_B(
+                operation, x.numel() * x.element_size(), self.size, rank=self.rank, root=root
+            )
+
+    def _peer(self, rank: int) -> None:
+        if not 0 <= rank < self.size:
+            raise BadInput(f"rank {rank}: this group has ranks 0 to {self.size - 1}.")
+
+    @contextlib.contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """Account the time inside as waiting for peers."""
+        t0 = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.counters.wait_s += time.perf_counter() - t0
+
+    # -- what a transport fills in: x is contiguous and flat, size > 1 --------------------------------------------
+
+    def _allocate(self, numel: int, dtype: torch.dtype, common: bool) -> Tensor:
+        return torch.zeros(numel, dtype=dtype)
+
+    @abstractmethod
+    def _all_reduce(self, x: Tensor, weight: float | None) -> Work: ...
+
+    @abstractmethod
+    def _reduce_scatter(self, x: Tensor, weight: float | None) -> None: ...
+
+    @abstractmethod
+    def _all_gather(self, x: Tensor, bounds: Sequence[tuple[int, int]]) -> Work: ...
+
+    @abstractmethod
+    def _all_to_all(self, x: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def _broadcast(self, x: Tensor, root: int) -> Work: ...
+
+    @abstractmethod
+    def _barrier(self) -> None: ...
+
+    @abstractmethod
+    def _send(self, x: Tensor, to: int, tag: int) -> Work: ...
+
+    @abstractmethod
+    def _recv(self, like: Tensor, frm: int | None, tag: int) -> Received: ...
+
+    @abstractmethod
+    def _split(self, color: int) -> Communicator: ...
+
+
+def _flat(x: Tensor) -> Tensor:
+    if not x.is_contiguous():
+        raise BadInput(f"a tensor of shape {tuple(x.shape)} that is not contiguous: pass x.contiguous().")
+    return x.view(-1)

@@ -1,0 +1,77 @@
+"""The one definition of how vectors of several ranks are summed: in rank order, whoever does the adding.
+
+Every transport that reduces by itself (shared, threads, simulated) calls these, so that their results are equal bit
+for bit and do not change from run to run; gloo, NCCL and MPI sum in an order of their own and agree only to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+#: Slice bounds are multiples of this many elements: two AVX-512 registers of bfloat16, so that an elementwise kernel
+#: treats every element alike (vector body or scalar tail) whichever slice it falls in, and no two ranks' slices share
+#: a cache line.
+SLICE_QUANTUM = 64
+
+
+def slices(numel: int, size: int) -> list[tuple[int, int]]:
+    """Cut ``numel`` elements into ``size`` contiguous slices ``[lo, hi)``; the last ones may be shorter or empty."""
+    chunk = -(-numel // (size * SLICE_QUANTUM)) * SLICE_QUANTUM
+    return [(min(r * chunk, numel), min((r + 1) * chunk, numel)) for r in range(size)]
+
+
+def coefficients(weights: Sequence[float | None]) -> list[float] | None:
+    """``w_p / Σ w`` for each rank, or None for a plain sum; all zero when nobody has weight."""
+    if all(w is None for w in weights):
+        return None
+    total = float(sum(w or 0.0 for w in weights))
+    return [(w or 0.0) / total if total else 0.0 for w in weights]
+
+
+def reduce_into(out: Tensor, parts: Sequence[Tensor], factors: Sequence[float] | None = None) -> None:
+    """``out ← Σ_p factors[p] · parts[p]`` in rank order; ``out`` may be one of the parts.
+
+    Half precision is accumulated in float32 and rounded once. A part with factor 0 is not read: a rank without
+    samples may hold anything. One part with factor 1 is left untouched bit for bit.
+    """
+    if factors is None:
+        chosen = [(p, 1.0) for p in parts]
+    else:
+        chosen = [(p, f) for p, f in zip(parts, factors, strict=True) if f != 0.0]
+    if not chosen:
+        out.zero_()
+        return
+    if out.dtype in (torch.float16, torch.bfloat16) and len(chosen) > 1:
+        wide = chosen[0][0].to(torch.float32, copy=True).mul_(chosen[0][1])
+        for part, factor in chosen[1:]:
+            wide.add_(part.to(torch.float32), alpha=factor)
+        out.copy_(wide)
+        return
+    aliased = next((i for i, (p, _) in enumerate(chosen) if p.data_ptr() == out.data_ptr()), 0)
+    if aliased > 1:
+        # ``out`` is a later summand: it must survive until its turn.
+        chosen[aliased] = (chosen[aliased][0].clone(), chosen[aliased][1])
+    (first, f0), rest = chosen[0], chosen[1:]
+    if not rest:
+        if f0 != 1.0:
+            torch.mul(first, f0, out=out)
+        elif first.data_ptr() != out.data_ptr():
+            out.copy_(first)
+        return
+    (second, f1), rest = rest[0], rest[1:]
+    if f0 == 1.0:
+        torch.add(first, second, alpha=_scalar(f1, out), out=out)
+    else:
+        # f0·first must be rounded before the addition in every case, so that the result does not depend on which
+        # summand ``out`` happens to be.
+        scaled = torch.mul(first, f0) if second.data_ptr() == out.data_ptr() else torch.mul(first, f0, out=out)
+        torch.add(scaled, second, alpha=_scalar(f1, out), out=out)
+    for part, factor in rest:
+        out.add_(part, alpha=_scalar(factor, out))
+
+
+def _scalar(factor: float, like: Tensor) -> float | int:
+    return factor if like.dtype.is_floating_point else int(factor)

@@ -1,0 +1,26 @@
+"""What partition and consistency have in common: types only.
+
+A *partition* makes a `Replica` (where the network is cut); a *consistency* strategy gets a replica and a communicator
+and makes a `Worker` (when replicas agree). They never see each other.
+"""
+
+from manyhands.catalogue import Reference
+from manyhands.contract.measurement import Measurement, Spread, StepParts
+from manyhands.contract.replica import Batch, Piece, Replica, StateSlice
+from manyhands.contract.strategy import Parameters, Setting, Strategy, Traffic, Worker
+
+__all__ = [
+    "Batch",
+    "Measurement",
+    "Parameters",
+    "Piece",
+    "Reference",
+    "Replica",
+    "Setting",
+    "Spread",
+    "StateSlice",
+    "StepParts",
+    "Strategy",
+    "Traffic",
+    "Worker",
+]

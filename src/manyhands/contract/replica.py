@@ -1,0 +1,83 @@
+"""What a strategy sees of a worker's model and optimizer: a sequence of pieces, and three verbs on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+
+
+class Batch(NamedTuple):
+    """A worker's share of one step: any pytrees of tensors whose leading dim is the sample, and how many samples.
+
+    ``count`` may be 0 (more workers than samples): the tensors then have no rows, or are None.
+    """
+
+    inputs: Any
+    target: Any
+    count: int
+
+
+@dataclass(eq=False)
+class Piece:
+    """Some of the parameters, laid end to end. Every parameter lies in exactly one piece.
+
+    There is one piece per (parameter group, axes, dtype). ``flat`` and ``grad`` have one dim and equal length.
+    A strategy aggregates ``grad`` only over the mesh axes in ``replicated_over``.
+    """
+
+    flat: Tensor
+    grad: Tensor
+    replicated_over: frozenset[str]
+    rows: Tensor | None = None  # the rows that the last gradient touched, where the piece is sparse; None = dense
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class StateSlice:
+    """Part of an optimizer's state: ``values`` belongs to elements ``[lo, hi)`` of parameter ``parameter``.
+
+    ``lo == hi == -1`` marks state that belongs to the parameter as a whole (Adam's step count).
+    """
+
+    parameter: str
+    key: str
+    lo: int
+    hi: int
+    values: Tensor
+
+
+class Replica(Protocol):
+    """A worker's model and optimizer, whole or cut. Made by ``partition``; all compute goes through it."""
+
+    pieces: Sequence[Piece]
+    #: The model's buffers (BatchNorm statistics and the like), in the order of ``named_buffers``.
+    buffers: Sequence[Tensor]
+    #: Global-norm limit of the task, or None.
+    clip: float | None
+
+    def gradients(self, batch: Batch, ready: Callable[[int, int, int], None] | None = None) -> tuple[Tensor, float | None]:
+        """Forward and backward over one share; the gradients lie in the pieces, overwriting what was there.
+
+        Returns ``(loss, count)``: the local mean loss (0-dim, detached) and the weight with which it enters the
+        mean over workers (samples, or what the loss counted). ``count`` is None for a loss that is a *sum*: the
+        workers' gradients are then added, not averaged. A share of 0 samples gives ``(0, 0)`` and zero gradients.
+
+        ``ready(i, lo, hi)`` is called during backward, as soon as ``pieces[i].grad[lo:hi]`` is final.
+        """
+        ...
+
+    def apply(self, piece: Piece, lo: int, hi: int) -> None:
+        """Optimizer update of ``piece.flat[lo:hi]`` from ``piece.grad[lo:hi]``, L2 term included (once)."""
+        ...
+
+    def norm(self, piece: Piece, lo: int, hi: int) -> Tensor:
+        """Two-norm of ``piece.grad[lo:hi]``, 0-dim."""
+        ...
+
+    def rewritten(self) -> None:
+        """The strategy changed parameters other than by `apply` (averaging): drop what was derived from them."""
+        ...
+
