@@ -1,0 +1,122 @@
+"""A barrier of per-rank sequence words in shared memory: spin while cores are free, then sleep on a futex.
+
+Every rank counts its own arrivals in a word of its own, so no atomic read-modify-write is needed (Python has none):
+
+    arrive:  words[me] ← n;  fence
+    pass:    when words[p] ≥ n for every p
+
+A rank that finds everybody arrived passes, and wakes the sleepers, if any. A rank that does not either spins (as many
+cores as ranks: a peer is working on its own core and will be here in a moment) or announces that it sleeps, fences,
+looks once more, and sleeps on the release word. Store–fence–load on both sides (Dekker) means that either the sleeper
+sees the last arrival or the last arrival sees the sleeper. Mellor-Crummey & Scott (1991) survey the alternatives;
+their central counter needs an atomic decrement.
+
+Cost for 2 ranks on 2 cores: about 2 µs; for 8 ranks on 2 cores: three to five context switches a core.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from manyhands.communication import futex
+from manyhands.communication.segment import Region, Segment
+from manyhands.errors import DeadlineExceeded, PeerLost
+
+LINE_WORDS = 8  # 64 bytes: one word per cache line, so that ranks do not disturb each other
+#: Spinning longer than this hardly ever ends in a pass that sleeping would have delayed noticeably.
+SPIN_S = 0.002
+#: A sleeper looks up this often, to notice failed peers and its deadline.
+NAP_S = 0.05
+
+
+def words_needed(size: int) -> int:
+    """Words of the control block: an arrival line and a sleep line per rank, one release line."""
+    return (2 * size + 1) * LINE_WORDS
+
+
+class SharedBarrier:
+    """Barrier ``0 … size−1`` on the control words at the start of ``region``."""
+
+    def __init__(self, region: Region, segment: Segment, rank: int, size: int, *, timeout_s: float) -> None:
+        self.rank, self.size, self.timeout_s = rank, size, timeout_s
+        self._segment = segment
+        self._words = region.words()
+        self._count = 0
+        self._mine = rank * LINE_WORDS
+        self._peers = [p * LINE_WORDS for p in range(size) if p != rank]
+        self._asleep = [(size + p) * LINE_WORDS for p in range(size)]
+        self._release = 2 * size * LINE_WORDS
+        self._release_address = region.address + self._release * 8
+        self.spins = size <= futex.cores()
+        self._arrived_fence = futex.fence if self.spins else futex.give_way
+        self.wait_s = 0.0
+
+    def __call__(self, step: int | None, doing: str, meanwhile: Callable[[], bool] | None = None) -> None:
+        """Return when all ranks have called it as often as this one.
+
+        ``meanwhile`` is called while waiting; it returns whether it still has something to do.
+        """
+        words, n = self._words, self._count + 1
+        self._count = n
+        words[self._mine] = n
+        self._arrived_fence()
+        for p in self._peers:
+            if words[p] < n:
+                break
+        else:
+            self._wake_sleepers()
+            return
+        t0 = time.perf_counter()
+        self._wait(n, t0, step, doing, meanwhile)
+        self.wait_s += time.perf_counter() - t0
+
+    def _wake_sleepers(self) -> None:
+        words = self._words
+        for a in self._asleep:
+            if words[a]:
+                words[self._release] = (words[self._release] + 1) & 0xFFFFFFFF
+                futex.wake(self._release_address)
+                return
+
+    def _wait(self, n: int, t0: float, step: int | None, doing: str, meanwhile: Callable[[], bool] | None) -> None:
+        words, missing = self._words, list(self._peers)
+        clock = time.perf_counter
+        if self.spins:
+            end = t0 + SPIN_S
+            while True:
+                for _ in range(20):
+                    while words[missing[-1]] >= n:
+                        missing.pop()
+                        if not missing:
+                            return
+                if clock() > end:
+                    break
+                if meanwhile is not None and not meanwhile():
+                    meanwhile = None
+        mine = self._asleep[self.rank]
+        nap = NAP_S
+        while True:
+            words[mine] = n
+            futex.fence()
+            seen = words[self._release]
+            missing = [p for p in missing if words[p] < n]
+            if not missing:
+                words[mine] = 0
+                return
+            if meanwhile is not None:
+                if meanwhile():
+                    nap = 0.001
+                else:
+                    meanwhile, nap = None, NAP_S
+            futex.wait(self._release_address, seen, nap)
+            failed = self._segment.failed
+            if failed is not None and failed != self.rank and any(words[p] < n for p in missing):
+                words[mine] = 0
+                raise PeerLost(self.rank, failed, step, doing)
+            if clock() - t0 > self.timeout_s:
+                late = [p // LINE_WORDS for p in missing if words[p] < n]
+                if late:
+                    words[mine] = 0
+                    who = "rank " + ", ".join(map(str, late))
+                    raise DeadlineExceeded(self.rank, who, step, clock() - t0, doing)
