@@ -9,6 +9,7 @@
     ├── NonFiniteLoss            every worker stopped at the same step, last good state kept (exit 1)
     └── CommunicationError
         ├── PeerLost             another rank died or reported failure while we waited for it
+        ├── Vetoed               a rank gave a weight that is not finite: it refuses this exchange for everybody
         ├── DeadlineExceeded     a wait outlasted its deadline; names who waits for whom
         └── Deadlock             nothing can run any more (simulated: found at once)
 
@@ -26,6 +27,10 @@ class ManyhandsError(Exception):
     """Root of the tree above."""
 
     exit_code = 1
+
+    def details(self) -> dict[str, object]:
+        """The attributes that can travel to another process beside the message."""
+        return {k: v for k, v in vars(self).items() if v is None or isinstance(v, str | bool | int | float)}
 
 
 class BadInput(ManyhandsError):
@@ -82,17 +87,26 @@ class WorkerFailed(ManyhandsError):
 class NonFiniteLoss(ManyhandsError):
     """The loss became NaN or infinite; every worker stopped at the same step."""
 
-    def __init__(self, step: int, value: float, kept: str = "") -> None:
-        self.step, self.value, self.kept = step, value, kept
+    def __init__(self, step: int | None, kept: str = "") -> None:
+        self.step, self.kept = step, kept
         where = f" The last good state is kept in {kept}." if kept else ""
+        when = f" at step {step}" if step is not None else ""
         super().__init__(
-            f"The loss is {value} at step {step}. Every worker stopped at that step and none applied its update.{where} "
+            f"The loss is not finite{when}. Every worker stopped there and none applied that update.{where} "
             "A smaller learning rate or a gradient clip (--clip 1.0) usually helps."
         )
 
 
 class CommunicationError(ManyhandsError):
     """Something between the ranks went wrong."""
+
+
+class Vetoed(CommunicationError):
+    """A rank entered a weighted collective with a weight that is not finite, which stops it on every rank alike."""
+
+    def __init__(self, rank: int | None = None) -> None:
+        self.rank = rank
+        super().__init__("this exchange was vetoed" + (f" by rank {rank}" if rank is not None else ""))
 
 
 class PeerLost(CommunicationError):

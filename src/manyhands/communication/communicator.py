@@ -27,7 +27,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from manyhands.communication.reduction import slices
+from manyhands.communication.reduction import coefficients, slices
 from manyhands.communication.topology import Mesh
 from manyhands.errors import BadInput
 
@@ -146,21 +146,25 @@ class Communicator(ABC):
         """``x ← Σ_p x_p`` on every rank, or the weighted mean ``Σ w_p x_p / Σ w_p`` where weights are given.
 
         ``x`` must not be touched before ``wait()``. Either every rank gives a weight or none does. A weight of 0
-        excludes a rank whatever its ``x`` holds; if all are 0 the result is 0. One rank's ``x`` is untouched bit for
+        excludes a rank whatever its ``x`` holds; if all are 0 the result is 0; one that is infinite is a veto, upon
+        which every rank raises `Vetoed` in this call or in ``wait()``. One rank's ``x`` is untouched bit for
         bit. The weight itself rides along and is not counted as payload.
         """
         self._count("all_reduce", x, 2 * (self.size - 1))
         if self.size == 1:
+            coefficients([weight])
             return DONE
         return self._all_reduce(_flat(x), weight)
 
     def reduce_scatter(self, x: Tensor, *, weight: float | None = None) -> tuple[int, int]:
         """Reduce as `all_reduce` does, but only this rank's slice: returns its bounds ``(lo, hi)`` in ``x.view(-1)``.
 
-        ``x[lo:hi]`` then holds the result; the rest of ``x`` is undefined.
+        ``x[lo:hi]`` then holds the result; the rest of ``x`` is undefined. Peers may still be reading ``x`` when this
+        returns: outside ``[lo, hi)`` it must not be written before the next collective of this group.
         """
         self._count("reduce_scatter", x, self.size - 1)
         if self.size == 1:
+            coefficients([weight])
             return 0, x.numel()
         self._reduce_scatter(_flat(x), weight)
         return slices(x.numel(), self.size)[self.rank]
@@ -225,6 +229,10 @@ class Communicator(ABC):
             group.mesh = Mesh((a, self.mesh[a]) for a in self.mesh if a in axes)
             self._groups[axes] = group
         return self._groups[axes]
+
+    def fail(self) -> None:
+        """Tell the peers that this rank has failed, where there is a way to; they stop waiting for it."""
+        return
 
     def close(self) -> None:
         """Give back what this end holds. Not collective; safe to call twice."""

@@ -6,10 +6,13 @@ for bit and do not change from run to run; gloo, NCCL and MPI sum in an order of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from manyhands.errors import Vetoed
 
 #: Slice bounds are multiples of this many elements: two AVX-512 registers of bfloat16, so that an elementwise kernel
 #: treats every element alike (vector body or scalar tail) whichever slice it falls in, and no two ranks' slices share
@@ -24,10 +27,15 @@ def slices(numel: int, size: int) -> list[tuple[int, int]]:
 
 
 def coefficients(weights: Sequence[float | None]) -> list[float] | None:
-    """``w_p / Σ w`` for each rank, or None for a plain sum; all zero when nobody has weight."""
+    """``w_p / Σ w`` for each rank, or None for a plain sum; all zero when nobody has weight.
+
+    A weight that is not finite is a veto: `Vetoed` names the first rank that gave one.
+    """
     if all(w is None for w in weights):
         return None
     total = float(sum(w or 0.0 for w in weights))
+    if not math.isfinite(total):
+        raise Vetoed(next(r for r, w in enumerate(weights) if w is not None and not math.isfinite(w)))
     return [(w or 0.0) / total if total else 0.0 for w in weights]
 
 

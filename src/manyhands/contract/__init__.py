@@ -6,7 +6,7 @@ and makes a `Worker` (when replicas agree). They never see each other.
 
 from manyhands.catalogue import Reference
 from manyhands.contract.measurement import Measurement, Spread, StepParts
-from manyhands.contract.replica import Batch, Piece, Replica, StateSlice
+from manyhands.contract.replica import Batch, Piece, Ready, Replica, StateSlice
 from manyhands.contract.strategy import Parameters, Setting, Strategy, Traffic, Worker
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "Measurement",
     "Parameters",
     "Piece",
+    "Ready",
     "Reference",
     "Replica",
     "Setting",

@@ -9,6 +9,10 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor
 
 
+#: ``ready(i, lo, hi, loss, count)``; see `Replica.gradients`.
+Ready = Callable[[int, int, int, Tensor, float], None]
+
+
 class Batch(NamedTuple):
     """A worker's share of one step: any pytrees of tensors whose leading dim is the sample, and how many samples.
 
@@ -58,14 +62,16 @@ class Replica(Protocol):
     #: Global-norm limit of the task, or None.
     clip: float | None
 
-    def gradients(self, batch: Batch, ready: Callable[[int, int, int], None] | None = None) -> tuple[Tensor, float | None]:
+    def gradients(self, batch: Batch, ready: Ready | None = None) -> tuple[Tensor, float]:
         """Forward and backward over one share; the gradients lie in the pieces, overwriting what was there.
 
-        Returns ``(loss, count)``: the local mean loss (0-dim, detached) and the weight with which it enters the
-        mean over workers (samples, or what the loss counted). ``count`` is None for a loss that is a *sum*: the
-        workers' gradients are then added, not averaged. A share of 0 samples gives ``(0, 0)`` and zero gradients.
+        Returns ``(loss, count)``: the local mean loss (0-dim, detached) and the weight with which loss and gradient
+        enter the mean over workers (samples, or what the loss counted). A loss that is a *sum* over samples has count
+        1 on every worker and a gradient already multiplied by the number of workers, so that the mean is the sum.
+        A share of 0 samples gives loss 0, count 0 and zero gradients.
 
-        ``ready(i, lo, hi)`` is called during backward, as soon as ``pieces[i].grad[lo:hi]`` is final.
+        ``ready(i, lo, hi, loss, count)`` is called during backward, in the same order on every worker, as soon as
+        ``pieces[i].grad[lo:hi]`` is final, with what this call will return; all pieces are covered when it does.
         """
         ...
 
@@ -73,11 +79,14 @@ class Replica(Protocol):
         """Optimizer update of ``piece.flat[lo:hi]`` from ``piece.grad[lo:hi]``, L2 term included (once)."""
         ...
 
-    def norm(self, piece: Piece, lo: int, hi: int) -> Tensor:
-        """Two-norm of ``piece.grad[lo:hi]``, 0-dim."""
+    def norm(self, bounds: Sequence[tuple[int, int]]) -> Tensor:
+        """Two-norm over ``pieces[i].grad[lo:hi]`` for all i, 0-dim; over whole pieces it is torch's, bit for bit."""
         ...
 
-    def rewritten(self) -> None:
-        """The strategy changed parameters other than by `apply` (averaging): drop what was derived from them."""
+    def optimizer_state(self) -> list[StateSlice]:
+        """The optimizer state that this worker holds."""
         ...
 
+    def load_optimizer_state(self, state: Sequence[StateSlice]) -> None:
+        """Take up optimizer state, of which the slices that are later asked for by `apply` will be used."""
+        ...

@@ -50,8 +50,8 @@ class Strategy(ABC):
     paper: ClassVar[Reference]
     #: Promise 2: after every step all workers hold bit-identical parameters.
     identical: ClassVar[bool] = False
-    #: N workers on shares of a batch equal one worker on the joined batch (promise 1); otherwise say what it is.
-    exact: ClassVar[bool] = False
+    #: Every worker computes on the whole global batch rather than on a share of it.
+    whole_batch: ClassVar[bool] = False
 
     def __str__(self) -> str:
         return format_description(self.name, self)
@@ -63,6 +63,10 @@ class Strategy(ABC):
     @abstractmethod
     def start(self, replica: Replica, comm: Communicator) -> Worker:
         """This rank's live worker. Collective over ``comm``."""
+
+    def exact(self, setting: Setting) -> bool:
+        """Promise 1: N workers equal one worker on the joined batch, up to summation order."""
+        return False
 
     def problems(self, setting: Setting) -> list[Problem]:
         """What cannot work in this setting; found when the plan is made."""
@@ -103,7 +107,6 @@ class Worker(ABC):
         for piece, agreed in zip(self.replica.pieces, self.consensus(), strict=True):
             if piece.flat.data_ptr() != agreed.data_ptr():
                 piece.flat.copy_(agreed)
-        self.replica.rewritten()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything of this rank that an exact resume needs beyond parameters and optimizer: tensors and numbers."""

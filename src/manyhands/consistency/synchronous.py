@@ -1,0 +1,155 @@
+"""Synchronous data-parallel SGD: all gradients are averaged before anybody updates (survey §VI-A, §V-A).
+
+    θ ← u(θ, ḡ),   ḡ = Σ_p n_p g_p / Σ_p n_p
+
+θ parameters, u the optimizer, g_p the mean gradient of worker p over its n_p samples. Two ways to share the update:
+
+    sharded      reduce-scatter ḡ; worker p updates slice p and keeps optimizer state for it alone; all-gather θ
+                 (ZeRO stage 1, Rajbhandari et al. 2020, arXiv:1910.02054; U3 of the 2018 course project's family).
+                 On shared memory θ exists once and the all-gather is a barrier.
+    replicated   all-reduce ḡ; every worker updates everything. Where exchanges go on beside backward, gradients leave
+                 in buckets as they become final (Li et al. 2020, arXiv:2006.15704).
+
+Micro-batches (gradient accumulation, *bunch mode* in Färber & Asanović 1997) are the replica's business: one exchange
+per step however many.
+
+Payload per rank and step: 2(P−1)/P · n elements either way.
+Guarantee: N workers equal one worker on the joined batch up to summation order; replicas bit-identical.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from manyhands.communication.communicator import Communicator, Work, reference_B
+from manyhands.consistency.agreement import weight_of
+from manyhands.consistency.clipping import clip_
+from manyhands.contract import Batch, Reference, Replica, Setting, Strategy, Traffic, Worker
+from manyhands.errors import NonFiniteLoss, Problem, Vetoed
+
+
+@dataclass(frozen=True)
+class Synchronous(Strategy):
+    """All workers exchange gradients at every step; ``update`` says who applies them."""
+
+    name: ClassVar[str] = "synchronous"
+    paper: ClassVar[Reference] = Reference(
+        "Chen, Pan, Monga, Bengio & Jozefowicz",
+        "Revisiting distributed synchronous SGD",
+        2016,
+        "arXiv:1604.00981",
+        survey="VI-A",
+    )
+    identical: ClassVar[bool] = True
+
+    update: Literal["auto", "sharded", "replicated"] = "auto"
+
+    def __post_init__(self) -> None:
+        if self.update not in ("auto", "sharded", "replicated"):
+            raise ValueError(f"update={self.update!r}: it is auto, sharded or replicated")
+
+    @property
+    def parameters(self) -> Literal["common", "own"]:
+        """One copy serves all when each element is updated by one worker."""
+        return "own" if self.update == "replicated" else "common"
+
+    def traffic(self, numel: int, size: int, itemsize: int = 4) -> Traffic:
+        """2(P−1)/P · n elements, as reduce-scatter and all-gather or as all-reduce."""
+        n_B = numel * itemsize
+        if self.update == "replicated":
+            return Traffic(reference_B("all_reduce", n_B, size), 2 * (size - 1))
+        return Traffic(
+            reference_B("reduce_scatter", n_B, size) + reference_B("all_gather", n_B, size), 2 * (size - 1)
+        )
+
+    def exact(self, setting: Setting) -> bool:
+        """Always."""
+        return True
+
+    def problems(self, setting: Setting) -> list[Problem]:
+        """A whole-tensor optimizer cannot be asked for a slice."""
+        if self.update == "sharded" and not setting.elementwise and setting.workers > 1:
+            return [
+                Problem(
+                    "synchronous(update='sharded') with an optimizer that looks at whole tensors",
+                    "a slice can be updated alone only if the optimizer works element by element.",
+                    "Use update='replicated', or an optimizer such as sgd, adam, adamw, adagrad or rmsprop.",
+                )
+            ]
+        return []
+
+    def resolve(self, setting: Setting) -> Synchronous:
+        """Sharded where memory is shared and the optimizer allows it; replicated elsewhere (it can overlap)."""
+        if self.update != "auto":
+            return self
+        sharded = setting.elementwise and setting.shares_memory
+        return replace(self, update="sharded" if sharded else "replicated")
+
+    def start(self, replica: Replica, comm: Communicator) -> Worker:
+        """This rank's worker."""
+        return ShardedWorker(replica, comm) if self.update == "sharded" else ReplicatedWorker(replica, comm)
+
+
+class ShardedWorker(Worker):
+    """Reduce-scatter, update a slice, all-gather."""
+
+    def __init__(self, replica: Replica, comm: Communicator) -> None:
+        super().__init__(replica, comm)
+        self._groups = [comm.over(piece.replicated_over) for piece in replica.pieces]
+
+    def step(self, batch: Batch) -> Tensor:
+        """One step; see the file's head."""
+        replica = self.replica
+        loss, count = replica.gradients(batch)
+        weight = weight_of(loss, count)
+        pieces = list(zip(replica.pieces, self._groups, strict=True))
+        try:
+            bounds = [group.reduce_scatter(piece.grad, weight=weight) for piece, group in pieces]
+        except Vetoed:
+            raise NonFiniteLoss(self.comm.step) from None
+        if replica.clip is not None:
+            clip_(replica, self.comm, bounds, sliced=True)
+        for (piece, _), (lo, hi) in zip(pieces, bounds, strict=True):
+            replica.apply(piece, lo, hi)
+        for piece, group in pieces:
+            group.all_gather(piece.flat).wait()
+        return loss
+
+
+class ReplicatedWorker(Worker):
+    """All-reduce (in buckets beside backward, where that goes on by itself) and update everything."""
+
+    def __init__(self, replica: Replica, comm: Communicator) -> None:
+        super().__init__(replica, comm)
+        self._groups = [comm.over(piece.replicated_over) for piece in replica.pieces]
+        self._overlap = all(group.overlaps and group.size > 1 for group in self._groups)
+
+    def step(self, batch: Batch) -> Tensor:
+        """One step; see the file's head."""
+        replica, works = self.replica, list[Work]()
+
+        def exchange(i: int, lo: int, hi: int, loss: Tensor, count: float) -> None:
+            grad = replica.pieces[i].grad[lo:hi]
+            works.append(self._groups[i].all_reduce(grad, weight=weight_of(loss, count)))
+
+        if self._overlap:
+            loss, _ = replica.gradients(batch, ready=exchange)
+        else:
+            loss, count = replica.gradients(batch)
+            for i, piece in enumerate(replica.pieces):
+                exchange(i, 0, piece.grad.numel(), loss, count)
+        try:
+            for work in works:
+                work.wait()
+        except Vetoed:
+            raise NonFiniteLoss(self.comm.step) from None
+        bounds = [(0, piece.flat.numel()) for piece in replica.pieces]
+        if replica.clip is not None:
+            clip_(replica, self.comm, bounds, sliced=False)
+        for piece, (lo, hi) in zip(replica.pieces, bounds, strict=True):
+            replica.apply(piece, lo, hi)
+        return loss
+

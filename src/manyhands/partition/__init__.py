@@ -1,0 +1,13 @@
+"""Where the network is cut (survey §V). Each partition makes a `Replica`, all in terms of `contract` types.
+
+`partitions` is the table of contents: a new cut is one file, one line here and a row in the contract test.
+"""
+
+from manyhands.catalogue import Catalogue
+
+partitions = Catalogue(
+    "partition",
+    {
+        "data": "manyhands.partition.data:DataReplica",
+    },
+)

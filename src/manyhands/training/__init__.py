@@ -1,0 +1,1 @@
+"""Running a plan on real workers: launch, loop, sampler, checkpoints, metrics, progress."""
