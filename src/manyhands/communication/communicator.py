@@ -257,9 +257,7 @@ class Communicator(ABC):
         tally.calls += 1
         if self.size > 1:
             tally.messages += messages
-            tally.sent_B += reference_B(
-                operation, x.numel() * x.element_size(), self.size, rank=self.rank, root=root
-            )
+            tally.sent_B += reference_B(operation, x.numel() * x.element_size(), self.size, rank=self.rank, root=root)
 
     def _peer(self, rank: int) -> None:
         if not 0 <= rank < self.size:

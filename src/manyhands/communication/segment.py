@@ -92,5 +92,3 @@ class Region:
     def tensor(self, offset_B: int, numel: int, dtype: torch.dtype) -> Tensor:
         """``numel`` elements at ``offset_B``."""
         return self.bytes[offset_B : offset_B + numel * dtype.itemsize].view(dtype)
-
-

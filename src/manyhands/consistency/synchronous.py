@@ -61,9 +61,7 @@ class Synchronous(Strategy):
         n_B = numel * itemsize
         if self.update == "replicated":
             return Traffic(reference_B("all_reduce", n_B, size), 2 * (size - 1))
-        return Traffic(
-            reference_B("reduce_scatter", n_B, size) + reference_B("all_gather", n_B, size), 2 * (size - 1)
-        )
+        return Traffic(reference_B("reduce_scatter", n_B, size) + reference_B("all_gather", n_B, size), 2 * (size - 1))
 
     def exact(self, setting: Setting) -> bool:
         """Always."""
@@ -152,4 +150,3 @@ class ReplicatedWorker(Worker):
         for piece, (lo, hi) in zip(replica.pieces, bounds, strict=True):
             replica.apply(piece, lo, hi)
         return loss
-

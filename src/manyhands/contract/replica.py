@@ -61,6 +61,9 @@ class Replica(Protocol):
     buffers: Sequence[Tensor]
     #: Global-norm limit of the task, or None.
     clip: float | None
+    #: Time spent so far in `gradients` and in `apply`.
+    compute_s: float
+    update_s: float
 
     def gradients(self, batch: Batch, ready: Ready | None = None) -> tuple[Tensor, float]:
         """Forward and backward over one share; the gradients lie in the pieces, overwriting what was there.

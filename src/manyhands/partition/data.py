@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -52,6 +53,7 @@ class DataReplica:
     ) -> None:
         self.model, self.optimizer, self.loss = model, optimizer, loss
         self.clip = clip
+        self.compute_s = self.update_s = 0.0
         self.pieces: list[Piece] = []
         self.buffers: list[Tensor] = list(model.buffers())
         self._comm = comm
@@ -108,6 +110,7 @@ class DataReplica:
 
     def gradients(self, batch: Batch, ready: Ready | None = None) -> tuple[Tensor, float]:
         """See `contract.Replica.gradients`."""
+        t0 = time.perf_counter()
         for piece in self.pieces:
             piece.grad.zero_()
         announcer = None
@@ -118,6 +121,7 @@ class DataReplica:
             loss, count = self._passes(batch, _nothing if announcer is None else announcer.last_pass)
         if announcer is not None:
             announcer.finish(loss, count)
+        self.compute_s += time.perf_counter() - t0
         return loss, count
 
     def _passes(self, batch: Batch, last_pass: LastPass) -> tuple[Tensor, float]:
@@ -202,11 +206,13 @@ class DataReplica:
         """See `contract.Replica.apply`."""
         if lo >= hi:
             return
+        t0 = time.perf_counter()
         i = self._index[id(piece.flat)]
         with torch.no_grad():
             if self._l2:
                 piece.grad[lo:hi].add_(piece.flat[lo:hi], alpha=self._l2)
             self._update(i, lo, hi)()
+        self.update_s += time.perf_counter() - t0
 
     def _update(self, i: int, lo: int, hi: int) -> SliceUpdate:
         try:

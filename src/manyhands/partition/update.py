@@ -212,7 +212,11 @@ def _no_closure() -> None:
 
 
 def _is_plain_sgd(optimizer: torch.optim.Optimizer, group: int) -> bool:
-    if type(optimizer) is not torch.optim.SGD or optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+    if (
+        type(optimizer) is not torch.optim.SGD
+        or optimizer._optimizer_step_pre_hooks
+        or optimizer._optimizer_step_post_hooks
+    ):
         return False
     g: dict[str, Any] = optimizer.param_groups[group]
     return not (g["maximize"] or g["differentiable"] or g.get("fused") or isinstance(g["lr"], Tensor))
@@ -220,9 +224,7 @@ def _is_plain_sgd(optimizer: torch.optim.Optimizer, group: int) -> bool:
 
 def strides_of(parameter: Tensor) -> tuple[int, ...]:
     """The strides its view into a flat vector gets: its own where they fill memory densely, else contiguous ones."""
-    dense = sorted(
-        (st, n) for st, n in zip(parameter.stride(), parameter.shape, strict=True) if n > 1
-    )
+    dense = sorted((st, n) for st, n in zip(parameter.stride(), parameter.shape, strict=True) if n > 1)
     expected = 1
     for stride, extent in dense:
         if stride != expected:

@@ -127,9 +127,7 @@ def join(setup: Setup, memory_fd: int) -> Communicator:
         from manyhands.communication.transports.shared import SharedCommunicator
 
         segment = Segment(memory_fd)
-        return SharedCommunicator(
-            segment, setup.control_offset, setup.rank, setup.size, timeout_s=setup.timeout_s
-        )
+        return SharedCommunicator(segment, setup.control_offset, setup.rank, setup.size, timeout_s=setup.timeout_s)
     if setup.transport == "mpi":
         from manyhands.communication.transports.mpi import MpiCommunicator
 

@@ -56,7 +56,9 @@ class Team(ABC):
         self.transport, self.size = transport, size
 
     @abstractmethod
-    def run(self, job: str, *arguments: Any, report: Report | None = None, deadline_s: float | None = None) -> list[Any]:
+    def run(
+        self, job: str, *arguments: Any, report: Report | None = None, deadline_s: float | None = None
+    ) -> list[Any]:
         """Call ``module:function`` as ``function(member, *arguments)`` on every worker; results in rank order.
 
         ``report(rank, value)`` gets what workers report on the way. Raises `WorkerFailed` (or the worker's own
@@ -99,7 +101,16 @@ def team(
     if transport in ("threads", "simulated"):
         return ThreadTeam(transport, size, timeout_s, live)
     setups = [
-        Setup(transport, r, size, threads, timeout_s, allocator, _cores(r, size, threads) if pin else (), folder=os.getcwd())
+        Setup(
+            transport,
+            r,
+            size,
+            threads,
+            timeout_s,
+            allocator,
+            _cores(r, size, threads) if pin else (),
+            folder=os.getcwd(),
+        )
         for r in range(size)
     ]
     return MpiTeam(setups, live) if transport == "mpi" else ForkserverTeam(setups, live)
@@ -120,7 +131,9 @@ class SingleTeam(Team):
         super().__init__("single", 1)
         self._allocator, self._threads, self._live = allocator, threads, live
 
-    def run(self, job: str, *arguments: Any, report: Report | None = None, deadline_s: float | None = None) -> list[Any]:
+    def run(
+        self, job: str, *arguments: Any, report: Report | None = None, deadline_s: float | None = None
+    ) -> list[Any]:
         """Call the job here; its exceptions pass through as they are."""
         import torch
 
@@ -131,7 +144,9 @@ class SingleTeam(Team):
         torch.set_num_threads(self._threads)
         try:
             send = (lambda value: report(0, value)) if report else (lambda _: None)
-            return [import_object(job, kind="job")(Member(SingleCommunicator(), self._live, send, allocator), *arguments)]
+            return [
+                import_object(job, kind="job")(Member(SingleCommunicator(), self._live, send, allocator), *arguments)
+            ]
         finally:
             torch.set_num_threads(before)
 
@@ -143,7 +158,9 @@ class ThreadTeam(Team):
         super().__init__(transport, size)
         self._timeout_s, self._live = timeout_s, live
 
-    def run(self, job: str, *arguments: Any, report: Report | None = None, deadline_s: float | None = None) -> list[Any]:
+    def run(
+        self, job: str, *arguments: Any, report: Report | None = None, deadline_s: float | None = None
+    ) -> list[Any]:
         """Run the job on fresh threads; they are joined before this returns or raises."""
         function = import_object(job, kind="job")
 
@@ -212,7 +229,9 @@ class ProcessTeam(Team):
     def _end(self) -> None:
         """Make sure that no worker runs any more."""
 
-    def run(self, job: str, *arguments: Any, report: Report | None = None, deadline_s: float | None = None) -> list[Any]:
+    def run(
+        self, job: str, *arguments: Any, report: Report | None = None, deadline_s: float | None = None
+    ) -> list[Any]:
         """Send the job to all workers and collect what they answer."""
         if self._closed:
             raise BadInput("this team is closed; make a new one.")
@@ -267,7 +286,9 @@ class ProcessTeam(Team):
             raise_cause(failures)
         if len(results) < self.size:
             late = [r for r in range(self.size) if r not in results]
-            raise errors.DeadlineExceeded(late[0], "its own job to end", self._step_of(late[0]), deadline_s or 0.0, "run")
+            raise errors.DeadlineExceeded(
+                late[0], "its own job to end", self._step_of(late[0]), deadline_s or 0.0, "run"
+            )
         return [results[r] for r in range(self.size)]
 
     def _death(self, rank: int) -> dict[str, Any]:
@@ -541,4 +562,3 @@ def raise_cause(failures: Sequence[dict[str, Any]]) -> None:
         rebuilt.__dict__.update(cause["details"])
         raise rebuilt
     raise WorkerFailed(cause["rank"], step, cause["reason"], cause["traceback"])
-

@@ -76,9 +76,7 @@ class SharedCommunicator(Communicator):
     transport: ClassVar[str] = "shared"
     shares_memory: ClassVar[bool] = True
 
-    def __init__(
-        self, segment: Segment, control_offset: int, rank: int, size: int, *, timeout_s: float = 60.0
-    ) -> None:
+    def __init__(self, segment: Segment, control_offset: int, rank: int, size: int, *, timeout_s: float = 60.0) -> None:
         self._segment = segment
         self._layout = _Control.of(size)
         self._control = segment.map(control_offset, self._layout.end)
@@ -98,6 +96,17 @@ class SharedCommunicator(Communicator):
     def control_B(size: int) -> int:
         """Bytes to reserve for the control region of a group of ``size``."""
         return _Control.of(size).end
+
+    @staticmethod
+    def step_of(segment: Segment, control_offset: int, rank: int, size: int) -> int | None:
+        """The training step that ``rank`` published last; for a launcher whose worker can no longer say."""
+        layout = _Control.of(size)
+        word = segment.map(control_offset, layout.mailbox).words()[layout.steps // 8 + rank]
+        return word - 1 if word else None
+
+    def fail(self) -> None:
+        """Peers that wait for this rank raise `PeerLost` at their next look-up."""
+        self._segment.report_failure(self.rank)
 
     # -- state that others may see -----------------------------------------------------------------------------
 

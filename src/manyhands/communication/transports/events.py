@@ -1,0 +1,189 @@
+"""What ranks of one process wait for: a meeting, a message, or their own time passing.
+
+Pure bookkeeping: nothing here blocks. An event knows when it is due, whom it misses and how to say itself in "rank 0
+waits in …"; how a rank lets time pass until then is its world's business (`inprocess.World`).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+
+
+class Operation(NamedTuple):
+    """What is priced: one collective or message. Ranks are those of the world, also inside a group."""
+
+    name: (
+        str  # all_reduce, reduce_scatter, all_gather, all_to_all, broadcast, barrier, send; allocate and split are free
+    )
+    payload_B: int  # n of the reference algorithms' table: the bytes of one rank's tensor
+    size: int  # how many ranks take part
+    ranks: tuple[int, ...]  # who they are; of a send, source and destination
+    source: int | None = None  # sender or root
+    destination: int | None = None  # receiver of a send
+    common: bool = False  # the tensor is memory that all these ranks see as one copy
+
+
+class Event(Protocol):
+    """Something a rank waits for; its text completes "rank 0 waits in …"."""
+
+    cost_s: float  # how much of the wait is the operation itself rather than waiting for peers (virtual time only)
+
+    def due(self) -> float | None:
+        """When it has happened on the world's clock, or None while it has not."""
+
+    def missing(self) -> str:
+        """Who has to do something before it can happen."""
+
+    def give_up(self, rank: int) -> None:
+        """``rank`` waits no longer."""
+
+
+class Meeting:
+    """One collective under way: who has come, and what each has brought."""
+
+    def __init__(self, group: Group, operation: Operation, terms: tuple[object, ...], number: int) -> None:
+        self.group = group
+        self.operation = operation
+        self.terms = terms
+        self.number = number
+        self.first = -1  # world rank of the first to come, for the message about a mismatch
+        self.offers: dict[int, Any] = {}
+        self.results: Any = None
+        self.at: float | None = None
+        self.raised: Exception | None = None  # by moving the data: every rank raises it, and the group goes on
+        self.error: str | None = None  # the ranks do not agree on what they do: this group has come to its end
+        self.cost_s = 0.0
+
+    def __str__(self) -> str:
+        return f"{self.operation.name} #{self.number}{self.group.label}"
+
+    def due(self) -> float | None:
+        """When the last rank has come and the data has moved."""
+        return self.at
+
+    def missing(self) -> str:
+        """The ranks that have not come."""
+        members = self.group.members
+        return name_ranks([r for i, r in enumerate(members) if i not in self.offers] or members)
+
+    def give_up(self, rank: int) -> None:
+        """Nobody may complete this meeting any more: it would write into memory whose owner has gone."""
+        self.error = self.error or f"{self}: rank {rank} has given up waiting for {self.missing()}"
+
+
+class Message(NamedTuple):
+    """A tensor on its way; the order of the fields is the order in which a receiver from anyone takes them."""
+
+    at: float
+    source: int
+    tensor: Tensor
+
+
+class Receive:
+    """A rank waiting for a message of ``tag`` from ``frm`` (None: anyone)."""
+
+    cost_s = 0.0
+
+    def __init__(self, group: Group, rank: int, frm: int | None, tag: int) -> None:
+        self.group, self.rank, self.frm, self.tag = group, rank, frm, tag
+
+    def __str__(self) -> str:
+        frm = "anyone" if self.frm is None else f"rank {self.group.members[self.frm]}"
+        return f"recv(from {frm}, tag {self.tag}){self.group.label}"
+
+    def _candidates(self) -> list[Message]:
+        box = self.group.mailboxes[self.rank]
+        sources = range(len(self.group.members)) if self.frm is None else (self.frm,)
+        return [box[s, self.tag][0] for s in sources if box.get((s, self.tag))]
+
+    def due(self) -> float | None:
+        """The earliest arrival of a matching message."""
+        return min((m.at for m in self._candidates()), default=None)
+
+    def missing(self) -> str:
+        """The sender."""
+        members = self.group.members
+        return "a message from anyone" if self.frm is None else f"a message from rank {members[self.frm]}"
+
+    def give_up(self, rank: int) -> None:
+        """A later receive may still take the message."""
+
+    def take(self) -> Message:
+        """The first matching message: by arrival, then by rank of the sender."""
+        message = min(self._candidates(), key=lambda m: m[:2])
+        self.group.mailboxes[self.rank][message.source, self.tag].popleft()
+        return message
+
+
+@dataclass
+class Elapsed:
+    """A rank's own time passing, in ``doing``."""
+
+    at: float
+    doing: str
+    cost_s: float
+
+    def __str__(self) -> str:
+        return self.doing
+
+    def due(self) -> float | None:
+        """Always known."""
+        return self.at
+
+    def missing(self) -> str:
+        """Nobody."""
+        return "nobody"
+
+    def give_up(self, rank: int) -> None:
+        """Cannot happen: it is due from the start."""
+
+
+class Group:
+    """The ranks of one communicator and what lies between them."""
+
+    def __init__(self, members: tuple[int, ...], label: str = "") -> None:
+        self.members = members
+        self.label = label
+        self.meeting: Meeting | None = None
+        self.held: dict[str, int] = defaultdict(int)  # meetings so far, by operation
+        self.mailboxes: list[dict[tuple[int, int], deque[Message]]] = [defaultdict(deque) for _ in members]
+
+    def join(self, index: int, operation: Operation, terms: tuple[object, ...], offer: object) -> Meeting:
+        """Come to the meeting under way, or open one."""
+        meeting = self.meeting
+        me = self.members[index]
+        if meeting is None:
+            self.held[operation.name] += 1
+            meeting = self.meeting = Meeting(self, operation, terms, self.held[operation.name])
+            meeting.first = me
+        elif meeting.error is None and meeting.terms != terms:
+            meeting.error = (
+                f"rank {me} called {describe(terms)}, but rank {meeting.first} is in {meeting}, called as "
+                f"{describe(meeting.terms)}: all ranks of a group call the same collectives in the same order, with "
+                "equal shapes and dtypes"
+            )
+        if meeting.error is None:
+            meeting.offers[index] = offer
+        return meeting
+
+
+def name_ranks(ranks: Sequence[int]) -> str:
+    """``rank 3`` or ``ranks 0, 2``."""
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(str(r) for r in ranks)}"
+
+
+def amount(numel: object, dtype: object) -> str:
+    """``3 float32``."""
+    return f"{numel} {str(dtype).removeprefix('torch.')}"
+
+
+def describe(terms: tuple[object, ...]) -> str:
+    """What a rank asked for: ``all_reduce(3 float32, weighted)``."""
+    name, numel, dtype, detail = terms
+    how = f"slices {detail}" if isinstance(detail, tuple) else str(detail)
+    return f"{name}({', '.join(x for x in ('' if numel is None else amount(numel, dtype), how) if x)})"

@@ -1,0 +1,364 @@
+"""Ranks that are threads of one process: how they meet, whatever the way in which they wait.
+
+A collective is a `Meeting`: every rank lays down its tensor, the last one to arrive moves the data for all
+(`exchange`), and then everybody goes on. A message is a copy in the receiver's mailbox. Both are *events*, and the
+only question left open is how a rank lets time pass until an event is due; a `World` answers it:
+
+    single     there is nobody to wait for
+    threads    ranks run freely and sleep on conditions, each wait with a deadline
+    simulated  one rank runs at a time, the one whose virtual clock is earliest
+
+so that the three transports share every line that touches data.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import queue
+import threading
+import time
+import traceback
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from manyhands.communication.communicator import DONE, Communicator, Received, Work
+from manyhands.communication.transports import exchange
+from manyhands.communication.transports.events import (
+    Elapsed,
+    Event,
+    Group,
+    Meeting,
+    Message,
+    Operation,
+    Receive,
+    amount,
+    name_ranks,
+)
+from manyhands.errors import CommunicationError, PeerLost, WorkerFailed
+
+
+class World(ABC):
+    """All ranks of one run, and how they wait for each other."""
+
+    def __init__(self, size: int, *, timeout_s: float = 60.0) -> None:
+        self.size = size
+        self.timeout_s = timeout_s
+        self.everyone = Group(tuple(range(size)))
+        self.failure: tuple[int | None, str] | None = None
+        # Common memory by the address of its storage. It is kept as long as the world: an address is told apart only
+        # while nothing else can take it.
+        self.common: dict[int, tuple[Tensor, frozenset[int]]] = {}
+
+    @abstractmethod
+    def join(self, group: Group, index: int) -> InProcessCommunicator:
+        """Rank ``index``'s end of ``group``."""
+
+    @abstractmethod
+    def exclusive(self) -> AbstractContextManager[object]:
+        """Inside, no other rank changes meetings and mailboxes."""
+
+    @abstractmethod
+    def now(self, rank: int) -> float:
+        """Seconds on the clock by which this world accounts the time of ``rank``."""
+
+    @abstractmethod
+    def charge(self, operation: Operation, ranks: Sequence[int]) -> tuple[float, float]:
+        """``ranks`` begin ``operation`` now: when it is over, and what it costs. Called inside `exclusive`."""
+
+    @abstractmethod
+    def wake(self, ranks: Sequence[int]) -> None:
+        """Something that ``ranks`` may be waiting for has happened. Called inside `exclusive`."""
+
+    @abstractmethod
+    def wait(self, comm: InProcessCommunicator, event: Event) -> None:
+        """Return when ``event`` is due. Called outside `exclusive`."""
+
+    def communicator(self, rank: int) -> InProcessCommunicator:
+        """The end of ``rank``."""
+        return self.join(self.everyone, rank)
+
+    def abort(self, rank: int | None, reason: str) -> None:
+        """``rank`` has failed (None: whoever stands outside stops the run): peers that wait raise `PeerLost`."""
+        with self.exclusive():
+            if self.failure is None:
+                self.failure = rank, reason
+            self.wake(range(self.size))
+
+    def lost(self, comm: InProcessCommunicator, doing: str) -> CommunicationError:
+        """What a rank raises when it meets an aborted world."""
+        peer, reason = self.failure or (None, "")
+        error = PeerLost(comm.world_rank, peer, comm.step, doing)
+        error.add_note(reason)
+        return error
+
+    # -- running a function on every rank --------------------------------------------------------------------------
+
+    def run(self, fn: Callable[..., Any], *args: Any) -> list[Any]:
+        """``fn(comm, *args)`` on every rank, each a thread of its own; the results in rank order.
+
+        The first rank to fail is raised here and the others are unwound by `PeerLost`: a `CommunicationError` as
+        itself, since it names its ranks, anything else as `WorkerFailed` with the original as its cause.
+        """
+        if self.failure is not None:
+            raise CommunicationError(f"this world was ended ({self.failure[1]}); make a new one for another run")
+        outcomes: queue.SimpleQueue[tuple[int, Any, BaseException | None, int | None]] = queue.SimpleQueue()
+
+        def body(rank: int) -> None:
+            comm = self.communicator(rank)
+            self._enter(rank)
+            try:
+                outcomes.put((rank, fn(comm, *args), None, None))
+            except BaseException as e:
+                # First told, then aborted: so the cause comes out of the queue before its consequences.
+                outcomes.put((rank, None, e, comm.step))
+                self.abort(rank, f"{type(e).__name__}: {e}")
+            finally:
+                self._leave(rank)
+
+        threads = [threading.Thread(target=body, args=(r,), name=f"rank {r}", daemon=True) for r in range(self.size)]
+        results: dict[int, Any] = {}
+        failed: tuple[int, BaseException, int | None] | None = None
+        try:
+            for thread in threads:
+                thread.start()
+            self._open()
+            give_up_at = math.inf
+            while len(results) < self.size:
+                left = None if failed is None else max(0.0, give_up_at - time.monotonic())
+                rank, results[rank], error, step = outcomes.get(timeout=left)
+                if error is not None and failed is None:
+                    failed, give_up_at = (rank, error, step), time.monotonic() + self.timeout_s
+        except queue.Empty:
+            pass  # a rank that computes on and does not look: it is a daemon thread, and the cause is known
+        except BaseException:
+            self.abort(None, "the run was interrupted")
+            for thread in threads:
+                if thread.is_alive():
+                    thread.join(timeout=1.0)  # a rank that is inside an operation ends at once
+            raise
+        else:
+            for thread in threads:
+                thread.join()
+        if failed is None:
+            return [results[rank] for rank in range(self.size)]
+        rank, error, step = failed
+        if isinstance(error, CommunicationError):
+            raise error
+        raise WorkerFailed(
+            rank, step, f"{type(error).__name__}: {error}", "".join(traceback.format_exception(error))
+        ) from error
+
+    def _enter(self, rank: int) -> None:
+        """``rank``'s thread has started."""
+        return
+
+    def _leave(self, rank: int) -> None:
+        """``rank``'s thread ends."""
+        return
+
+    def _open(self) -> None:
+        """All threads have started."""
+        return
+
+
+class InProcessCommunicator(Communicator):
+    """One rank's end of a group whose ranks are threads of this process."""
+
+    shares_memory = True
+
+    def __init__(self, world: World, group: Group, index: int) -> None:
+        super().__init__(index, len(group.members), timeout_s=world.timeout_s)
+        self.world = world
+        self.group = group
+        self.world_rank = group.members[index]
+
+    def fail(self) -> None:
+        """Peers that wait raise `PeerLost` now, the others at their next operation."""
+        self.world.abort(self.world_rank, f"rank {self.world_rank} reported its failure")
+
+    # -- collectives -----------------------------------------------------------------------------------------------
+
+    def _allocate(self, numel: int, dtype: torch.dtype, common: bool) -> Tensor:
+        world = self.world
+
+        def make(offers: list[None]) -> list[Tensor]:
+            if not common:
+                return [torch.zeros(numel, dtype=dtype) for _ in offers]
+            one = torch.zeros(numel, dtype=dtype)
+            world.common[_address(one)] = one, frozenset(self.group.members)
+            return [one for _ in offers]
+
+        result: Tensor = self._meet("allocate", None, None, make, "common" if common else "", numel, dtype)
+        return result
+
+    def is_common(self, x: Tensor) -> bool:
+        """Whether ``x`` lies in memory that all ranks see as one copy."""
+        entry = self.world.common.get(_address(x))
+        return entry is not None and entry[1].issuperset(self.group.members)
+
+    def _all_reduce(self, x: Tensor, weight: float | None) -> Work:
+        self._meet("all_reduce", x, (x, weight), _columns(exchange.all_reduce), _weighted(weight))
+        self.counters.moved_B += x.nbytes
+        return DONE
+
+    def _reduce_scatter(self, x: Tensor, weight: float | None) -> None:
+        self._meet("reduce_scatter", x, (x, weight), _columns(exchange.reduce_scatter), _weighted(weight))
+        self.counters.moved_B += x.nbytes // self.size
+
+    def _all_gather(self, x: Tensor, bounds: Sequence[tuple[int, int]]) -> Work:
+        spans = tuple((lo, hi) for lo, hi in bounds)
+        self._meet("all_gather", x, x, lambda parts: exchange.all_gather(parts, spans), spans)
+        if not self.is_common(x):
+            others = sum(hi - lo for i, (lo, hi) in enumerate(spans) if i != self.rank)
+            self.counters.moved_B += others * x.element_size()
+        return DONE
+
+    def _all_to_all(self, x: Tensor) -> Tensor:
+        result: Tensor = self._meet("all_to_all", x, x, exchange.all_to_all)
+        self.counters.moved_B += x.nbytes // self.size * (self.size - 1)
+        return result
+
+    def _broadcast(self, x: Tensor, root: int) -> Work:
+        self._meet("broadcast", x, x, lambda parts: exchange.broadcast(parts, root), f"from rank {root}", root=root)
+        if self.rank != root and not self.is_common(x):
+            self.counters.moved_B += x.nbytes
+        return DONE
+
+    def _barrier(self) -> None:
+        self._meet("barrier", None, None, lambda offers: None)
+
+    def _split(self, color: int) -> Communicator:
+        members = self.group.members
+
+        def make(colors: list[int]) -> list[tuple[Group, int]]:
+            groups = {}
+            for c in set(colors):
+                chosen = tuple(r for r, own in zip(members, colors, strict=True) if own == c)
+                groups[c] = Group(chosen, f" of {name_ranks(chosen)}")
+            return [(groups[c], groups[c].members.index(r)) for r, c in zip(members, colors, strict=True)]
+
+        group, index = self._meet("split", None, color, make)
+        return self.world.join(group, index)
+
+    # -- messages --------------------------------------------------------------------------------------------------
+
+    def _send(self, x: Tensor, to: int, tag: int) -> Work:
+        world, group = self.world, self.group
+        destination = group.members[to]
+        ranks = self.world_rank, destination
+        operation = Operation("send", x.nbytes, 2, ranks, *ranks, common=self.is_common(x))
+        with self._timed(f"send(to rank {destination}, tag {tag})"):
+            copy = x.detach().clone()
+            with world.exclusive():
+                at, cost_s = world.charge(operation, (self.world_rank,))
+                group.mailboxes[to][self.rank, tag].append(Message(at, self.rank, copy))
+                world.wake((destination,))
+            world.wait(self, Elapsed(at, "send", cost_s))
+        self.counters.moved_B += x.nbytes
+        return DONE
+
+    def _recv(self, like: Tensor, frm: int | None, tag: int) -> Received:
+        receive = Receive(self.group, self.rank, frm, tag)
+        with self._timed(str(receive)):
+            self.world.wait(self, receive)
+            with self.world.exclusive():
+                _, source, tensor = receive.take()
+            if tensor.shape != like.shape or tensor.dtype != like.dtype:
+                raise CommunicationError(
+                    f"rank {self.world_rank} in {receive} expects {amount(like.numel(), like.dtype)}, but rank "
+                    f"{self.group.members[source]} sent {amount(tensor.numel(), tensor.dtype)}: a message is received "
+                    "into a tensor of its own length and dtype"
+                )
+            with torch.no_grad():
+                like.copy_(tensor)
+        return Received(source, like)
+
+    # -- meeting ---------------------------------------------------------------------------------------------------
+
+    def _meet(
+        self,
+        name: str,
+        x: Tensor | None,
+        offer: object,
+        move: Callable[[list[Any]], Any],
+        detail: object = "",
+        numel: int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        root: int | None = None,
+    ) -> Any:
+        """Meet all ranks of the group; the last to come calls ``move`` on all offers. Returns this rank's result."""
+        world, group = self.world, self.group
+        if x is None:
+            payload_B, common = 0, False
+        else:
+            numel, dtype, payload_B, common = x.numel(), x.dtype, x.nbytes, self.is_common(x)
+        source = None if root is None else group.members[root]
+        operation = Operation(name, payload_B, self.size, group.members, source, None, common)
+        with self._timed(name):
+            with world.exclusive():
+                meeting = group.join(self.rank, operation, (name, numel, dtype, detail), offer)
+                complete = len(meeting.offers) == self.size
+                if meeting.error is not None:
+                    meeting.at = world.now(self.world_rank)
+                    world.wake(group.members)
+            if meeting.error is None:
+                if complete:
+                    self._conclude(meeting, move)
+                world.wait(self, meeting)
+        if meeting.error is not None:
+            raise CommunicationError(meeting.error)
+        if meeting.raised is not None:
+            raise _again(meeting.raised)
+        return None if meeting.results is None else meeting.results[self.rank]
+
+    def _conclude(self, meeting: Meeting, move: Callable[[list[Any]], Any]) -> None:
+        world, group = self.world, self.group
+        try:
+            # Outside `exclusive`: ranks of other groups go on meanwhile. All of this group are here.
+            with torch.no_grad():
+                meeting.results = move([meeting.offers[i] for i in range(self.size)])
+        except Exception as e:
+            meeting.raised = e
+        with world.exclusive():
+            meeting.at, meeting.cost_s = world.charge(meeting.operation, group.members)
+            group.meeting = None
+            world.wake(group.members)
+
+    @contextlib.contextmanager
+    def _timed(self, doing: str) -> Iterator[None]:
+        """Account the time inside as communicating, waiting excluded; refuse to begin in an aborted world."""
+        world, me, counters = self.world, self.world_rank, self.counters
+        if world.failure is not None:
+            raise world.lost(self, doing)
+        begun, waited = world.now(me), counters.wait_s
+        try:
+            yield
+        finally:
+            counters.communicate_s += world.now(me) - begun - (counters.wait_s - waited)
+
+
+def _columns(move: Callable[[list[Tensor], list[float | None]], None]) -> Callable[[list[Any]], None]:
+    return lambda offers: move([x for x, _ in offers], [w for _, w in offers])
+
+
+def _again(e: Exception) -> Exception:
+    """An exception like ``e``: what the last to come ran into is everybody's, and each thread raises its own."""
+    twin = type(e).__new__(type(e))
+    twin.__dict__.update(e.__dict__)
+    twin.args = e.args
+    return twin
+
+
+def _weighted(weight: float | None) -> str:
+    return "" if weight is None else "weighted"
+
+
+def _address(x: Tensor) -> int:
+    return int(x.untyped_storage()._cdata)  # unlike data_ptr also told apart on the meta device

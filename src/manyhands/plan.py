@@ -1,0 +1,362 @@
+"""How the work is split: everything but task and hardware, checked against both before a process starts.
+
+The three descriptions meet here: a `Strategy` from ``consistency``, a cut from ``partition`` and a transport from
+``communication``, which do not know each other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from manyhands.catalogue import import_object
+from manyhands.communication import transports
+from manyhands.communication.topology import Mesh, parse_mesh
+from manyhands.consistency import strategies
+from manyhands.contract import Setting, Strategy
+from manyhands.errors import BadInput, InvalidPlan, Problem, UnknownName
+from manyhands.grammar import parse_call
+from manyhands.calling import call
+from manyhands.partition import partitions
+
+BUFFER_POLICIES = ("average", "rank0", "local")
+PRECISIONS = ("float32", "bfloat16")
+DEVICES = ("auto", "cpu", "cuda")
+ALLOCATORS = ("tuned", "plain")
+
+
+def strategy_from(value: str | Strategy) -> Strategy:
+    """A strategy from its text; `str` of the result reads back to an equal one."""
+    if isinstance(value, Strategy):
+        return value
+    if not isinstance(value, str):
+        raise BadInput(
+            f"strategy {value!r} is a {type(value).__name__}; it is text such as 'synchronous' or a Strategy."
+        )
+    said = parse_call(value, kind="strategy")
+    cls = strategies.load(said.name)
+    if not (isinstance(cls, type) and issubclass(cls, Strategy)):
+        raise BadInput(
+            f"strategy {said.name} is a {type(cls).__name__}; the rule is: a subclass of manyhands' Strategy."
+        )
+    try:
+        made = call("strategy", said.name, cls, said.args, said.kwargs)
+    except ValueError as e:
+        raise BadInput(f"strategy {value}: {e}.") from None
+    assert isinstance(made, Strategy)
+    return made
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the work is split.
+
+    ``workers=None``: as many as the launcher started, else one per core. ``micro_batches`` cuts each worker's share
+    into passes whose gradients add up (gradient accumulation, bunch mode). ``shard=1`` shares optimizer state over
+    workers (ZeRO stage 1). ``threads`` are per worker, 0 = cores / workers. ``allocator='plain'`` leaves glibc's malloc
+    as it is. Parts that are not built yet (compress, tensor, pipeline, recompute) are refused when the plan is made.
+
+        Plan(strategy="synchronous", workers=2)
+    """
+
+    strategy: Strategy | str = "synchronous"
+    mesh: Mesh | str | None = None
+    compress: str | None = None
+    tensor: str | None = None
+    pipeline: str | None = None
+    shard: int | None = None
+    micro_batches: int = 1
+    recompute: bool = False
+    buffers: str = "average"
+    precision: str = "float32"
+    workers: int | None = None
+    threads: int = 0
+    transport: str = "auto"
+    device: str = "auto"
+    allocator: str = "tuned"
+    timeout_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "strategy", strategy_from(self.strategy))
+        if isinstance(self.mesh, str):
+            object.__setattr__(self, "mesh", parse_mesh(self.mesh))
+
+    def __str__(self) -> str:
+        changed = [
+            f"{f.name}={getattr(self, f.name)}" for f in dataclasses.fields(self) if getattr(self, f.name) != f.default
+        ]
+        return f"plan({', '.join(changed)})"
+
+    def as_table(self) -> dict[str, Any]:
+        """The fields as TOML can hold them, strategy and mesh as text."""
+        table = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        table["strategy"] = str(self.strategy)
+        if self.mesh is not None:
+            assert isinstance(self.mesh, Mesh)
+            table["mesh"] = ",".join(f"{a}={n}" for a, n in self.mesh.axes)
+        return {k: v for k, v in table.items() if v is not None}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a plan is checked against: the machine, the optimizer and the loss."""
+
+    cores: int
+    gpus: int = 0
+    shared_memory: bool = True  # the shared transport works here
+    launched: int | None = None  # ranks that a launcher has started, this process being one of them
+    launcher: str | None = None  # "torchrun", "mpi" or "slurm"
+    elementwise: bool = True
+    stateless: bool = False
+    sum_loss: bool = False
+    optimizer_problem: Problem | None = None
+    batch_size: int = 1
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A plan with every ``auto`` decided, and what the user should know about it (each said once)."""
+
+    plan: Plan
+    setting: Setting
+    notes: tuple[str, ...] = field(default=())
+
+
+def resolve(plan: Plan, facts: Facts) -> Resolved:
+    """Decide every ``auto`` and raise `InvalidPlan` with *all* problems."""
+    found: list[Problem] = []
+    notes: list[str] = []
+    workers = _workers(plan, facts, found)
+    device = _device(plan, facts, found)
+    transport = _transport(plan, facts, workers, device, found, notes)
+    mesh = _mesh(plan, workers, found)
+    _numbers(plan, found)
+    _not_built(plan, found)
+    if facts.optimizer_problem is not None:
+        found.append(facts.optimizer_problem)
+    setting = Setting(
+        workers=workers,
+        transport=transport,
+        shares_memory=transport in ("single", "threads", "shared"),
+        elementwise=facts.elementwise,
+        stateless=facts.stateless,
+        sum_loss=facts.sum_loss,
+    )
+    strategy = _sharded(plan, found)
+    found.extend(strategy.problems(setting))
+    if found:
+        raise InvalidPlan(found)
+    decided = strategy.resolve(setting)
+    if not facts.elementwise and workers > 1:
+        notes.append(
+            "the optimizer looks at whole tensors, so every worker updates all parameters (no sharing of its state)"
+        )
+    if facts.batch_size < workers and not strategy.whole_batch:
+        notes.append(
+            f"a batch of {facts.batch_size} over {workers} workers leaves {workers - facts.batch_size} of them idle in every step"
+        )
+    elif facts.batch_size % workers and not strategy.whole_batch:
+        notes.append(
+            f"a batch of {facts.batch_size} does not divide by {workers} workers: shares differ by one sample and are weighted"
+        )
+    threads = plan.threads or max(1, facts.cores // workers)
+    if workers * threads > facts.cores and facts.launched is None:
+        notes.append(f"{workers} workers × {threads} threads on {facts.cores} cores: right, but not faster")
+    if transport == "threads" and workers > 1:
+        notes.append(
+            "threads share one random number generator and one interpreter lock: results repeat only for models that "
+            "draw no random numbers (no dropout), and Python's share of a step is not parallel"
+        )
+    made = dataclasses.replace(
+        plan, strategy=decided, mesh=mesh, workers=workers, threads=threads, transport=transport, device=device
+    )
+    return Resolved(made, setting, tuple(notes))
+
+
+def _workers(plan: Plan, facts: Facts, found: list[Problem]) -> int:
+    if plan.workers is not None and (
+        not isinstance(plan.workers, int) or isinstance(plan.workers, bool) or plan.workers < 1
+    ):
+        found.append(
+            Problem(f"workers={plan.workers!r}", "the number of workers is a whole number from 1.", "E.g. workers=2.")
+        )
+        return 1
+    if facts.launched is not None:
+        if plan.workers is not None and plan.workers != facts.launched:
+            found.append(
+                Problem(
+                    f"workers={plan.workers} under {facts.launcher}, which started {facts.launched}",
+                    "under a launcher every rank is one worker.",
+                    f"Leave workers out, or start {plan.workers} ranks.",
+                )
+            )
+        return facts.launched
+    if plan.workers is not None:
+        return plan.workers
+    if isinstance(plan.mesh, Mesh):
+        return plan.mesh.size
+    return 1 if plan.transport == "single" else facts.cores
+
+
+def _device(plan: Plan, facts: Facts, found: list[Problem]) -> str:
+    if plan.device not in DEVICES:
+        raise UnknownName("device", plan.device, DEVICES)
+    if plan.device == "cuda" and not facts.gpus:
+        found.append(
+            Problem(
+                "device=cuda",
+                "torch sees no CUDA device here.",
+                "Use device=cpu; `manyhands doctor` shows what torch sees.",
+            )
+        )
+        return "cpu"
+    if plan.device == "auto":
+        return "cuda" if facts.gpus and plan.transport not in ("threads", "shared") else "cpu"
+    return plan.device
+
+
+def _transport(plan: Plan, facts: Facts, workers: int, device: str, found: list[Problem], notes: list[str]) -> str:
+    asked = plan.transport
+    if asked != "auto" and asked not in transports:
+        raise UnknownName("transport", asked, [*transports, "auto"])
+    if asked == "simulated":
+        found.append(
+            Problem(
+                "transport=simulated",
+                "virtual time is not for training.",
+                "Use auto; simulated is what `simulate` and the tests run on.",
+            )
+        )
+    if facts.launched is not None:
+        return _launched_transport(asked, facts, device, found)
+    if asked == "auto":
+        if workers == 1:
+            return "single"
+        if device == "cuda":
+            return "nccl" if workers <= facts.gpus else "gloo"
+        if facts.shared_memory:
+            return "shared"
+        notes.append("shared memory is for Linux on x86-64; this machine gets gloo")
+        return "gloo"
+    if asked == "single" and workers > 1:
+        found.append(
+            Problem(
+                f"transport=single with {workers} workers", "single is one worker.", "Use workers=1, or transport=auto."
+            )
+        )
+    if asked == "shared" and device == "cuda":
+        found.append(
+            Problem(
+                "transport=shared on cuda", "its memory is the host's.", "Use device=cpu, or transport=nccl or gloo."
+            )
+        )
+    if asked == "shared" and not facts.shared_memory:
+        found.append(Problem("transport=shared", "it needs Linux on x86-64.", "Use transport=gloo."))
+    if asked == "nccl" and workers > facts.gpus:
+        found.append(
+            Problem(
+                f"transport=nccl with {workers} workers on {facts.gpus} GPUs",
+                "NCCL wants a GPU for every worker.",
+                "Use transport=gloo (several workers may share a GPU), or fewer workers.",
+            )
+        )
+    if asked == "mpi":
+        notes.append("MPI's launcher opens listeners on all interfaces of this machine while it runs")
+    return asked
+
+
+def _launched_transport(asked: str, facts: Facts, device: str, found: list[Problem]) -> str:
+    natural = "mpi" if facts.launcher == "mpi" else "nccl" if device == "cuda" else "gloo"
+    if asked == "auto":
+        return natural if facts.launched != 1 else "single"
+    works = ("mpi",) if facts.launcher == "mpi" else ("gloo", "nccl")
+    if asked not in works and not (asked == "single" and facts.launched == 1):
+        found.append(
+            Problem(
+                f"transport={asked} under {facts.launcher}",
+                "a launcher's ranks meet the way it provides.",
+                f"Use transport={' or '.join(works)}, or start without a launcher.",
+            )
+        )
+    return asked
+
+
+def _mesh(plan: Plan, workers: int, found: list[Problem]) -> Mesh:
+    mesh = plan.mesh if isinstance(plan.mesh, Mesh) else Mesh(data=workers)
+    unknown = [a for a in mesh if a not in partitions and mesh[a] > 1]
+    if unknown:
+        found.append(
+            Problem(
+                f"{mesh} cuts along {', '.join(unknown)}",
+                f"the axes that exist are {', '.join(partitions)}.",
+                f"Use data={workers}.",
+            )
+        )
+    if mesh.size != workers:
+        found.append(
+            Problem(
+                f"{mesh} needs {mesh.size} ranks; there are {workers}",
+                "the extents of a mesh multiply to the number of workers.",
+                f"Meshes that fit {workers}: data={workers}.",
+            )
+        )
+    return mesh
+
+
+def _numbers(plan: Plan, found: list[Problem]) -> None:
+    for name, at_least in (("micro_batches", 1), ("threads", 0)):
+        value = getattr(plan, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
+            found.append(
+                Problem(
+                    f"{name}={value!r}", f"{name} is a whole number from {at_least}.", f"E.g. {name}={at_least + 1}."
+                )
+            )
+    if not isinstance(plan.timeout_s, int | float) or plan.timeout_s <= 0:
+        found.append(
+            Problem(
+                f"timeout_s={plan.timeout_s!r}", "a deadline is a positive number of seconds.", "E.g. timeout_s=60."
+            )
+        )
+    for name, choices in (("buffers", BUFFER_POLICIES), ("precision", PRECISIONS), ("allocator", ALLOCATORS)):
+        value = getattr(plan, name)
+        if value not in choices:
+            found.append(
+                Problem(f"{name}={value!r}", f"{name} is one of {', '.join(choices)}.", f"E.g. {name}={choices[0]!r}.")
+            )
+
+
+def _not_built(plan: Plan, found: list[Problem]) -> None:
+    for name in ("compress", "tensor", "pipeline", "recompute"):
+        value = getattr(plan, name)
+        if value:
+            found.append(Problem(f"{name}={value!r}", f"{name} is not part of this release.", f"Leave {name} out."))
+
+
+def _sharded(plan: Plan, found: list[Problem]) -> Strategy:
+    strategy = plan.strategy
+    assert isinstance(strategy, Strategy)
+    if plan.shard is None:
+        return strategy
+    synchronous = import_object(strategies["synchronous"])
+    if plan.shard not in (0, 1):
+        found.append(
+            Problem(f"shard={plan.shard!r}", "0 (nothing shared) and 1 (optimizer state shared) exist.", "Use shard=1.")
+        )
+    elif not isinstance(strategy, synchronous):
+        found.append(
+            Problem(
+                f"shard={plan.shard} with {strategy}",
+                "sharing optimizer state is part of synchronous.",
+                "Use strategy=synchronous.",
+            )
+        )
+    else:
+        update = "sharded" if plan.shard else "replicated"
+        if strategy.update not in ("auto", update):
+            found.append(
+                Problem(f"shard={plan.shard} with {strategy}", "they contradict each other.", "Say one of them.")
+            )
+        return dataclasses.replace(strategy, update=update)
+    return strategy

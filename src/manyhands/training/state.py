@@ -1,0 +1,89 @@
+"""What an exact resume needs, gathered from all workers into one nested dict, and given back to them.
+
+    cursor      epoch, position and step of the sampler
+    optimizer   per parameter and key, whole tensors assembled from the workers' slices (so any worker count fits)
+    schedule    the learning-rate schedule's own state
+    ranks       per rank: random number generator, buffers, the strategy's live state
+    history     epoch records so far
+
+On the same number of workers a resume is exact bit for bit. On another number, parameters, optimizer and order of
+samples are; per-rank state (random streams, residuals, own buffers) starts anew from the agreed values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from manyhands.communication.communicator import Communicator
+from manyhands.contract import StateSlice, Strategy, Worker
+from manyhands.training.gather import gather
+from manyhands.training.sampler import Cursor
+
+
+def collect(
+    worker: Worker, strategy: Strategy, comm: Communicator, cursor: Cursor, schedule: Any, history: Sequence[Any]
+) -> dict[str, Any] | None:
+    """The whole state on rank 0, None elsewhere. Collective."""
+    replica = worker.replica
+    # Where all workers hold all of the same state, rank 0's is enough.
+    holds = comm.rank == 0 or not (strategy.identical and strategy.parameters == "own")
+    mine = {
+        "slices": [[s.parameter, s.key, s.lo, s.hi, s.values] for s in replica.optimizer_state()] if holds else [],
+        "generator": torch.get_rng_state().view(torch.uint8),
+        "buffers": [b.clone() for b in replica.buffers],
+        "strategy": worker.state_dict(),
+    }
+    everybody = gather(comm, mine)
+    if everybody is None:
+        return None
+    slices = [StateSlice(*entry) for state in everybody for entry in state.pop("slices")]
+    return {
+        "cursor": list(cursor),
+        "workers": comm.size,
+        "strategy": str(strategy),
+        "optimizer": assemble(slices),
+        "schedule": None if schedule is None else schedule.state_dict(),
+        "ranks": everybody,
+        "history": list(history),
+    }
+
+
+def assemble(slices: Sequence[StateSlice]) -> list[list[Any]]:
+    """Whole state tensors ``[parameter, key, values]`` from slices that tile them; the first of equal ones counts."""
+    whole: dict[tuple[str, str], Tensor] = {}
+    parts: dict[tuple[str, str], list[StateSlice]] = {}
+    for s in slices:
+        if s.lo == -1:
+            whole.setdefault((s.parameter, s.key), s.values)
+        else:
+            parts.setdefault((s.parameter, s.key), []).append(s)
+    for name, pieces in parts.items():
+        values = torch.zeros(max(p.hi for p in pieces), dtype=pieces[0].values.dtype)
+        for p in reversed(pieces):
+            values[p.lo : p.hi] = p.values.reshape(-1)
+        whole[name] = values
+    return [[parameter, key, values] for (parameter, key), values in whole.items()]
+
+
+def restore(state: dict[str, Any], worker: Worker, strategy: Strategy, comm: Communicator, schedule: Any) -> Cursor:
+    """Give a collected state back to this rank; parameters are the model's and are loaded apart."""
+    replica = worker.replica
+    replica.load_optimizer_state(
+        [
+            StateSlice(parameter, key, *((0, values.numel()) if values.dim() else (-1, -1)), values)
+            for parameter, key, values in state["optimizer"]
+        ]
+    )
+    if schedule is not None and state["schedule"] is not None:
+        schedule.load_state_dict(state["schedule"])
+    if state["workers"] == comm.size and state["strategy"] == str(strategy):
+        mine = state["ranks"][comm.rank]
+        torch.set_rng_state(mine["generator"])
+        for buffer, kept in zip(replica.buffers, mine["buffers"], strict=True):
+            buffer.copy_(kept)
+        worker.load_state_dict(mine["strategy"])
+    return Cursor(*state["cursor"])

@@ -1,0 +1,54 @@
+"""Rules for every test: nothing is left behind, nothing is drawn by chance, GPU tests ask for a GPU."""
+
+import os
+
+import pytest
+from hypothesis import settings
+
+from tests import guards
+
+guards.mark_session()
+os.environ["PYTHONFAULTHANDLER"] = "1"  # in the processes that tests start; pytest sees to its own
+
+# The same examples on every run, and no limit on one example's time: the machine may be busy.
+settings.register_profile("manyhands", derandomize=True, deadline=None)
+settings.load_profile("manyhands")
+
+
+@pytest.fixture(autouse=True)
+def leaves_nothing_behind():
+    """Fail a test that leaks: see `tests.guards`. Being automatic it starts first and so ends last."""
+    before = guards.Snapshot.take()
+    yield
+    found = guards.leaks(before)
+    if found:
+        guards.clean_up(before)
+        pytest.fail("the test left behind:\n  " + "\n  ".join(found), pytrace=False)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def standing_teams():
+    """The worker teams that `manyhands.testing` keeps are no test's leak; they end with the session."""
+    from manyhands import testing
+
+    make = testing.team
+
+    def make_standing(*args, **kwargs):
+        with guards.standing():
+            return make(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(testing, "team", make_standing)
+        yield
+    testing.close_standing()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none."""
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if on_gpu:
+        import torch
+
+        if not torch.cuda.is_available():
+            for item in on_gpu:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
