@@ -10,6 +10,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+from manyhands.calling import call
 from manyhands.catalogue import import_object
 from manyhands.communication import transports
 from manyhands.communication.topology import Mesh, parse_mesh
@@ -17,8 +18,8 @@ from manyhands.consistency import strategies
 from manyhands.contract import Setting, Strategy
 from manyhands.errors import BadInput, InvalidPlan, Problem, UnknownName
 from manyhands.grammar import parse_call
-from manyhands.calling import call
 from manyhands.partition import partitions
+from manyhands.task import is_positive, is_whole
 
 BUFFER_POLICIES = ("average", "rank0", "local")
 PRECISIONS = ("float32", "bfloat16")
@@ -154,11 +155,13 @@ def resolve(plan: Plan, facts: Facts) -> Resolved:
         )
     if facts.batch_size < workers and not strategy.whole_batch:
         notes.append(
-            f"a batch of {facts.batch_size} over {workers} workers leaves {workers - facts.batch_size} of them idle in every step"
+            f"a batch of {facts.batch_size} over {workers} workers leaves {workers - facts.batch_size} of them idle "
+            "in every step"
         )
     elif facts.batch_size % workers and not strategy.whole_batch:
         notes.append(
-            f"a batch of {facts.batch_size} does not divide by {workers} workers: shares differ by one sample and are weighted"
+            f"a batch of {facts.batch_size} does not divide by {workers} workers: shares differ by one sample and "
+            "are weighted"
         )
     threads = plan.threads or max(1, facts.cores // workers)
     if workers * threads > facts.cores and facts.launched is None:
@@ -175,9 +178,7 @@ def resolve(plan: Plan, facts: Facts) -> Resolved:
 
 
 def _workers(plan: Plan, facts: Facts, found: list[Problem]) -> int:
-    if plan.workers is not None and (
-        not isinstance(plan.workers, int) or isinstance(plan.workers, bool) or plan.workers < 1
-    ):
+    if plan.workers is not None and not is_whole(plan.workers, 1):
         found.append(
             Problem(f"workers={plan.workers!r}", "the number of workers is a whole number from 1.", "E.g. workers=2.")
         )
@@ -307,13 +308,13 @@ def _mesh(plan: Plan, workers: int, found: list[Problem]) -> Mesh:
 def _numbers(plan: Plan, found: list[Problem]) -> None:
     for name, at_least in (("micro_batches", 1), ("threads", 0)):
         value = getattr(plan, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
+        if not is_whole(value, at_least):
             found.append(
                 Problem(
                     f"{name}={value!r}", f"{name} is a whole number from {at_least}.", f"E.g. {name}={at_least + 1}."
                 )
             )
-    if not isinstance(plan.timeout_s, int | float) or plan.timeout_s <= 0:
+    if not is_positive(plan.timeout_s):
         found.append(
             Problem(
                 f"timeout_s={plan.timeout_s!r}", "a deadline is a positive number of seconds.", "E.g. timeout_s=60."
@@ -358,5 +359,6 @@ def _sharded(plan: Plan, found: list[Problem]) -> Strategy:
             found.append(
                 Problem(f"shard={plan.shard} with {strategy}", "they contradict each other.", "Say one of them.")
             )
-        return dataclasses.replace(strategy, update=update)
+        made: Strategy = dataclasses.replace(strategy, update=update)
+        return made
     return strategy

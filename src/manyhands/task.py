@@ -45,7 +45,7 @@ class Task:
             value = getattr(self, name)
             if value is None and name in ("epochs", "steps"):
                 continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
+            if not is_whole(value, at_least):
                 found.append(
                     Problem(
                         f"{name}={value!r}",
@@ -61,9 +61,7 @@ class Task:
                     "Give one of them.",
                 )
             )
-        if self.clip is not None and not (
-            isinstance(self.clip, int | float) and math.isfinite(self.clip) and self.clip > 0
-        ):
+        if self.clip is not None and not is_positive(self.clip):
             found.append(
                 Problem(f"clip={self.clip!r}", "the limit of the gradient norm is a positive number.", "E.g. clip=1.0.")
             )
@@ -85,6 +83,16 @@ class Task:
         """The fields as TOML can hold them; a live object is named in angle brackets and cannot be read back."""
         table = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return {k: v if isinstance(v, str | int | float) else described(v) for k, v in table.items() if v is not None}
+
+
+def is_whole(value: object, at_least: int) -> bool:
+    """Whether ``value`` is a whole number from ``at_least``; True and False are not numbers here."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= at_least
+
+
+def is_positive(value: object) -> bool:
+    """Whether ``value`` is a finite number above 0."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def described(value: Any) -> str:

@@ -446,7 +446,7 @@ def check_over_axes_of_a_mesh(comm: Communicator) -> None:
 def check_bytes_counted_are_those_of_the_reference(comm: Communicator) -> None:
     """Every operation, on whole and split groups, under the purpose it was done for."""
     P, rank = comm.size, comm.rank
-    comm.counters = Counters()
+    comm.context.counters = Counters()
     x = torch.ones(96, dtype=torch.float64)  # 768 bytes: a multiple of every size up to 8 but 5 and 7
     n_B = 768
     with comm.counting("consensus"):

@@ -52,13 +52,15 @@ def reference_B(operation: str, n_B: int, size: int, *, rank: int = 0, root: int
 class Work(Protocol):
     """An operation under way. `wait` returns when the result may be read; it raises what went wrong."""
 
-    def wait(self) -> None: ...
+    def wait(self) -> None:
+        """Return when the operation is over."""
 
 
 class Done:
     """The `Work` of an operation that was finished when the call returned."""
 
     def wait(self) -> None:
+        """Return at once."""
         return
 
 
@@ -100,6 +102,15 @@ class Counters:
         return sum(t.messages for t in self.tallies[purpose].values())
 
 
+@dataclass
+class Context:
+    """What a communicator and the groups split from it have in common."""
+
+    counters: Counters = field(default_factory=Counters)
+    purpose: str = "step"  # what is being communicated for
+    step: int | None = None  # the training step, for messages
+
+
 class Communicator(ABC):
     """One rank's end of a group of ranks.
 
@@ -119,10 +130,23 @@ class Communicator(ABC):
         self.timeout_s = timeout_s
         self.mesh = Mesh(data=size)
         self.servers: Communicator | None = None
-        self.counters = Counters()
-        self.step: int | None = None  # the training step, for messages
-        self._purpose = "step"
+        self.context = Context()
         self._groups: dict[frozenset[str], Communicator] = {}
+
+    @property
+    def counters(self) -> Counters:
+        """What this rank has communicated, through this communicator and groups split from it."""
+        return self.context.counters
+
+    @property
+    def step(self) -> int | None:
+        """The training step, which error messages name."""
+        return self.context.step
+
+    @step.setter
+    def step(self, value: int | None) -> None:
+        self.context.step = value
+        self._publish_step(value)
 
     # -- memory ----------------------------------------------------------------------------------------------------
 
@@ -150,6 +174,7 @@ class Communicator(ABC):
         which every rank raises `Vetoed` in this call or in ``wait()``. One rank's ``x`` is untouched bit for
         bit. The weight itself rides along and is not counted as payload.
         """
+        _check_mean(x, weight)
         self._count("all_reduce", x, 2 * (self.size - 1))
         if self.size == 1:
             coefficients([weight])
@@ -162,6 +187,7 @@ class Communicator(ABC):
         ``x[lo:hi]`` then holds the result; the rest of ``x`` is undefined. Peers may still be reading ``x`` when this
         returns: outside ``[lo, hi)`` it must not be written before the next collective of this group.
         """
+        _check_mean(x, weight)
         self._count("reduce_scatter", x, self.size - 1)
         if self.size == 1:
             coefficients([weight])
@@ -175,6 +201,8 @@ class Communicator(ABC):
         On common memory there is one copy already and this is a barrier.
         """
         self._count("all_gather", x, self.size - 1)
+        if bounds is not None and len(bounds) != self.size:
+            raise BadInput(f"all_gather with {len(bounds)} bounds for {self.size} ranks: each contributes one slice.")
         if self.size == 1:
             return DONE
         return self._all_gather(_flat(x), slices(x.numel(), self.size) if bounds is None else bounds)
@@ -217,7 +245,7 @@ class Communicator(ABC):
     def split(self, color: int) -> Communicator:
         """The group of the ranks that gave the same ``color``, in rank order. Collective over this group."""
         group = self._split(color)
-        group.counters = self.counters
+        group.context = self.context
         return group
 
     def over(self, axes: frozenset[str]) -> Communicator:
@@ -243,17 +271,17 @@ class Communicator(ABC):
     @contextlib.contextmanager
     def counting(self, purpose: str) -> Iterator[None]:
         """Count what happens inside under another purpose than ``step`` (e.g. ``consensus``)."""
-        before, self._purpose = self._purpose, purpose
+        before, self.context.purpose = self.context.purpose, purpose
         try:
             yield
         finally:
-            self._purpose = before
+            self.context.purpose = before
 
     def _tally(self, operation: str) -> Tally:
-        return self.counters.tallies[self._purpose][operation]
+        return self.counters.tallies[self.context.purpose][operation]
 
     def _count(self, operation: str, x: Tensor, messages: int, *, root: int = 0) -> None:
-        tally = self.counters.tallies[self._purpose][operation]
+        tally = self._tally(operation)
         tally.calls += 1
         if self.size > 1:
             tally.messages += messages
@@ -271,6 +299,10 @@ class Communicator(ABC):
             yield
         finally:
             self.counters.wait_s += time.perf_counter() - t0
+
+    def _publish_step(self, step: int | None) -> None:
+        """The step has changed; a transport whose peers can look makes it visible to them."""
+        return
 
     # -- what a transport fills in: x is contiguous and flat, size > 1 --------------------------------------------
 
@@ -303,6 +335,11 @@ class Communicator(ABC):
 
     @abstractmethod
     def _split(self, color: int) -> Communicator: ...
+
+
+def _check_mean(x: Tensor, weight: float | None) -> None:
+    if weight is not None and not x.dtype.is_floating_point:
+        raise BadInput(f"a weighted mean of {x.dtype}: whole numbers can only be summed (leave the weight out).")
 
 
 def _flat(x: Tensor) -> Tensor:

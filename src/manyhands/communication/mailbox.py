@@ -97,7 +97,7 @@ class Mailbox:
 
     def send(self, x: Tensor, to: int, tag: int) -> Sending | None:
         """Start sending; None when all of it is in the ring already."""
-        body = memoryview(x.view(torch.uint8).numpy()) if x.numel() else memoryview(b"")
+        body = x.view(torch.uint8).numpy().data if x.numel() else memoryview(b"")
         header = tag.to_bytes(8, "little", signed=True) + len(body).to_bytes(8, "little")
         message = _Outgoing(header, body)
         queue = self._outgoing.setdefault(to, deque())

@@ -85,7 +85,7 @@ class Region:
         """The region as unsigned 64-bit words; one word is loaded and stored in one piece."""
         return memoryview(self.memory).cast("Q")
 
-    def doubles(self) -> memoryview:
+    def doubles(self) -> memoryview[float]:
         """The region as float64."""
         return memoryview(self.memory).cast("d")
 

@@ -20,7 +20,7 @@ class Mesh:
     axes: tuple[tuple[str, int], ...]
 
     def __init__(self, axes: Mapping[str, int] | Iterable[tuple[str, int]] = (), /, **named: int) -> None:
-        pairs = tuple((axes.items() if isinstance(axes, Mapping) else tuple(axes))) + tuple(named.items())
+        pairs = tuple(axes.items() if isinstance(axes, Mapping) else tuple(axes)) + tuple(named.items())
         for name, extent in pairs:
             if not isinstance(extent, int) or isinstance(extent, bool) or extent < 1:
                 raise BadInput(f"mesh axis {name}={extent!r}: the extent of an axis is a whole number from 1.")

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
-
 
 #: ``ready(i, lo, hi, loss, count)``; see `Replica.gradients`.
 Ready = Callable[[int, int, int, Tensor, float], None]
 
 
-class Batch(NamedTuple):
+@dataclass(slots=True)
+class Batch:
     """A worker's share of one step: any pytrees of tensors whose leading dim is the sample, and how many samples.
 
     ``count`` may be 0 (more workers than samples): the tensors then have no rows, or are None.
@@ -56,9 +56,9 @@ class StateSlice:
 class Replica(Protocol):
     """A worker's model and optimizer, whole or cut. Made by ``partition``; all compute goes through it."""
 
-    pieces: Sequence[Piece]
+    pieces: list[Piece]
     #: The model's buffers (BatchNorm statistics and the like), in the order of ``named_buffers``.
-    buffers: Sequence[Tensor]
+    buffers: list[Tensor]
     #: Global-norm limit of the task, or None.
     clip: float | None
     #: Time spent so far in `gradients` and in `apply`.

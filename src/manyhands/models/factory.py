@@ -12,10 +12,10 @@ from typing import Any
 
 from torch import nn
 
+from manyhands.calling import call, label
 from manyhands.errors import BadInput
 from manyhands.grammar import parse_call
 from manyhands.models import models
-from manyhands.calling import call, label
 
 ModelFactory = Callable[..., nn.Module]
 

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from manyhands.calling import call
 from manyhands.catalogue import Reference
 from manyhands.errors import BadInput
 from manyhands.grammar import parse_call
 from manyhands.models import loss_functions
-from manyhands.calling import call
 
 log = logging.getLogger(__name__)
 

@@ -17,10 +17,10 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from manyhands.calling import call, label
 from manyhands.errors import BadInput, Problem
 from manyhands.grammar import parse_call
 from manyhands.models import optimizer_classes
-from manyhands.calling import call, label
 
 OptimizerSpec = str | Callable[..., Optimizer]
 

@@ -11,10 +11,10 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from manyhands.calling import call, label
 from manyhands.errors import BadInput
 from manyhands.grammar import parse_call
 from manyhands.models import schedule_classes
-from manyhands.calling import call, label
 
 ScheduleSpec = str | Callable[[Optimizer], LRScheduler]
 

@@ -51,7 +51,7 @@ class Announcer:
         self._about: tuple[Tensor, float] | None = None
         for group in spans:
             for s in group:
-                s.parameter.register_post_accumulate_grad_hook(self._passed)
+                s.parameter.register_post_accumulate_grad_hook(self._passed)  # type: ignore[no-untyped-call]
 
     def begin(self, ready: Ready) -> None:
         """A step begins; nothing is announced before `last_pass`."""

@@ -83,7 +83,8 @@ class DataReplica:
             numel = sum(p.numel() for p in parameters)
             flat = self._comm.allocate(numel, dtype, common=common)
             grad = self._comm.allocate(numel, dtype)
-            spans, at = [], 0
+            spans: list[Span] = []
+            at = 0
             writes = self._comm.rank == 0 or not self._comm.is_common(flat)
             for p in parameters:
                 shape, strides = p.shape, strides_of(p)
@@ -184,9 +185,10 @@ class DataReplica:
         """In the first step, find the parameters that no worker's backward reaches."""
         spans = [s for group in self._spans for s in group]
         reached: set[str] = set()
-        hooks = [
-            s.parameter.register_post_accumulate_grad_hook(lambda _, name=s.name: reached.add(name)) for s in spans
-        ]
+        watch: Callable[[Span], Any] = lambda s: s.parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]  # noqa: E731
+            lambda _: reached.add(s.name)
+        )
+        hooks = [watch(s) for s in spans]
         yield
         for hook in hooks:
             hook.remove()
@@ -225,13 +227,13 @@ class DataReplica:
 
     def norm(self, bounds: Sequence[tuple[int, int]]) -> Tensor:
         """See `contract.Replica.norm`."""
-        parts = {}
+        parts: dict[int, Tensor] = {}
         for piece, spans, (lo, hi) in zip(self.pieces, self._spans, bounds, strict=True):
             for s in spans:
                 start, stop = s.within(lo, hi)
                 if start < stop:
-                    whole = (start, stop) == (s.start, s.stop) and s.parameter.grad is not None
-                    parts[id(s.parameter)] = s.parameter.grad if whole else piece.grad[start:stop]
+                    whole = s.parameter.grad if (start, stop) == (s.start, s.stop) else None
+                    parts[id(s.parameter)] = piece.grad[start:stop] if whole is None else whole
         ordered = [parts[id(p)] for p in self.model.parameters() if id(p) in parts]
         return torch.nn.utils.get_total_norm(ordered) if ordered else torch.zeros(())
 

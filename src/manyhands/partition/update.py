@@ -207,8 +207,8 @@ class SliceUpdate:
         _in_memory_order(state[key], part)[lo:hi] = values
 
 
-def _no_closure() -> None:
-    return None
+def _no_closure() -> Any:
+    return torch.zeros(())
 
 
 def _is_plain_sgd(optimizer: torch.optim.Optimizer, group: int) -> bool:

@@ -221,14 +221,14 @@ class logged:
         rank = run.comm.rank if folder is not None else 1
         resumed = run.cursor.step if run.options.resume else None
         self.metrics = MetricsLog(Path(folder or "."), rank=rank, resumed_step=resumed)
-        self._step = lambda: run.comm.step
+        self._comm = run.comm
 
     def __enter__(self) -> MetricsLog:
         return self.metrics
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         if error is not None:
-            self.metrics.event("failed", step=self._step(), error=type(error).__name__, message=str(error))
+            self.metrics.event("failed", step=self._comm.step, error=type(error).__name__, message=str(error))
         self.metrics.close()
 
 

@@ -167,7 +167,7 @@ def main(folder: str) -> None:
     connection.send_bytes(encode(["hello", rank, os.getpid()]))
     values = decode((place / "setup").read_bytes())
     setup = Setup(**{**values, "rank": rank, "size": size, "cores": tuple(values["cores"])})
-    serve(setup, connection)  # type: ignore[arg-type]
+    serve(setup, connection)
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def restore(state: dict[str, Any], worker: Worker, strategy: Strategy, comm: Com
     replica = worker.replica
     replica.load_optimizer_state(
         [
-            StateSlice(parameter, key, *((0, values.numel()) if values.dim() else (-1, -1)), values)
+            StateSlice(parameter, key, 0 if values.dim() else -1, values.numel() if values.dim() else -1, values)
             for parameter, key, values in state["optimizer"]
         ]
     )

@@ -24,7 +24,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -36,9 +35,10 @@ from typing import Any
 from manyhands import errors
 from manyhands.catalogue import import_object
 from manyhands.communication import futex, transports
+from manyhands.communication.communicator import Communicator
 from manyhands.errors import BadInput, UnknownName, WorkerFailed
 from manyhands.training.allocator import Allocator, tune
-from manyhands.training.member import Member, Setup, failure, serve
+from manyhands.training.member import Member, Setup, serve
 from manyhands.training.wire import decode, encode
 
 #: How long after the first failure the others may still say what they saw: the first report is not always the cause.
@@ -72,6 +72,7 @@ class Team(ABC):
 
     def close(self) -> None:
         """End the workers. Safe to call twice."""
+        return
 
     def __enter__(self) -> Team:
         return self
@@ -99,7 +100,7 @@ def team(
             raise BadInput(f"transport single with {size} workers: it has one worker. Try shared, gloo or threads.")
         return SingleTeam(allocator, threads, live)
     if transport in ("threads", "simulated"):
-        return ThreadTeam(transport, size, timeout_s, live)
+        return ThreadTeam(transport, size, threads, timeout_s, live)
     setups = [
         Setup(
             transport,
@@ -154,9 +155,9 @@ class SingleTeam(Team):
 class ThreadTeam(Team):
     """Workers as threads of this process, free running or taking turns on a virtual clock."""
 
-    def __init__(self, transport: str, size: int, timeout_s: float, live: Any) -> None:
+    def __init__(self, transport: str, size: int, threads: int, timeout_s: float, live: Any) -> None:
         super().__init__(transport, size)
-        self._timeout_s, self._live = timeout_s, live
+        self._threads, self._timeout_s, self._live = threads, timeout_s, live
 
     def run(
         self, job: str, *arguments: Any, report: Report | None = None, deadline_s: float | None = None
@@ -164,48 +165,27 @@ class ThreadTeam(Team):
         """Run the job on fresh threads; they are joined before this returns or raises."""
         function = import_object(job, kind="job")
 
-        def work(comm: Any) -> Any:
+        def work(comm: Communicator) -> Any:
             send = (lambda value: report(comm.rank, value)) if report else (lambda _: None)
             return function(Member(comm, self._live, send), *arguments)
 
-        if self.transport == "simulated":
-            from manyhands.communication.transports.simulated import SimulatedWorld
-
-            return SimulatedWorld(self.size).run(work)
-        from manyhands.communication.transports.threads import ThreadsWorld
-
-        world = ThreadsWorld(self.size, timeout_s=self._timeout_s)
-        results: list[Any] = [None] * self.size
-        failures: list[dict[str, Any]] = []
-
-        def body(rank: int) -> None:
-            comm = world.communicator(rank)
-            try:
-                results[rank] = work(comm)
-            except BaseException as e:
-                failures.append(failure(rank, comm.step, e)[1])
-                world.abort(rank, str(e))
-
-        threads = [threading.Thread(target=body, args=(r,), name=f"worker-{r}") for r in range(self.size)]
         import torch
 
+        from manyhands.communication.transports.simulated import SimulatedWorld
+        from manyhands.communication.transports.threads import ThreadsWorld
+
+        simulated = self.transport == "simulated"
+        world = SimulatedWorld(self.size) if simulated else ThreadsWorld(self.size, timeout_s=self._timeout_s)
         before = torch.get_num_threads()
-        torch.set_num_threads(max(1, futex.cores() // self.size))
+        torch.set_num_threads(self._threads)
         try:
-            for t in threads:
-                t.start()
-            for t in threads:
-                t.join()
-        except BaseException:
-            world.abort(-1, "interrupted")
-            for t in threads:
-                t.join()
+            return world.run(work)
+        except WorkerFailed as e:
+            if isinstance(e.__cause__, errors.ManyhandsError):
+                raise e.__cause__ from None
             raise
         finally:
             torch.set_num_threads(before)
-        if failures:
-            raise_cause(failures)
-        return results
 
 
 class ProcessTeam(Team):

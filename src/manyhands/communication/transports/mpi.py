@@ -228,7 +228,9 @@ def _mpi() -> Any:
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as e:  # RuntimeError: mpi4py is there and no MPI library
-        raise BadInput(f'transport mpi: there is no usable MPI ({e}). Install one: pip install "manyhands[mpi]".') from e
+        raise BadInput(
+            f'transport mpi: there is no usable MPI ({e}). Install one: pip install "manyhands[mpi]".'
+        ) from e
     return MPI
 
 

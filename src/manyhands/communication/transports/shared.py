@@ -89,7 +89,7 @@ class SharedCommunicator(Communicator):
         self._turn = 0  # which of the two exchange words is next
         self._staging_turn = 0
         self._allocations: list[_Allocation] = []
-        self._symmetric: dict[tuple[int, int], _Symmetric | None] = {}
+        self._symmetric: dict[tuple[int, int, torch.dtype], _Symmetric | None] = {}
         self._staging: Region | None = None
 
     @staticmethod
@@ -110,19 +110,12 @@ class SharedCommunicator(Communicator):
 
     # -- state that others may see -----------------------------------------------------------------------------
 
-    @property
-    def step(self) -> int | None:  # type: ignore[override]
-        """The training step, published so that a peer that waits in vain can name it."""
-        return self._step
-
-    @step.setter
-    def step(self, value: int | None) -> None:
-        self._step = value
-        self._words[self._layout.steps // 8 + self.rank] = 0 if value is None else value + 1
+    def _publish_step(self, step: int | None) -> None:
+        self._words[self._layout.steps // 8 + self.rank] = 0 if step is None else step + 1
 
     def _meet(self, doing: str) -> None:
         mailbox = self._mailbox
-        self._enter(self._step, doing, mailbox.progress if mailbox is not None else None)
+        self._enter(self.context.step, doing, mailbox.progress if mailbox is not None else None)
 
     def _exchange(self, value: float | None, doing: str) -> list[float | None]:
         """Everybody's number (None travels as NaN); one barrier."""
@@ -160,7 +153,7 @@ class SharedCommunicator(Communicator):
 
     def _find(self, x: Tensor) -> _Symmetric | None:
         """The symmetric counterparts of ``x``; None for a tensor from elsewhere."""
-        key = (x.data_ptr(), x.numel())
+        key = (x.data_ptr(), x.numel(), x.dtype)
         try:
             return self._symmetric[key]
         except KeyError:
@@ -327,7 +320,7 @@ class SharedCommunicator(Communicator):
 
     def _recv(self, like: Tensor, frm: int | None, tag: int) -> Received:
         t0, waited = time.perf_counter(), self._mail.wait_s
-        source = self._mail.recv(like, frm, tag, self._step)
+        source = self._mail.recv(like, frm, tag, self.step)
         waited = self._mail.wait_s - waited
         self.counters.wait_s += waited
         self.counters.communicate_s += time.perf_counter() - t0 - waited

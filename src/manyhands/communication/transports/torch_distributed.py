@@ -30,7 +30,8 @@ import time
 import weakref
 from abc import abstractmethod
 from collections import defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, ClassVar, Self
 
@@ -40,7 +41,7 @@ from torch import Tensor
 from manyhands.communication.communicator import Received, Work
 from manyhands.communication.reduction import coefficients, reduce_into, slices
 from manyhands.communication.transports.engine import EngineCommunicator
-from manyhands.errors import BadInput, CommunicationError, Deadlock, DeadlineExceeded, Vetoed
+from manyhands.errors import BadInput, CommunicationError, DeadlineExceeded, Deadlock, Vetoed
 
 #: Tags from here on are ours, one after the other for successive exchanges; the user's lie below.
 FIRST_OWN_TAG = 2**30
@@ -69,10 +70,11 @@ class TorchCommunicator(EngineCommunicator):
         self._store, self._one_host, self._device = store, one_host, device or torch.device("cpu")
         self._exchanges = self._splits = 0
         self._to_myself: dict[int, deque[Tensor]] = defaultdict(deque)
-        # A backend left to the interpreter's end aborts now and then ("terminate called without an active
+        # A backend left to the interpreter's end kills the process now and then ("terminate called without an active
         # exception", torch 2.13): it must go before.
+        self._errors: list[str] = []
         self._backends = [self._meet()] if size > 1 else []
-        self._release = weakref.finalize(self, self._backends.clear)
+        self._hang_up = weakref.finalize(self, _hang_up, self._backends, self._errors)
 
     @classmethod
     def join_file(cls, path: str | os.PathLike[str], rank: int, size: int, *, timeout_s: float = 60.0) -> Self:
@@ -143,7 +145,7 @@ class TorchCommunicator(EngineCommunicator):
     def _all_reduce(self, x: Tensor, weight: float | None) -> Work:
         here = x.to(self._device)
         if x.dtype in _HALF:
-            works, reduce_slice = self._start_slices(here, weight)
+            works, reduce_slice = self._start_slices("all_reduce", here, weight)
 
             def second_half() -> None:
                 reduce_slice()
@@ -152,9 +154,12 @@ class TorchCommunicator(EngineCommunicator):
 
             return _Pending(self, "all_reduce", works, second_half)
         if weight is None:
-            works = [self._backend.allreduce([here])] if x.numel() else []
+            with self._calling("all_reduce"):
+                works = [self._backend.allreduce([here])] if x.numel() else []
             return _Pending(self, "all_reduce", works, lambda: _bring_back(here, x))
         framed = _frame(here, weight, self.rank)
+        with self._calling("all_reduce"):
+            works = [self._backend.allreduce([framed])]
 
         def mean() -> None:
             only = _unframe(framed, here)
@@ -162,11 +167,11 @@ class TorchCommunicator(EngineCommunicator):
                 self._broadcast(here, only).wait()
             _bring_back(here, x)
 
-        return _Pending(self, "all_reduce", [self._backend.allreduce([framed])], mean)
+        return _Pending(self, "all_reduce", works, mean)
 
     def _reduce_scatter(self, x: Tensor, weight: float | None) -> None:
         here = x.to(self._device)
-        works, reduce_slice = self._start_slices(here, weight)
+        works, reduce_slice = self._start_slices("reduce_scatter", here, weight)
         _Pending(self, "reduce_scatter", works, reduce_slice).wait()
         lo, hi = slices(x.numel(), self.size)[self.rank]
         _bring_back(here[lo:hi], x[lo:hi])
@@ -174,14 +179,14 @@ class TorchCommunicator(EngineCommunicator):
     def _all_gather(self, x: Tensor, bounds: Sequence[tuple[int, int]]) -> Work:
         here = x.to(self._device)
         lo, hi = bounds[self.rank]
-        works = self._exchange([here[lo:hi]] * self.size, [here[a:b] for a, b in bounds])
+        works = self._exchange("all_gather", [here[lo:hi]] * self.size, [here[a:b] for a, b in bounds])
         return _Pending(self, "all_gather", works, lambda: _bring_back(here, x))
 
     def _all_to_all(self, x: Tensor) -> Tensor:
         here = x.to(self._device).view(self.size, -1) if x.numel() else x.view(self.size, 0)
         result = torch.empty_like(here)
         result[self.rank].copy_(here[self.rank])
-        _Pending(self, "all_to_all", self._exchange(here.unbind(), result.unbind())).wait()
+        _Pending(self, "all_to_all", self._exchange("all_to_all", here.unbind(), result.unbind())).wait()
         return result.view(-1).to(x.device)
 
     def _broadcast(self, x: Tensor, root: int) -> Work:
@@ -190,33 +195,37 @@ class TorchCommunicator(EngineCommunicator):
         options = dist.BroadcastOptions()
         options.rootRank, options.rootTensor = root, 0
         here = x.to(self._device)
-        works = [self._backend.broadcast([here], options)] if x.numel() else []
+        with self._calling("broadcast"):
+            works = [self._backend.broadcast([here], options)] if x.numel() else []
         return _Pending(self, "broadcast", works, lambda: _bring_back(here, x))
 
     def _barrier(self) -> None:
-        _Pending(self, "barrier", [self._backend.barrier()]).wait()
+        with self._calling("barrier"):
+            works = [self._backend.barrier()]
+        _Pending(self, "barrier", works).wait()
 
-    def _start_slices(self, x: Tensor, weight: float | None) -> tuple[list[Any], Callable[[], None]]:
+    def _start_slices(self, doing: str, x: Tensor, weight: float | None) -> tuple[list[Any], Callable[[], None]]:
         """Send every rank its slice of ``x``; what to do when they are there: ``x``'s own slice ← their sum or mean."""
         cuts = slices(x.numel(), self.size)
         mine = x[slice(*cuts[self.rank])]
         parts = [mine if p == self.rank else torch.empty_like(mine) for p in range(self.size)]
-        works = self._exchange([x[lo:hi] for lo, hi in cuts], parts)
+        works = self._exchange(doing, [x[lo:hi] for lo, hi in cuts], parts)
         if weight is None:
             return works, lambda: reduce_into(mine, parts)
         weights = torch.full((self.size,), weight, dtype=torch.float64, device=x.device)
         own = weights[:1].clone()
-        works += self._exchange([own] * self.size, weights.split(1))
+        works += self._exchange(doing, [own] * self.size, weights.split(1))
         return works, lambda: reduce_into(mine, parts, coefficients(weights.tolist()))
 
-    def _exchange(self, outgoing: Sequence[Tensor], incoming: Sequence[Tensor]) -> list[Any]:
+    def _exchange(self, doing: str, outgoing: Sequence[Tensor], incoming: Sequence[Tensor]) -> list[Any]:
         """Start sending ``outgoing[p]`` to, and receiving ``incoming[p]`` from, every other rank p."""
         self._exchanges += 1
         tag = FIRST_OWN_TAG + self._exchanges % (2**30 - 1)
         # Everybody begins with the rank after its own, so that not all talk to rank 0 first.
         others = [(self.rank + k) % self.size for k in range(1, self.size)]
         receive = [(incoming[p], p, tag) for p in others if incoming[p].numel()]
-        return self._start_messages([(outgoing[p], p, tag) for p in others if outgoing[p].numel()], receive)
+        with self._calling(doing):
+            return self._start_messages([(outgoing[p], p, tag) for p in others if outgoing[p].numel()], receive)
 
     def _start_messages(
         self, send: Sequence[tuple[Tensor, int, int]], receive: Sequence[tuple[Tensor, int, int]]
@@ -231,7 +240,9 @@ class TorchCommunicator(EngineCommunicator):
         if to == self.rank:  # the engines have no such connection
             self._to_myself[tag].append(x.clone())
             return _Pending(self, "send", [])
-        return _Pending(self, "send", [self._backend.send([x.to(self._device)], to, tag)], peer=to)
+        with self._calling("send", to):
+            works = [self._backend.send([x.to(self._device)], to, tag)]
+        return _Pending(self, "send", works, peer=to)
 
     def _recv(self, like: Tensor, frm: int | None, tag: int) -> Received:
         _check_tag(tag)
@@ -241,7 +252,8 @@ class TorchCommunicator(EngineCommunicator):
             like.copy_(self._to_myself[tag].popleft())
             return Received(self.rank, like)
         here = like.to(self._device)
-        work = self._start_receive(here, frm, tag)
+        with self._calling("recv", frm):
+            work = self._start_receive(here, frm, tag)
         _Pending(self, "recv", [work], lambda: _bring_back(here, like), peer=frm).wait()
         return Received(work._source_rank() if frm is None else frm, like)
 
@@ -270,36 +282,46 @@ class TorchCommunicator(EngineCommunicator):
 
     def fail(self) -> None:
         """Hang up, which the peers notice at once."""
-        for backend in self._backends:
-            backend.abort()
+        self._errors.append("fail")
         self.close()
 
     def close(self) -> None:
         """Hang up. A message or collective still under way is lost: barrier first."""
         for group in self._groups.values():
             group.close()
-        self._release()
+        self._hang_up()
 
     # -- waiting ---------------------------------------------------------------------------------------------------
 
     def _await(self, works: Sequence[Any], doing: str, peer: int | None) -> None:
+        deadline = time.perf_counter() + self.timeout_s
+        with self._calling(doing, peer):
+            for work in works:
+                left_s = deadline - time.perf_counter()
+                work.wait(timedelta(seconds=max(left_s, 0.001)))  # 0 would mean for ever
+
+    @contextmanager
+    def _calling(self, doing: str, peer: int | None = None) -> Iterator[None]:
+        """Account the time inside, and turn the engine's exceptions into ours."""
         t0 = time.perf_counter()
         try:
             with self._spending(doing):
-                for work in works:
-                    left_s = t0 + self.timeout_s - time.perf_counter()
-                    work.wait(timedelta(seconds=max(left_s, 0.001)))  # 0 would mean for ever
+                yield
         except RuntimeError as e:
+            self._errors.append(doing)
             raise self._translated(e, doing, time.perf_counter() - t0, peer) from e
 
     def _translated(self, e: RuntimeError, doing: str, seconds: float, peer: int | None) -> CommunicationError:
         """The engine's phrase as an error of ours (the phrases: gloo/transport/tcp, c10d/ProcessGroup*.cpp)."""
         text = str(e).lower()
+        me = f"rank {self._names[self.rank]}"
+        if "pair closure" in text and len(self._errors) > 1:
+            return CommunicationError(f"{me} cannot {doing}: this group ended when its {self._errors[0]} failed")
         if any(phrase in text for phrase in ("timed out", "timeout")):
             return self._late(doing, seconds, peer)
         if any(phrase in text for phrase in ("peer", "broken pipe", "connection", "socket", "aborted")):
             return self._lost(doing, peer)
-        return CommunicationError(f"rank {self._names[self.rank]}, {doing}: {str(e).splitlines()[0]}")
+        return CommunicationError(f"{me} failed in {doing}: {str(e).splitlines()[0]}")
 
 
 class GlooCommunicator(TorchCommunicator):
@@ -421,6 +443,14 @@ def _unframe(framed: Tensor, x: Tensor) -> int | None:
     else:
         x.zero_()
     return None
+
+
+def _hang_up(backends: list[Any], errors: list[str]) -> None:
+    """End a group's connections; without ``abort``, what will never end is waited for until its deadline."""
+    for backend in backends:
+        if errors:
+            backend.abort()
+    backends.clear()
 
 
 def _bring_back(here: Tensor, x: Tensor) -> None:
