@@ -98,12 +98,14 @@ def train(
     if checkpoint_steps is not None and checkpoint_steps < 1:
         raise BadInput(f"checkpoint_steps={checkpoint_steps}: it is a whole number of steps from 1.")
     decided = resolved(task, plan or Plan())
+    places = None if data_dir is None else Path(data_dir)
+    model = _built(task, places)
     folder = None if out is None else _folder(Path(out), task, decided.plan, resume)
     options = dataclasses.asdict(
         Options(
             out=None if folder is None else str(folder),
             resume=resume,
-            data_dir=None if data_dir is None else str(data_dir),
+            data_dir=None if places is None else str(places),
             evaluate=evaluate,
             checkpoint_steps=checkpoint_steps,
             keep=keep,
@@ -117,7 +119,21 @@ def train(
         outcome = _joined(task, decided.plan, options)
     else:
         outcome = _launched_here(task, decided.plan, options)
-    return _result(task, decided, folder, outcome)
+    return _result(decided, folder, model, outcome)
+
+
+def _built(task: Task, data_dir: Path | None) -> torch.nn.Module:
+    """The model, here: bad data or a bad factory is found before anything is written or started. It will hold the
+    result; torch's generator stays where it was.
+    """
+    from manyhands import data, models
+
+    generator = torch.get_rng_state()
+    try:
+        splits = data.load(task.data, folder=data_dir)
+        return models.build(task.model, inputs=splits.inputs, classes=splits.classes)
+    finally:
+        torch.set_rng_state(generator)
 
 
 def _folder(out: Path, task: Task, plan: Plan, resume: bool) -> Path:
@@ -229,25 +245,11 @@ def join_launcher(plan: Plan) -> Communicator:
     return kind.join_launcher(timeout_s=plan.timeout_s)
 
 
-def _result(task: Task, decided: Resolved, folder: Path | None, outcome: dict[str, Any]) -> Result:
+def _result(decided: Resolved, folder: Path | None, model: torch.nn.Module, outcome: dict[str, Any]) -> Result:
     if not outcome:
         return Result(None, decided.plan, None, [], folder, decided.notes)
-    from manyhands import models
-
     summary = dict(outcome["summary"])
     summary["step_s"], summary["step_parts_s"] = Spread(**summary["step_s"]), StepParts(**summary["step_parts_s"])
     values = outcome["model"]
-    model: torch.nn.Module | None = None
-    if isinstance(task.model, torch.nn.Module):
-        model = task.model
-        model.load_state_dict(values)
-    else:
-        from manyhands import data
-
-        generator = torch.get_rng_state()
-        splits = data.load(task.data) if isinstance(task.data, str) else None
-        model = models.build(task.model, inputs=splits.inputs, classes=splits.classes) if splits else None
-        torch.set_rng_state(generator)
-        if model is not None:
-            model.load_state_dict(values)
+    model.load_state_dict(values)
     return Result(model, decided.plan, Measurement(**summary), outcome["history"], folder, decided.notes, values)

@@ -1,0 +1,46 @@
+"""Many plans side by side: a grid of plans, its rows on disk, one table.
+
+`studies` lists the built-in ones; your own is a TOML file (see `manyhands.studies.grid`).
+
+    from manyhands import studies
+
+    result = studies.run("quick", out="runs/quick")
+    result.table, result.rows, result.folder
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from manyhands.catalogue import Catalogue
+
+if TYPE_CHECKING:
+    from manyhands.studies.grid import Cell as Cell
+    from manyhands.studies.grid import Study as Study
+    from manyhands.studies.rows import Row as Row
+    from manyhands.studies.running import StudyResult as StudyResult
+    from manyhands.studies.running import run as run
+
+studies = Catalogue(
+    "study",
+    {
+        "default": "manyhands.studies.presets:default",
+        "quick": "manyhands.studies.presets:quick",
+    },
+)
+
+_WHERE = {
+    "Cell": "manyhands.studies.grid",
+    "Study": "manyhands.studies.grid",
+    "Row": "manyhands.studies.rows",
+    "StudyResult": "manyhands.studies.running",
+    "run": "manyhands.studies.running",
+}
+
+__all__ = ["Cell", "Row", "Study", "StudyResult", "run", "studies"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'manyhands.studies' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_WHERE[name]), name)

@@ -1,0 +1,217 @@
+"""A study as data: what every cell has in common, and the factors that are varied.
+
+    [study]
+    name = "scaling"
+    repeats = 3
+
+    [task]                                  # fields of Task; batch_per_worker in place of batch_size: weak scaling
+    model = "cnn"
+    data = "auto(limit=4000)"
+    epochs = 2
+
+    [plan]                                  # fields of Plan
+    threads = 1
+
+    [grid]                                  # every combination of these is a cell
+    plan.strategy = ["synchronous", "replica_average"]
+    plan.workers = [1, 2]
+    task.batch_per_worker = [50, 100]
+
+``[[grid]]``, several times, makes several grids, one after the other. What a grid says goes before ``[task]`` and
+``[plan]``; one value may stand without its list. Cells come in the order in which they are written, the last factor
+turning fastest, and a cell that comes up twice counts once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from manyhands.communication.topology import Mesh
+from manyhands.errors import BadInput, UnknownName
+from manyhands.plan import Plan
+from manyhands.studies import studies
+from manyhands.task import Task, from_table
+
+Value = str | int | float | bool
+
+#: Not a field of `Task`: a cell turns it into ``batch_size``, as the global batch is its product with the workers.
+PER_WORKER = "batch_per_worker"
+
+TASK_KEYS = (*(f.name for f in dataclasses.fields(Task)), PER_WORKER)
+PLAN_KEYS = tuple(f.name for f in dataclasses.fields(Plan))
+FACTORS = (*(f"plan.{k}" for k in PLAN_KEYS), *(f"task.{k}" for k in TASK_KEYS))
+
+#: Two ways to say one thing: a factor of one kind takes the place of the other in ``[task]``.
+ALTERNATIVES = ({"batch_size", PER_WORKER}, {"epochs", "steps"})
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One task and one plan, as tables of plain values."""
+
+    task: Mapping[str, Value]
+    plan: Mapping[str, Value]
+    factors: tuple[str, ...] = field(default=(), compare=False)  # what its grid varies, e.g. "plan.workers"
+
+    @property
+    def id(self) -> str:
+        """A folder's name: a few words, then a digest of task and plan. Equal cells of two studies have equal ids."""
+        text = json.dumps([dict(self.task), dict(self.plan)], sort_keys=True)
+        said = [str(self.plan[k]) for k in ("strategy", "workers", "transport") if k in self.plan]
+        words = re.sub(r"[^A-Za-z0-9_]+", "-", "-".join(said)).strip("-")[:60]
+        return f"{words or 'cell'}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+    def make(self) -> tuple[Task, Plan]:
+        """The task and the plan; raises `BadInput` when there can be no such thing."""
+        plan = from_table(Plan, self.plan, "[plan]")
+        table = dict(self.task)
+        per_worker = table.pop(PER_WORKER, None)
+        if per_worker is not None:
+            table["batch_size"] = _global_batch(per_worker, plan, table)
+        return from_table(Task, table, "[task]"), plan
+
+
+def _global_batch(per_worker: Value, plan: Plan, table: Mapping[str, Value]) -> int:
+    if "batch_size" in table:
+        raise BadInput(
+            f"batch_size={table['batch_size']!r} and {PER_WORKER}={per_worker!r}: the global batch is said once. "
+            "Give one of them."
+        )
+    if not isinstance(per_worker, int) or isinstance(per_worker, bool) or per_worker < 1:
+        raise BadInput(f"{PER_WORKER}={per_worker!r}: it is a whole number from 1. E.g. {PER_WORKER}=50.")
+    workers = plan.mesh.size if isinstance(plan.mesh, Mesh) and plan.workers is None else plan.workers
+    if not isinstance(workers, int):
+        raise BadInput(
+            f"{PER_WORKER}={per_worker} without workers: the global batch is their product. Say plan.workers, too."
+        )
+    return per_worker * workers
+
+
+@dataclass(frozen=True)
+class Study:
+    """Grids with a name, and how often each cell is measured. `parse` reads back what `to_toml` writes."""
+
+    name: str
+    task: Mapping[str, Value] = field(default_factory=dict)
+    plan: Mapping[str, Value] = field(default_factory=dict)
+    grids: tuple[Mapping[str, tuple[Value, ...]], ...] = ()
+    repeats: int = 3
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name.strip():
+            raise BadInput(f'name={self.name!r} in [study]: it is a text. E.g. name = "scaling".')
+        if not isinstance(self.repeats, int) or isinstance(self.repeats, bool) or self.repeats < 1:
+            raise BadInput(f"repeats={self.repeats!r} in [study]: it is a whole number from 1. E.g. repeats = 3.")
+        _check("[task]", self.task, TASK_KEYS, self.task.values())
+        _check("[plan]", self.plan, PLAN_KEYS, self.plan.values())
+        for grid in self.grids:
+            _check("[grid]", grid, FACTORS, itertools.chain.from_iterable(grid.values()))
+            for factor, values in grid.items():
+                if not values:
+                    raise BadInput(
+                        f"{factor} = [] in [grid]: a factor has at least one value. Name one, or leave {factor} out."
+                    )
+
+    def cells(self) -> list[Cell]:
+        """Every cell once, in the order written."""
+        found: dict[str, Cell] = {}
+        for grid in self.grids or ({},):
+            for values in itertools.product(*grid.values()):
+                said = dict(zip(grid, values, strict=True))
+                cell = Cell(
+                    _over(self.task, {k.removeprefix("task."): v for k, v in said.items() if k.startswith("task.")}),
+                    _over(self.plan, {k.removeprefix("plan."): v for k, v in said.items() if k.startswith("plan.")}),
+                    tuple(grid),
+                )
+                found.setdefault(cell.id, cell)
+        return list(found.values())
+
+    def to_toml(self) -> str:
+        """The study as a file."""
+        import tomli_w
+
+        head = {"study": {"name": self.name, "repeats": self.repeats}, "task": dict(self.task), "plan": dict(self.plan)}
+        grids = [{factor: list(values) for factor, values in grid.items()} for grid in self.grids]
+        return tomli_w.dumps({k: v for k, v in {**head, "grid": grids}.items() if v})
+
+
+def _over(base: Mapping[str, Value], said: Mapping[str, Value]) -> dict[str, Value]:
+    replaced = {k for pair in ALTERNATIVES if pair & said.keys() for k in pair}
+    return {k: v for k, v in base.items() if k not in replaced} | dict(said)
+
+
+def _check(where: str, table: Mapping[str, Any], known: Iterable[str], values: Iterable[Any]) -> None:
+    for key in table:
+        if key not in known:
+            raise UnknownName(f"factor in {where}" if where == "[grid]" else f"key in {where}", key, known)
+    for value in values:
+        if not isinstance(value, str | int | float):
+            raise BadInput(f"{where} holds {value!r}: a value is a text, a number, true or false.")
+
+
+def find(name_or_file: str | Path | Study | None = None) -> Study:
+    """The study of that name, or in that TOML file; without either the default one."""
+    if isinstance(name_or_file, Study):
+        return name_or_file
+    asked = "default" if name_or_file is None else str(name_or_file)
+    if asked in studies:
+        made = studies.load(asked)()
+        assert isinstance(made, Study)
+        return made
+    path = Path(asked)
+    if not (asked.endswith(".toml") or path.is_file()):
+        raise UnknownName("study", asked, studies, also="Your own is a TOML file: manyhands study my_study.toml.")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        reason = e.strerror if isinstance(e, OSError) else "it is not text in UTF-8"
+        raise BadInput(f"study {asked} cannot be read ({reason}). A study is a TOML file.") from e
+    return parse(text, name=path.stem, where=asked)
+
+
+def parse(text: str, *, name: str = "study", where: str = "the study") -> Study:
+    """A study from TOML; ``name`` is what it is called when the text does not say."""
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as e:
+        raise BadInput(f"{where} is not TOML: {e}.") from None
+    for key in table:
+        if key not in ("study", "task", "plan", "grid"):
+            raise UnknownName(f"table in {where}", key, ("study", "task", "plan", "grid"))
+    grids = table.pop("grid", [])
+    grids = grids if isinstance(grids, list) else [grids]
+    for part in [*table.values(), *grids]:
+        if not isinstance(part, dict):
+            raise BadInput(f"{where} says {part!r} where a table is expected: [study], [task], [plan], [grid].")
+    head = table.get("study", {})
+    for key in head:
+        if key not in ("name", "repeats"):
+            raise UnknownName("key in [study]", key, ("name", "repeats"))
+    return Study(
+        name=head.get("name", name),
+        task=table.get("task", {}),
+        plan=table.get("plan", {}),
+        grids=tuple(_factors(grid) for grid in grids),
+        repeats=head.get("repeats", 3),
+    )
+
+
+def _factors(grid: Mapping[str, Any]) -> dict[str, tuple[Value, ...]]:
+    """``plan.workers = [1, 2]``, with or without quotes about the key; the order is that of the file."""
+    found: dict[str, tuple[Value, ...]] = {}
+    for key, value in grid.items():
+        inner = {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
+        for factor, values in inner.items():
+            if factor in found:
+                raise BadInput(f"{factor} stands twice in one [grid]: a factor is said once. Join the two lists.")
+            found[factor] = tuple(values) if isinstance(values, list) else (values,)
+    return found

@@ -1,0 +1,253 @@
+"""A study's rows: one for each cell and repeat, in a folder of their own.
+
+    study.toml     the description
+    rows.sqlite    the rows, a column for each figure; this file is the truth
+    rows.jsonl     the same rows, a line each, for tools that read text; written anew when the folder is opened
+    runs/          each run's own folder, by cell and repeat
+
+A row is there as soon as its run has ended, so whatever ends a study costs the run under way and no other. One process
+at a time writes to a folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import shutil
+import sqlite3
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+from manyhands.contract import Measurement, Spread, StepParts
+from manyhands.errors import BadInput, ManyhandsError
+from manyhands.studies.grid import Cell, Study
+from manyhands.training.metrics import json_text
+
+STUDY, ROWS, LINES, RUNS, LOCK = "study.toml", "rows.sqlite", "rows.jsonl", "runs", ".lock"
+
+#: Of the table's form; another number, another form.
+VERSION = 1
+
+Status = Literal["done", "refused", "failed"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What became of one run: its measurement, or why there is none."""
+
+    study: str
+    cell: str
+    repeat: int
+    status: Status
+    task: dict[str, Any]
+    plan: dict[str, Any]  # as asked
+    workers: int | None  # as decided, None where nothing was
+    threads: int | None
+    transport: str | None
+    cores: int
+    host: str
+    started_at: str
+    seconds: float  # from start to end: workers started, data loaded, model evaluated
+    load_average: float  # of the minute before the start
+    reason: str = ""
+    traceback: str = ""
+    measurement: Measurement | None = field(default=None)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values only, ready for JSON."""
+        return dataclasses.asdict(self)
+
+
+def _columns(kind: type[Any], prefix: str = "") -> dict[str, type[Any]]:
+    """Column → type, nested records flattened: ``step_s`` becomes ``step_s_median`` and so on."""
+    found: dict[str, type[Any]] = {}
+    for name, hint in get_type_hints(kind).items():
+        if hint in (Spread, StepParts):
+            found |= _columns(hint, f"{prefix}{name}_")
+        else:
+            found[prefix + name] = hint
+    return found
+
+
+def _sql_type(hint: Any) -> str:
+    text = str(hint)
+    return "REAL" if "float" in text else "INTEGER" if "int" in text else "TEXT"
+
+
+#: Both kinds of column come from our own classes; values go in as parameters only.
+OWN = {k: v for k, v in get_type_hints(Row).items() if k != "measurement"}
+MEASURED = {f"measured_{k}": v for k, v in _columns(Measurement).items()}
+_COLUMNS = {**OWN, **MEASURED}
+_CREATE = (
+    "CREATE TABLE IF NOT EXISTS rows ("
+    + ", ".join(f"{name} {_sql_type(hint)}" for name, hint in _COLUMNS.items())
+    + ", PRIMARY KEY (cell, repeat))"
+)
+_INSERT = f"INSERT OR REPLACE INTO rows VALUES ({', '.join('?' * len(_COLUMNS))})"
+
+
+class Rows:
+    """The rows of one folder, open for writing; a context manager."""
+
+    def __init__(self, folder: Path, study: Study) -> None:
+        self.folder = folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock = open(folder / LOCK, "a+")  # noqa: SIM115
+        except OSError as e:
+            raise BadInput(
+                f"the study's folder {folder} cannot be written ({e.strerror or e}). Choose another with out= (--out)."
+            ) from e
+        try:
+            self._claim()
+            self._db = self._open()
+            try:
+                self._write(STUDY, study.to_toml())
+                self._write(LINES, "".join(_line(row) for row in self.all()))
+            except BaseException:
+                self._db.close()
+                raise
+        except BaseException:
+            self._lock.close()
+            raise
+
+    def _claim(self) -> None:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.seek(0)
+            raise BadInput(
+                f"the study's folder {self.folder} is in use by process {self._lock.read().strip() or '?'}: one at a "
+                "time writes there. Wait for it, or choose another folder with out= (--out)."
+            ) from None
+        self._lock.truncate(0)
+        self._lock.write(str(os.getpid()))
+        self._lock.flush()
+
+    def _open(self) -> sqlite3.Connection:
+        path = self.folder / ROWS
+        fresh = not path.exists()
+        db = sqlite3.connect(path)
+        try:
+            if fresh:
+                db.execute(f"PRAGMA user_version = {VERSION}")
+            found = db.execute("PRAGMA user_version").fetchone()[0]
+            db.execute(_CREATE)
+            db.commit()
+            names = [column[1] for column in db.execute("PRAGMA table_info(rows)")]
+        except sqlite3.DatabaseError as e:
+            db.close()
+            raise BadInput(f"{path} is no file of rows ({e}). Choose another folder with out= (--out).") from None
+        if found != VERSION or names != list(_COLUMNS):
+            db.close()
+            raise BadInput(
+                f"{path} was written by another version of manyhands (form {found}, this is {VERSION}): rows of two "
+                "forms do not mix. Choose another folder with out= (--out)."
+            )
+        return db
+
+    def _write(self, name: str, text: str) -> None:
+        """Old or new, never half."""
+        fresh = self.folder / f".{name}-new"
+        try:
+            fresh.write_text(text, encoding="utf-8")
+            fresh.replace(self.folder / name)
+        except OSError as e:
+            raise self._lost(e) from e
+
+    def _lost(self, e: Exception) -> ManyhandsError:
+        return ManyhandsError(
+            f"the study's folder {self.folder} cannot be written ({e}). The rows so far are kept; free some space and "
+            f"go on with out={str(self.folder)!r} (--out {self.folder})."
+        )
+
+    def all(self) -> list[Row]:
+        """Every row, in the order of writing."""
+        return [_row(values) for values in self._db.execute("SELECT * FROM rows ORDER BY rowid")]
+
+    def add(self, row: Row) -> None:
+        """Keep ``row``; it takes the place of an earlier one of the same cell and repeat."""
+        flat = _flat(row)
+        try:
+            with self._db:
+                self._db.execute(_INSERT, [flat[name] for name in _COLUMNS])
+            with open(self.folder / LINES, "a", encoding="utf-8") as file:
+                file.write(_line(row))
+        except (sqlite3.Error, OSError) as e:
+            raise self._lost(e) from e
+
+    def done(self) -> set[tuple[str, int]]:
+        """(cell, repeat) of what need not run again. Refused and failed ones are tried anew: what was wrong may be
+        mended since.
+        """
+        return set(self._db.execute("SELECT cell, repeat FROM rows WHERE status = ?", ("done",)))
+
+    def run_folder(self, cell: Cell, repeat: int) -> Path:
+        """An empty place for a run; what a killed one left there goes."""
+        place = self.folder / RUNS / cell.id / str(repeat)
+        shutil.rmtree(place, ignore_errors=True)
+        return place
+
+    def close(self) -> None:
+        """Let others write to the folder."""
+        self._db.close()
+        with contextlib.suppress(OSError):
+            (self.folder / LOCK).unlink()
+        self._lock.close()
+
+    def __enter__(self) -> Rows:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def read(folder: Path) -> list[Row]:
+    """The rows of a study's folder, which may be in use."""
+    path = folder / ROWS
+    if not path.is_file():
+        raise BadInput(f"{folder} holds no {ROWS}: name the folder of a study, e.g. one that `manyhands study` printed.")
+    db = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
+    try:
+        return [_row(values) for values in db.execute("SELECT * FROM rows ORDER BY rowid")]
+    except (sqlite3.DatabaseError, TypeError, ValueError) as e:
+        raise BadInput(f"{path} is no file of rows, or one of another version of manyhands ({e}).") from None
+    finally:
+        db.close()
+
+
+def _line(row: Row) -> str:
+    return json_text(row.as_dict()) + "\n"
+
+
+def _flat(row: Row) -> dict[str, Any]:
+    """``row`` by column."""
+    table = row.as_dict()
+    measured = table.pop("measurement") or {}
+    for name, hint in get_type_hints(Measurement).items():
+        value = measured.get(name)
+        if hint in (Spread, StepParts):
+            table |= {f"measured_{name}_{f.name}": (value or {}).get(f.name) for f in dataclasses.fields(hint)}
+        else:
+            table[f"measured_{name}"] = value
+    return {k: json.dumps(v) if isinstance(v, Mapping) else v for k, v in table.items()}
+
+
+def _row(values: tuple[Any, ...]) -> Row:
+    """What `_flat` made."""
+    table: dict[str, Any] = dict(zip(_COLUMNS, values, strict=True))
+    measured: dict[str, Any] = {}
+    for name, hint in get_type_hints(Measurement).items():
+        if hint in (Spread, StepParts):
+            measured[name] = hint(*(table.pop(f"measured_{name}_{f.name}") for f in dataclasses.fields(hint)))
+        else:
+            value = table.pop(f"measured_{name}")
+            measured[name] = json.loads(value) if "dict" in str(hint) and value is not None else value
+    done = table["status"] == "done"
+    table |= {name: json.loads(table[name]) for name in ("task", "plan")}
+    return Row(**table, measurement=Measurement(**measured) if done else None)
