@@ -22,7 +22,7 @@ from manyhands.communication import futex
 from manyhands.communication.communicator import Communicator
 from manyhands.contract import Measurement, Spread, StepParts
 from manyhands.errors import BadInput
-from manyhands.models import losses, optimizers
+from manyhands.models import losses, optimizers, schedules
 from manyhands.plan import Facts, Plan, Resolved, resolve
 from manyhands.task import Task
 from manyhands.training import environment
@@ -53,6 +53,7 @@ def resolved(task: Task, plan: Plan) -> Resolved:
     task.check()
     started = environment.launched()
     trial = optimizers.trial(task.optimizer)
+    schedules.build(task.schedule, trial, steps=task.steps or 100)
     facts = Facts(
         cores=futex.cores(),
         gpus=torch.cuda.device_count() if torch.cuda.is_available() else 0,
@@ -97,6 +98,8 @@ def train(
         raise BadInput("resume without out: say which run's folder to take up, e.g. out='runs/first' (--out).")
     if checkpoint_steps is not None and checkpoint_steps < 1:
         raise BadInput(f"checkpoint_steps={checkpoint_steps}: it is a whole number of steps from 1.")
+    if keep < 1:
+        raise BadInput(f"keep={keep}: how many checkpoints to keep is a whole number from 1.")
     decided = resolved(task, plan or Plan())
     places = None if data_dir is None else Path(data_dir)
     model = _built(task, places)

@@ -210,10 +210,9 @@ class DataReplica:
             return
         t0 = time.perf_counter()
         i = self._index[id(piece.flat)]
-        with torch.no_grad():
-            if self._l2:
-                piece.grad[lo:hi].add_(piece.flat[lo:hi], alpha=self._l2)
-            self._update(i, lo, hi)()
+        if self._l2:
+            piece.grad[lo:hi].add_(piece.flat[lo:hi], alpha=self._l2)
+        self._update(i, lo, hi)()
         self.update_s += time.perf_counter() - t0
 
     def _update(self, i: int, lo: int, hi: int) -> SliceUpdate:

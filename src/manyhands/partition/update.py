@@ -52,6 +52,7 @@ class SliceUpdate:
         self._group = group
         self._spans = [s for s in spans if s.within(lo, hi)[0] < s.within(lo, hi)[1]]
         self._flat, self._grad = piece.flat[lo:hi], piece.grad[lo:hi]
+        self._some_unused = any(s.unused for s in self._spans)
         self._plain = _is_plain_sgd(optimizer, group)
         self._momentum: Tensor | None = None
         self._warm: set[str] = set()  # parameters whose momentum exists
@@ -62,11 +63,12 @@ class SliceUpdate:
 
     def __call__(self) -> None:
         """One update."""
-        if any(s.unused for s in self._spans):
+        if self._some_unused:
             for s in self._spans:
                 start, stop = s.within(self.lo, self.hi)
                 if s.unused and bool(self.piece.grad[start:stop].any()):
                     s.unused = False
+            self._some_unused = any(s.unused for s in self._spans)
         if self._plain:
             self._sgd()
         else:
@@ -77,7 +79,7 @@ class SliceUpdate:
     def _sgd(self) -> None:
         group = self._master.param_groups[self._group]
         lr, momentum = group["lr"], group["momentum"]
-        if momentum == 0 and group["weight_decay"] == 0 and not any(s.unused for s in self._spans):
+        if momentum == 0 and group["weight_decay"] == 0 and not self._some_unused:
             self._flat.add_(self._grad, alpha=-lr)
             return
         if momentum != 0 and self._momentum is None:
