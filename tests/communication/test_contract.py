@@ -10,12 +10,18 @@ import torch
 from manyhands.testing import run_ranks
 from tests.communication import transport_checks
 
-TRANSPORTS = ("single", "threads", "simulated", "shared")
+TRANSPORTS = ("single", "threads", "simulated", "shared", "gloo", "mpi")
 SIZES = {"single": (1,)}
-CASES = [(on, size) for on in TRANSPORTS for size in SIZES.get(on, range(1, 9))]
+#: Engines that are not ours take seconds where there are more ranks than cores: those sizes wait for `make test-all`.
+QUICK = {"gloo": (1, 2, 3), "mpi": (1, 2, 3)}
 
 
-@pytest.mark.parametrize(("on", "size"), CASES, ids=[f"{on}-{size}" for on, size in CASES])
+def case(on, size):
+    marks = () if size in QUICK.get(on, range(1, 9)) else pytest.mark.slow
+    return pytest.param(on, size, id=f"{on}-{size}", marks=marks)
+
+
+@pytest.mark.parametrize(("on", "size"), [case(on, n) for on in TRANSPORTS for n in SIZES.get(on, range(1, 9))])
 @pytest.mark.parametrize("check", transport_checks.CHECKS, ids=lambda c: c.__name__.removeprefix("check_"))
 def test_transport(check, on, size):
     results = run_ranks(check, size, on=on, timeout_s=30)

@@ -16,14 +16,14 @@ import torch.distributed as dist
 
 from manyhands.communication.reduction import coefficients, reduce_into
 from manyhands.communication.transports.torch_distributed import GlooCommunicator, NcclCommunicator
-from manyhands.errors import BadInput, CommunicationError, Deadlock, DeadlineExceeded, PeerLost, Vetoed
+from manyhands.errors import BadInput, CommunicationError, DeadlineExceeded, Deadlock, PeerLost, Vetoed
 from tests import guards
 
 ROOT = Path(__file__).parent.parent.parent
 
 
 def run(fn, size: int, path: Path, *, dies: int | None = None) -> None:
-    """``fn(path, rank, size)`` in ``size`` processes; all must end well within 20 s but rank ``dies``."""
+    """``fn(path, rank, size)`` in ``size`` processes; all must end well within 40 s but rank ``dies``."""
     code = "import sys; from tests.communication import test_gloo as t; t.{}(sys.argv[1], int(sys.argv[2]), {})"
     script = [sys.executable, "-c", code.format(fn.__name__, size), str(path / "meet")]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -33,7 +33,7 @@ def run(fn, size: int, path: Path, *, dies: int | None = None) -> None:
         )
         for r in range(size)
     ]
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 40
     try:
         said = [p.communicate(timeout=max(deadline - time.monotonic(), 0.1))[0] for p in ranks]
     finally:
@@ -242,11 +242,11 @@ def hang_up(path: str, rank: int, size: int) -> None:
     t0 = time.monotonic()
     if rank == 0:
         comm.fail()
-        time.sleep(2)  # still alive
+        time.sleep(4)  # still alive
         return
     with pytest.raises(PeerLost):
         comm.all_reduce(torch.empty(100_000)).wait()
-    assert time.monotonic() - t0 < 1.5
+    assert time.monotonic() - t0 < 3.5
 
 
 def test_a_failing_peer_is_noticed_before_it_ends(tmp_path):
@@ -254,5 +254,5 @@ def test_a_failing_peer_is_noticed_before_it_ends(tmp_path):
 
 
 def test_whoever_does_not_come_is_named(tmp_path):
-    with pytest.raises(DeadlineExceeded, match=r"rank 0 waited \d\.\d s in join for one or more of ranks 1, 2;"):
+    with pytest.raises(DeadlineExceeded, match=r"rank 0 waited \d\.\d s in join for ranks 1, 2;"):
         GlooCommunicator.join_file(tmp_path / "meet", 0, 3, timeout_s=0.5)

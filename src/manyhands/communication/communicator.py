@@ -238,7 +238,7 @@ class Communicator(ABC):
         """Receive into ``like`` from rank ``frm``, or from anyone (the sender is told)."""
         if frm is not None:
             self._peer(frm)
-        return self._recv(_flat(like), frm, tag)
+        return Received(self._recv(_flat(like), frm, tag).source, like)
 
     # -- groups ----------------------------------------------------------------------------------------------------
 

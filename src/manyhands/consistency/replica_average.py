@@ -9,7 +9,7 @@ baseline the project measured; weak scaling is ``--batch-per-worker``, strong sc
 
 Guarantee: replicas bit-identical. Averaging gradients equals one worker on the joined batch up to summation order, as
 does averaging parameters after one step of plain SGD; with momentum or Adam the latter averages neither (each
-worker's state follows its own gradients) and is an approximation.
+worker's state follows its own gradients) and is an approximation, as it is with clipping (each to its own norm).
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class ReplicaAverage(Strategy):
         return Traffic(reference_B("all_gather", size * numel * itemsize, size), size - 1)
 
     def exact(self, setting: Setting) -> bool:
-        """Gradients always, parameters only after a stateless update."""
-        return self.what == "gradients" or setting.stateless
+        """Gradients always; parameters only after a stateless update that clips nobody's own gradient."""
+        return self.what == "gradients" or (setting.stateless and not setting.clip) or setting.workers == 1
 
     def start(self, replica: Replica, comm: Communicator) -> Worker:
         """This rank's worker."""

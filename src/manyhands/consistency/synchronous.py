@@ -133,13 +133,13 @@ class ReplicatedWorker(Worker):
             grad = replica.pieces[i].grad[lo:hi]
             works.append(self._groups[i].all_reduce(grad, weight=weight_of(loss, count)))
 
-        if self._overlap:
-            loss, _ = replica.gradients(batch, ready=exchange)
-        else:
-            loss, count = replica.gradients(batch)
-            for i, piece in enumerate(replica.pieces):
-                exchange(i, 0, piece.grad.numel(), loss, count)
         try:
+            if self._overlap:
+                loss, _ = replica.gradients(batch, ready=exchange)
+            else:
+                loss, count = replica.gradients(batch)
+                for i, piece in enumerate(replica.pieces):
+                    exchange(i, 0, piece.grad.numel(), loss, count)
             for work in works:
                 work.wait()
         except Vetoed:

@@ -136,8 +136,8 @@ class DataReplica:
         else:
             total, counted = result
             count = 1.0 if counted is None else float(counted)
-            objective = self._summed(total) if counted is None else total / max(count, 1.0)
-            loss = total.detach() / max(count, 1.0)
+            objective = self._summed(total) if counted is None else total / (count or 1.0)
+            loss = total.detach() / (count or 1.0)
         last_pass(loss, count)
         objective.backward()  # type: ignore[no-untyped-call]
         return loss, count
@@ -162,8 +162,8 @@ class DataReplica:
             objective.backward()  # type: ignore[no-untyped-call]
         if counts_itself:
             for piece in self.pieces:
-                piece.grad.div_(max(count, 1.0))
-            loss = loss / max(count, 1.0)
+                piece.grad.div_((count or 1.0))
+            loss = loss / (count or 1.0)
         return loss, count
 
     def _forward(self, inputs: Any, target: Any) -> Any:
@@ -230,7 +230,8 @@ class DataReplica:
         for piece, spans, (lo, hi) in zip(self.pieces, self._spans, bounds, strict=True):
             for s in spans:
                 start, stop = s.within(lo, hi)
-                if start < stop:
+                # torch leaves out what has no gradient; one zero more would round the sum of squares otherwise.
+                if start < stop and not (s.unused and not bool(piece.grad[start:stop].any())):
                     whole = s.parameter.grad if (start, stop) == (s.start, s.stop) else None
                     parts[id(s.parameter)] = piece.grad[start:stop] if whole is None else whole
         ordered = [parts[id(p)] for p in self.model.parameters() if id(p) in parts]

@@ -115,7 +115,9 @@ class SliceUpdate:
     # -- any other optimizer ---------------------------------------------------------------------------------------
 
     def _make_clone(self) -> None:
-        clone = copy.copy(self._master)
+        # copy.copy would lose what Optimizer.__getstate__ leaves out: LBFGS's _params, a subclass's own attributes.
+        clone = object.__new__(type(self._master))
+        clone.__dict__.update(self._master.__dict__)
         clone.state = defaultdict(dict)
         for s in self._spans:
             start, stop = s.within(self.lo, self.hi)
@@ -127,6 +129,8 @@ class SliceUpdate:
             for key, value in self._master.state.get(s.parameter, {}).items():
                 clone.state[part][key] = _cut(value, s, start, stop, part)
         clone.param_groups = [{**self._master.param_groups[self._group], "params": self._parts}]
+        if isinstance(clone, torch.optim.LBFGS):
+            clone._params = self._parts
         self._clone = clone
 
     def _generic(self) -> None:
@@ -156,6 +160,9 @@ class SliceUpdate:
                     start, stop = s.within(self.lo, self.hi)
                     values = self._momentum[start - self.lo : stop - self.lo]
                     result.append(StateSlice(s.name, "momentum_buffer", start - s.start, stop - s.start, values))
+                elif not s.unused:
+                    # Nothing to keep but that it takes part: weight decay goes on after a resume, gradient or not.
+                    result.append(StateSlice(s.name, "used", -1, -1, torch.ones(())))
             return result
         assert self._clone is not None
         for s, part in zip(self._spans, self._parts, strict=True):

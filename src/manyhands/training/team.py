@@ -317,7 +317,7 @@ class ForkserverTeam(ProcessTeam):
         self._folder: str | None = None
         self._processes: list[Any] = []
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "manyhands.training.loop", "manyhands.training.member"])
+        context.set_forkserver_preload(["torch", "torch._dynamo", "manyhands.training.loop", "manyhands.training.member"])
         try:
             setups = self._rendezvous(setups)
             for setup in setups:
@@ -450,6 +450,8 @@ class MpiTeam(ProcessTeam):
                 self._process = subprocess.Popen(
                     [*mpiexec(len(setups)), sys.executable, "-m", "manyhands.training.member", str(place)],
                     stdin=subprocess.DEVNULL,
+                    # All ranks are on this host: with these ways to move data (UCX's names) none of them listens.
+                    env={**os.environ, "UCX_TLS": "self,posix,sysv,cma"},
                     stdout=sys.stderr.fileno() if _has_fileno(sys.stderr) else None,
                     start_new_session=True,
                 )

@@ -28,16 +28,13 @@ class EngineCommunicator(Communicator):
     def _step(self) -> int | None:
         return self._world.step if self.step is None else self.step
 
-    def _late(self, doing: str, seconds: float, frm: int | None = None) -> DeadlineExceeded:
-        """The error of a wait for rank ``frm`` of this group, or for anyone."""
-        if frm is not None:
-            whom = f"rank {self._names[frm]}"
-        else:
-            others = [str(name) for r, name in enumerate(self._names) if r != self.rank]
-            whom = f"rank{'s' if len(others) > 1 else ''} {', '.join(others)}"
-            if len(others) > 1:
-                whom = f"one or more of {whom}"
-        return DeadlineExceeded(self._names[self.rank], whom, self._step(), seconds, doing)
+    def _late(self, doing: str, seconds: float, whom: Sequence[int] | None = None) -> DeadlineExceeded:
+        """The error of a wait for these ranks of the group; None: for others, we know not which."""
+        ranks = [r for r in range(self.size) if r != self.rank] if whom is None else whom
+        names = f"rank{'s' if len(ranks) > 1 else ''} {', '.join(str(self._names[r]) for r in ranks)}"
+        if whom is None and len(ranks) > 1:
+            names = f"one or more of {names}"
+        return DeadlineExceeded(self._names[self.rank], names, self._step(), seconds, doing)
 
     def _lost(self, doing: str, peer: int | None = None) -> PeerLost:
         """The error of a wait that rank ``peer`` of this group, or we know not which, can no longer end."""

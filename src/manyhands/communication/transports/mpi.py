@@ -176,11 +176,12 @@ class MpiCommunicator(EngineCommunicator):
             waited_s = time.perf_counter() - t0
             news = self._mpi.Status()
             failed = self._control.Iprobe(self._mpi.ANY_SOURCE, FAILED_TAG, news)
+            whom = None if peer is None else [peer]
             if failed or waited_s > self.timeout_s:
                 if doing == "recv":  # what comes now must not be written to the caller's tensor
                     request.Cancel()
                     request.Wait()
-                raise self._world._lost(doing, news.Get_source()) if failed else self._late(doing, waited_s, peer)
+                raise self._world._lost(doing, news.Get_source()) if failed else self._late(doing, waited_s, whom)
             time.sleep(min(max(waited_s / 20, NAP_S[0]), NAP_S[1]))
 
     # -- tensors as MPI sees them ----------------------------------------------------------------------------------

@@ -11,12 +11,7 @@ ranks on 2 cores, torch 2.13, medians of 200 and 60, µs: exchange and sum in ra
 sum 138 and 1108; all_reduce 346 and 1690; reduce_scatter_tensor 295 and 2492. It also makes the sum `reduction`'s, in
 rank order. Half precision is all-reduced by those two steps, summed in float32 and rounded once.
 
-The weights of a mean ride behind the tensor, so that one collective does:
-
-    frame_p = (w_p·x_p, w_p, n_p, n_p·p)    n_p = 1 if w_p ≠ 0 else 0;    mean = Σ w_p·x_p / Σ w_p
-
-If only one rank has weight (a last batch smaller than the number of workers) its x is the mean bit for bit, while
-(7·x)/7 need not be: Σ n_p = 1 tells, Σ n_p·p names the rank and it broadcasts.
+The weights of a mean ride behind the tensor, so that one collective does (`framing`).
 
 Every rank starts and awaits operations of a group in the same order. A `Work` must be awaited; gloo forgets a message
 whose `Work` is dropped.
@@ -24,7 +19,6 @@ whose `Work` is dropped.
 
 from __future__ import annotations
 
-import math
 import os
 import time
 import weakref
@@ -36,18 +30,22 @@ from datetime import timedelta
 from typing import Any, ClassVar, Self
 
 import torch
+import torch.distributed
 from torch import Tensor
 
 from manyhands.communication.communicator import Received, Work
 from manyhands.communication.reduction import coefficients, reduce_into, slices
 from manyhands.communication.transports.engine import EngineCommunicator
-from manyhands.errors import BadInput, CommunicationError, DeadlineExceeded, Deadlock, Vetoed
+from manyhands.communication.transports.framing import frame, unframe
+from manyhands.errors import BadInput, CommunicationError, DeadlineExceeded, Deadlock
 
 #: Tags from here on are ours, one after the other for successive exchanges; the user's lie below.
 FIRST_OWN_TAG = 2**30
 
+#: Untyped: its own type hints leave out the stores and the backends. ``import torch`` has imported it already.
+dist: Any = torch.distributed
+
 _HALF = (torch.float16, torch.bfloat16)
-_FRAME_TAIL = 3
 
 
 class TorchCommunicator(EngineCommunicator):
@@ -79,8 +77,6 @@ class TorchCommunicator(EngineCommunicator):
     @classmethod
     def join_file(cls, path: str | os.PathLike[str], rank: int, size: int, *, timeout_s: float = 60.0) -> Self:
         """Meet through a file that does not exist yet, in a folder that all ranks (of one host) see: no store port."""
-        import torch.distributed as dist
-
         device = cls._place(rank)
         store = dist.FileStore(os.fspath(path), size)
         store.set_timeout(timedelta(seconds=timeout_s))
@@ -89,8 +85,6 @@ class TorchCommunicator(EngineCommunicator):
     @classmethod
     def join_launcher(cls, *, timeout_s: float = 60.0) -> Self:
         """Meet where torchrun (or whoever sets its variables) says, or through the store of an initialised group."""
-        import torch.distributed as dist
-
         missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
         if dist.is_initialized():
             store, rank, size = dist.distributed_c10d._get_default_store(), dist.get_rank(), dist.get_world_size()
@@ -129,10 +123,8 @@ class TorchCommunicator(EngineCommunicator):
             return self._connect()
         except RuntimeError as e:
             missing = [r for r in range(self.size) if not self._store.check([f"here/{r}"])]
-            if missing:
-                frm = missing[0] if len(missing) == 1 else None
-                raise self._late("join", time.perf_counter() - t0, frm) from e
-            raise self._translated(e, "join", time.perf_counter() - t0, None) from e
+            seconds = time.perf_counter() - t0
+            raise (self._late("join", seconds, missing) if missing else self._translated(e, "join", seconds)) from e
 
     @property
     def _backend(self) -> Any:
@@ -157,12 +149,12 @@ class TorchCommunicator(EngineCommunicator):
             with self._calling("all_reduce"):
                 works = [self._backend.allreduce([here])] if x.numel() else []
             return _Pending(self, "all_reduce", works, lambda: _bring_back(here, x))
-        framed = _frame(here, weight, self.rank)
+        framed = frame(here, weight, self.rank)
         with self._calling("all_reduce"):
             works = [self._backend.allreduce([framed])]
 
         def mean() -> None:
-            only = _unframe(framed, here)
+            only = unframe(framed, here)
             if only is not None:
                 self._broadcast(here, only).wait()
             _bring_back(here, x)
@@ -190,8 +182,6 @@ class TorchCommunicator(EngineCommunicator):
         return result.view(-1).to(x.device)
 
     def _broadcast(self, x: Tensor, root: int) -> Work:
-        import torch.distributed as dist
-
         options = dist.BroadcastOptions()
         options.rootRank, options.rootTensor = root, 0
         here = x.to(self._device)
@@ -214,7 +204,7 @@ class TorchCommunicator(EngineCommunicator):
             return works, lambda: reduce_into(mine, parts)
         weights = torch.full((self.size,), weight, dtype=torch.float64, device=x.device)
         own = weights[:1].clone()
-        works += self._exchange(doing, [own] * self.size, weights.split(1))
+        works += self._exchange(doing, [own] * self.size, weights.view(-1, 1).unbind())
         return works, lambda: reduce_into(mine, parts, coefficients(weights.tolist()))
 
     def _exchange(self, doing: str, outgoing: Sequence[Tensor], incoming: Sequence[Tensor]) -> list[Any]:
@@ -263,8 +253,6 @@ class TorchCommunicator(EngineCommunicator):
     # -- groups and ends -------------------------------------------------------------------------------------------
 
     def _split(self, color: int) -> TorchCommunicator:
-        import torch.distributed as dist
-
         colors = torch.full((self.size,), color, dtype=torch.int64)
         if self.size > 1:
             self._all_gather(colors, [(r, r + 1) for r in range(self.size)]).wait()
@@ -282,6 +270,8 @@ class TorchCommunicator(EngineCommunicator):
 
     def fail(self) -> None:
         """Hang up, which the peers notice at once."""
+        for group in self._groups.values():
+            group.fail()
         self._errors.append("fail")
         self.close()
 
@@ -311,14 +301,14 @@ class TorchCommunicator(EngineCommunicator):
             self._errors.append(doing)
             raise self._translated(e, doing, time.perf_counter() - t0, peer) from e
 
-    def _translated(self, e: RuntimeError, doing: str, seconds: float, peer: int | None) -> CommunicationError:
+    def _translated(self, e: RuntimeError, doing: str, seconds: float, peer: int | None = None) -> CommunicationError:
         """The engine's phrase as an error of ours (the phrases: gloo/transport/tcp, c10d/ProcessGroup*.cpp)."""
         text = str(e).lower()
         me = f"rank {self._names[self.rank]}"
         if "pair closure" in text and len(self._errors) > 1:
             return CommunicationError(f"{me} cannot {doing}: this group ended when its {self._errors[0]} failed")
         if any(phrase in text for phrase in ("timed out", "timeout")):
-            return self._late(doing, seconds, peer)
+            return self._late(doing, seconds, None if peer is None else [peer])
         if any(phrase in text for phrase in ("peer", "broken pipe", "connection", "socket", "aborted")):
             return self._lost(doing, peer)
         return CommunicationError(f"{me} failed in {doing}: {str(e).splitlines()[0]}")
@@ -338,9 +328,7 @@ class GlooCommunicator(TorchCommunicator):
         return torch.device("cpu")
 
     def _connect(self) -> Any:
-        import torch.distributed as dist
-
-        gloo: Any = dist.ProcessGroupGloo
+        gloo = dist.ProcessGroupGloo
         options = gloo._Options()
         # Elsewhere gloo takes the interface of the host's name, or the one that GLOO_SOCKET_IFNAME tells it.
         options._devices = [
@@ -361,8 +349,6 @@ class NcclCommunicator(TorchCommunicator):
 
     @classmethod
     def _place(cls, local_rank: int) -> torch.device:
-        import torch.distributed as dist
-
         if not (torch.cuda.is_available() and dist.is_nccl_available()):
             raise BadInput("transport nccl: it needs a CUDA build of torch and one GPU a rank. Without: gloo.")
         if local_rank >= torch.cuda.device_count():
@@ -374,9 +360,7 @@ class NcclCommunicator(TorchCommunicator):
         return torch.device("cuda", local_rank)
 
     def _connect(self) -> Any:
-        import torch.distributed as dist
-
-        nccl: Any = dist.ProcessGroupNCCL
+        nccl = dist.ProcessGroupNCCL
         options = nccl.Options()
         options._timeout = timedelta(seconds=self.timeout_s)
         return nccl(self._store, self.rank, self.size, options)
@@ -418,31 +402,6 @@ class _Pending:
         self._comm._await(works, self._doing, self._peer)
         if then is not None:
             then()
-
-
-def _frame(x: Tensor, weight: float, rank: int) -> Tensor:
-    """``(w·x, w, n, n·rank)``; a rank without weight contributes zeros whatever it holds."""
-    framed = torch.empty(x.numel() + _FRAME_TAIL, dtype=x.dtype, device=x.device)
-    if weight:
-        torch.mul(x, weight, out=framed[:-_FRAME_TAIL])
-    else:
-        framed[:-_FRAME_TAIL].zero_()
-    framed[-_FRAME_TAIL:] = torch.tensor([weight, bool(weight), rank * bool(weight)], dtype=x.dtype)
-    return framed
-
-
-def _unframe(framed: Tensor, x: Tensor) -> int | None:
-    """From the summed frames: ``x`` ← the mean; or, if one rank alone has weight, that rank, and ``x`` as it was."""
-    total, count, only = framed[-_FRAME_TAIL:].tolist()
-    if not math.isfinite(total):
-        raise Vetoed
-    if count == 1:
-        return int(only)
-    if total:
-        torch.div(framed[:-_FRAME_TAIL], total, out=x)
-    else:
-        x.zero_()
-    return None
 
 
 def _hang_up(backends: list[Any], errors: list[str]) -> None:

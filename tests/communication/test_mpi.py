@@ -1,0 +1,163 @@
+"""What is MPI's own, beside the contract: what it leaves on the machine, and what a lost or stuck peer becomes.
+
+Each test starts ``mpiexec``, whose ranks run a function of this file. ``UCX_TLS`` keeps MPICH's ranks to shared
+memory, so that they listen nowhere; mpiexec itself listens on all interfaces whatever it is told (MPICH 5.0.2).
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from manyhands.communication.transports.mpi import MpiCommunicator
+from manyhands.errors import BadInput, DeadlineExceeded, PeerLost
+from tests import guards
+
+ROOT = Path(__file__).parent.parent.parent
+MPIEXEC = Path(sys.executable).with_name("mpiexec")
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "UCX_TLS": "self,posix,sysv,cma"}
+
+needs_mpiexec = pytest.mark.skipif(not MPIEXEC.exists(), reason="needs the mpich wheel")
+
+
+def run(fn, size: int) -> subprocess.CompletedProcess[str]:
+    """``fn(comm)`` on ``size`` ranks; its output is to be empty where all is well."""
+    code = "from tests.communication import test_mpi as t; t.{}(t.MpiCommunicator.join(timeout_s=10))"
+    command = [MPIEXEC, "-n", str(size), sys.executable, "-c", code.format(fn.__name__)]
+    return subprocess.run(
+        command,
+        cwd=ROOT,
+        env=os.environ | ENVIRONMENT,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=50,
+        check=False,
+    )
+
+
+def assert_well(done: subprocess.CompletedProcess[str]) -> None:
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+def use_beside_the_user(comm: MpiCommunicator) -> None:
+    """A communicator of the user's is wrapped; messages and collectives on it and on ours do not meet."""
+    from mpi4py import MPI
+
+    theirs = MPI.COMM_WORLD.Split(0, -comm.rank)  # in reverse order
+    ours = MpiCommunicator.wrap(theirs, timeout_s=10)
+    assert (ours.rank, ours.size) == (comm.size - 1 - comm.rank, comm.size)
+    after, before = (ours.rank + 1) % ours.size, (ours.rank - 1) % ours.size
+    request = theirs.Isend(torch.full((2,), 1.0).numpy(), after, tag=5)
+    work = ours.send(torch.full((2,), 2.0), after, tag=5)
+    x = torch.empty(2)
+    assert ours.recv(x, None, tag=5).source == before
+    assert x.tolist() == [2.0, 2.0]
+    theirs.Recv(x.numpy(), before, tag=5)
+    assert x.tolist() == [1.0, 1.0]
+    request.Wait()
+    work.wait()
+    with pytest.raises(BadInput, match="tags are whole numbers"):
+        ours.send(x, after, tag=-1)
+    found = guards._listening(guards.Snapshot.take().sockets)
+    inherited = [a for a in found if a.startswith("00000000")]  # of mpiexec, which leaks it to its children
+    assert len(inherited) <= 1
+    assert found == inherited
+    ours.close()
+    comm.barrier()
+    comm.close()
+
+
+@needs_mpiexec
+def test_it_wraps_the_users_communicator_and_opens_no_listener():
+    assert_well(run(use_beside_the_user, 3))
+
+
+def check_exactness(comm: MpiCommunicator) -> None:
+    for weights in ([33.0] * 3, [32.0, 33.0, 0.0], [0.1, 1e6, 3.0], [0.0, 7.0, 0.0]):
+        parts = [torch.randn(1000, dtype=torch.float64, generator=torch.Generator().manual_seed(r)) for r in range(3)]
+        x = parts[comm.rank].clone() if weights[comm.rank] else torch.full((1000,), torch.nan, dtype=torch.float64)
+        comm.all_reduce(x, weight=weights[comm.rank]).wait()
+        true = sum(w * p for w, p in zip(weights, parts, strict=True)) / sum(weights)
+        assert (x - true).abs().max() <= 1e-12
+
+
+@needs_mpiexec
+def test_weighted_means_are_exact_to_rounding():
+    assert_well(run(check_exactness, 3))
+
+
+def lose(comm: MpiCommunicator) -> None:
+    comm.barrier()
+    if comm.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    comm.recv(torch.empty(3), 1)
+
+
+@needs_mpiexec
+def test_a_killed_rank_ends_the_run_and_leaves_no_memory_behind():
+    done = run(lose, 3)
+    assert done.returncode == signal.SIGKILL
+    assert "DeadlineExceeded" not in done.stdout  # it was at once
+    assert "Killed" in done.stdout  # and that /dev/shm is as it was is seen to by conftest
+
+
+def say_so(comm: MpiCommunicator) -> None:
+    group = comm.split(comm.rank % 2)  # ranks 0 and 2; rank 1 alone
+    comm.step = 4
+    comm.barrier()
+    t0 = time.monotonic()
+    if comm.rank == 1:
+        comm.fail()
+        return
+    with pytest.raises(PeerLost, match=f"rank {comm.rank} lost rank 1 while in all_reduce at step 4"):
+        comm.all_reduce(torch.zeros(1000)).wait()
+    with pytest.raises(PeerLost, match=f"rank {comm.rank} lost rank 1 while in recv at step 4"):
+        group.recv(torch.zeros(3), None)  # a group's error names ranks of the world
+    assert time.monotonic() - t0 < 5
+
+
+@needs_mpiexec
+def test_a_failing_rank_is_named_at_once():
+    assert_well(run(say_so, 3))
+
+
+def be_late(comm: MpiCommunicator) -> None:
+    comm.barrier()
+    comm.timeout_s, comm.step = 0.5, 3
+    if comm.rank == 0:
+        x = torch.zeros(3)
+        with pytest.raises(DeadlineExceeded, match=r"rank 0 waited 0\.5 s in recv at step 3 for rank 1;"):
+            comm.recv(x, 1, tag=9)
+        with pytest.raises(DeadlineExceeded, match=r"in recv at step 3 for one or more of ranks 1, 2;"):
+            comm.recv(x, None, tag=9)
+        with pytest.raises(DeadlineExceeded, match=r"in barrier at step 3 for one or more of ranks 1, 2;"):
+            comm.barrier()
+    else:
+        time.sleep(2)
+        comm.timeout_s = 10
+        comm.barrier()
+    # A receive that was given up takes nothing: what was sent since goes to the next one.
+    if comm.rank == 1:
+        comm.send(torch.ones(3), 0, tag=9).wait()
+    if comm.rank == 0:
+        comm.timeout_s = 10
+        assert comm.recv(torch.zeros(3), None, tag=9).tensor.tolist() == [1.0] * 3
+        assert x.tolist() == [0.0] * 3
+
+
+@needs_mpiexec
+def test_a_late_rank_is_named_at_the_deadline():
+    assert_well(run(be_late, 3))
+
+
+def test_without_mpi_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    with pytest.raises(BadInput, match=r'pip install "manyhands\[mpi\]"'):
+        MpiCommunicator.join()
