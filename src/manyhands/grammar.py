@@ -1,7 +1,7 @@
 """The one text grammar: ``name``, ``name(key=value, …)`` or ``my_pkg.module:name(key=value, …)``.
 
-A value is a Python literal or again a ``name(…)``; positional values are allowed where the class takes them. Text is
-read with `ast` and never evaluated. What `format_call` prints, `parse_call` reads back to an equal `Call`.
+A value is a Python literal, ``inf``, ``nan`` or again a ``name(…)``; positional values are allowed where the class
+takes them. Text is read with `ast` and never evaluated. What `format_call` prints, `parse_call` reads back to an equal `Call`.
 It stands below everything else because descriptions at every level (strategies, compressors, models, meshes) print
 themselves with it.
 """
@@ -50,11 +50,18 @@ def _value(node: ast.expr) -> Any:
     if isinstance(node, ast.Call):
         if any(k.arg is None for k in node.keywords) or any(isinstance(a, ast.Starred) for a in node.args):
             raise ValueError("no * or **")
+        names = [k.arg for k in node.keywords]
+        if repeated := [n for n in names if names.count(n) > 1]:
+            raise ValueError(f"{repeated[0]} is given twice")
         return Call(
             _dotted(node.func),
             tuple(_value(a) for a in node.args),
             {k.arg: _value(k.value) for k in node.keywords if k.arg is not None},
         )
+    if isinstance(node, ast.Name) and node.id in ("inf", "nan"):  # as Python prints them; they have no literals
+        return float(node.id)
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub) and isinstance(node.operand, ast.Name):
+        return -float(node.operand.id) if node.operand.id in ("inf", "nan") else ast.literal_eval(node)
     if isinstance(node, ast.Name | ast.Attribute):
         return Call(_dotted(node))
     if isinstance(node, ast.Tuple | ast.List):

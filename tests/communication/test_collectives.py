@@ -215,8 +215,10 @@ def _by_engine(operation: str, mine: Tensor, bounds: collectives.Bounds, comm: C
     return x
 
 
-@pytest.mark.parametrize("on", ["threads", "simulated"])
-@pytest.mark.parametrize("size", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize(
+    ("on", "size"),
+    [*itertools.product(["threads", "simulated", "shared"], [1, 2, 3, 5, 8]), ("gloo", 3), ("mpi", 3)],
+)
 def test_algorithms_equal_the_engine(on, size):
     run_ranks(check_against_engine, size, on=on)
 

@@ -15,8 +15,8 @@ from manyhands.catalogue import Catalogue
 if TYPE_CHECKING:
     from manyhands.studies.grid import Cell as Cell
     from manyhands.studies.grid import Study as Study
+    from manyhands.studies.reporting import StudyResult as StudyResult
     from manyhands.studies.rows import Row as Row
-    from manyhands.studies.running import StudyResult as StudyResult
     from manyhands.studies.running import run as run
 
 studies = Catalogue(
@@ -31,7 +31,7 @@ _WHERE = {
     "Cell": "manyhands.studies.grid",
     "Study": "manyhands.studies.grid",
     "Row": "manyhands.studies.rows",
-    "StudyResult": "manyhands.studies.running",
+    "StudyResult": "manyhands.studies.reporting",
     "run": "manyhands.studies.running",
 }
 

@@ -3,6 +3,7 @@
     [study]
     name = "scaling"
     repeats = 3
+    limit_s = 600                           # no further round of repeats that would end later
 
     [task]                                  # fields of Task; batch_per_worker in place of batch_size: weak scaling
     model = "cnn"
@@ -28,6 +29,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import os
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -39,15 +41,18 @@ from manyhands.communication.topology import Mesh
 from manyhands.errors import BadInput, UnknownName
 from manyhands.plan import Plan
 from manyhands.studies import studies
-from manyhands.task import Task, from_table
+from manyhands.task import Task, from_table, is_positive, is_whole
 
 Value = str | int | float | bool
+#: Factor → its values.
+Grid = Mapping[str, tuple[Value, ...]]
 
 #: Not a field of `Task`: a cell turns it into ``batch_size``, as the global batch is its product with the workers.
 PER_WORKER = "batch_per_worker"
 
 TASK_KEYS = (*(f.name for f in dataclasses.fields(Task)), PER_WORKER)
 PLAN_KEYS = tuple(f.name for f in dataclasses.fields(Plan))
+HEAD = ("name", "repeats", "limit_s")
 FACTORS = (*(f"plan.{k}" for k in PLAN_KEYS), *(f"task.{k}" for k in TASK_KEYS))
 
 #: Two ways to say one thing: a factor of one kind takes the place of the other in ``[task]``.
@@ -86,7 +91,7 @@ def _global_batch(per_worker: Value, plan: Plan, table: Mapping[str, Value]) -> 
             f"batch_size={table['batch_size']!r} and {PER_WORKER}={per_worker!r}: the global batch is said once. "
             "Give one of them."
         )
-    if not isinstance(per_worker, int) or isinstance(per_worker, bool) or per_worker < 1:
+    if not isinstance(per_worker, int) or not is_whole(per_worker, 1):
         raise BadInput(f"{PER_WORKER}={per_worker!r}: it is a whole number from 1. E.g. {PER_WORKER}=50.")
     workers = plan.mesh.size if isinstance(plan.mesh, Mesh) and plan.workers is None else plan.workers
     if not isinstance(workers, int):
@@ -103,14 +108,19 @@ class Study:
     name: str
     task: Mapping[str, Value] = field(default_factory=dict)
     plan: Mapping[str, Value] = field(default_factory=dict)
-    grids: tuple[Mapping[str, tuple[Value, ...]], ...] = ()
+    grids: tuple[Grid, ...] = ()
     repeats: int = 3
+    limit_s: float | None = None  # no further round of repeats begins that would end later than this
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not self.name.strip():
+        if not str(self.name).strip() or type(self.name) is not str:
             raise BadInput(f'name={self.name!r} in [study]: it is a text. E.g. name = "scaling".')
-        if not isinstance(self.repeats, int) or isinstance(self.repeats, bool) or self.repeats < 1:
+        if not is_whole(self.repeats, 1):
             raise BadInput(f"repeats={self.repeats!r} in [study]: it is a whole number from 1. E.g. repeats = 3.")
+        if self.limit_s is not None and not is_positive(self.limit_s):
+            raise BadInput(
+                f"limit_s={self.limit_s!r} in [study]: it is a positive number of seconds. E.g. limit_s = 600."
+            )
         _check("[task]", self.task, TASK_KEYS, self.task.values())
         _check("[plan]", self.plan, PLAN_KEYS, self.plan.values())
         for grid in self.grids:
@@ -139,9 +149,12 @@ class Study:
         """The study as a file."""
         import tomli_w
 
-        head = {"study": {"name": self.name, "repeats": self.repeats}, "task": dict(self.task), "plan": dict(self.plan)}
+        head: dict[str, Value] = {"name": self.name, "repeats": self.repeats}
+        if self.limit_s is not None:
+            head["limit_s"] = self.limit_s
         grids = [{factor: list(values) for factor, values in grid.items()} for grid in self.grids]
-        return tomli_w.dumps({k: v for k, v in {**head, "grid": grids}.items() if v})
+        tables = {"study": head, "task": dict(self.task), "plan": dict(self.plan), "grid": grids}
+        return tomli_w.dumps({k: v for k, v in tables.items() if v})
 
 
 def _over(base: Mapping[str, Value], said: Mapping[str, Value]) -> dict[str, Value]:
@@ -158,13 +171,15 @@ def _check(where: str, table: Mapping[str, Any], known: Iterable[str], values: I
             raise BadInput(f"{where} holds {value!r}: a value is a text, a number, true or false.")
 
 
-def find(name_or_file: str | Path | Study | None = None) -> Study:
-    """The study of that name, or in that TOML file; without either the default one."""
+def find(name_or_file: str | os.PathLike[str] | Study | None = None, *, workers: int | None = None) -> Study:
+    """The study of that name, or in that TOML file; without either the default one. ``workers``: at most so many."""
+    if workers is not None and not is_whole(workers, 1):
+        raise BadInput(f"workers={workers!r}: the largest number of workers is a whole number from 1.")
     if isinstance(name_or_file, Study):
-        return name_or_file
-    asked = "default" if name_or_file is None else str(name_or_file)
+        return _at_most(name_or_file, workers)
+    asked = "default" if name_or_file is None else os.fspath(name_or_file)
     if asked in studies:
-        made = studies.load(asked)()
+        made = studies.load(asked)(workers)
         assert isinstance(made, Study)
         return made
     path = Path(asked)
@@ -175,7 +190,22 @@ def find(name_or_file: str | Path | Study | None = None) -> Study:
     except (OSError, UnicodeDecodeError) as e:
         reason = e.strerror if isinstance(e, OSError) else "it is not text in UTF-8"
         raise BadInput(f"study {asked} cannot be read ({reason}). A study is a TOML file.") from e
-    return parse(text, name=path.stem, where=asked)
+    return _at_most(parse(text, name=path.stem, where=asked), workers)
+
+
+def _at_most(study: Study, workers: int | None) -> Study:
+    """Without the plans that have more workers."""
+    if workers is None:
+        return study
+    grids = [{k: _up_to(v, workers) if k == "plan.workers" else v for k, v in grid.items()} for grid in study.grids]
+    kept = tuple(grid for grid in grids if all(grid.values()))
+    if study.grids and not kept:
+        raise BadInput(f"study {study.name} has no plan of at most {workers} workers; give a larger number.")
+    return dataclasses.replace(study, grids=kept)
+
+
+def _up_to(values: Iterable[Value], most: int) -> tuple[Value, ...]:
+    return tuple(v for v in values if not isinstance(v, int | float) or v <= most)
 
 
 def parse(text: str, *, name: str = "study", where: str = "the study") -> Study:
@@ -194,14 +224,15 @@ def parse(text: str, *, name: str = "study", where: str = "the study") -> Study:
             raise BadInput(f"{where} says {part!r} where a table is expected: [study], [task], [plan], [grid].")
     head = table.get("study", {})
     for key in head:
-        if key not in ("name", "repeats"):
-            raise UnknownName("key in [study]", key, ("name", "repeats"))
+        if key not in HEAD:
+            raise UnknownName("key in [study]", key, HEAD)
     return Study(
         name=head.get("name", name),
         task=table.get("task", {}),
         plan=table.get("plan", {}),
         grids=tuple(_factors(grid) for grid in grids),
         repeats=head.get("repeats", 3),
+        limit_s=head.get("limit_s"),
     )
 
 

@@ -11,10 +11,11 @@ at a time writes to a folder.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import fcntl
+import functools
 import json
+import operator
 import os
 import shutil
 import sqlite3
@@ -51,6 +52,7 @@ class Row:
     transport: str | None
     cores: int
     host: str
+    processor: str
     started_at: str
     seconds: float  # from start to end: workers started, data loaded, model evaluated
     load_average: float  # of the minute before the start
@@ -63,14 +65,15 @@ class Row:
         return dataclasses.asdict(self)
 
 
-def _columns(kind: type[Any], prefix: str = "") -> dict[str, type[Any]]:
-    """Column → type, nested records flattened: ``step_s`` becomes ``step_s_median`` and so on."""
-    found: dict[str, type[Any]] = {}
-    for name, hint in get_type_hints(kind).items():
-        if hint in (Spread, StepParts):
-            found |= _columns(hint, f"{prefix}{name}_")
-        else:
-            found[prefix + name] = hint
+def _measured() -> dict[str, tuple[tuple[str, ...], Any]]:
+    """Column → where its figure lies in a measurement, and the type: ``step_s`` becomes ``measured_step_s_median`` …"""
+    found: dict[str, tuple[tuple[str, ...], Any]] = {}
+    for name, hint in get_type_hints(Measurement).items():
+        inner = get_type_hints(hint) if hint in (Spread, StepParts) else {}
+        for key, kind in inner.items():
+            found[f"measured_{name}_{key}"] = (name, key), kind
+        if not inner:
+            found[f"measured_{name}"] = (name,), hint
     return found
 
 
@@ -79,10 +82,10 @@ def _sql_type(hint: Any) -> str:
     return "REAL" if "float" in text else "INTEGER" if "int" in text else "TEXT"
 
 
-#: Both kinds of column come from our own classes; values go in as parameters only.
-OWN = {k: v for k, v in get_type_hints(Row).items() if k != "measurement"}
-MEASURED = {f"measured_{k}": v for k, v in _columns(Measurement).items()}
-_COLUMNS = {**OWN, **MEASURED}
+# Names of columns come from our own classes; values go in as parameters only.
+_OWN = {name: hint for name, hint in get_type_hints(Row).items() if name != "measurement"}
+_MEASURED = _measured()
+_COLUMNS = {**_OWN, **{name: hint for name, (_, hint) in _MEASURED.items()}}
 _CREATE = (
     "CREATE TABLE IF NOT EXISTS rows ("
     + ", ".join(f"{name} {_sql_type(hint)}" for name, hint in _COLUMNS.items())
@@ -107,8 +110,8 @@ class Rows:
             self._claim()
             self._db = self._open()
             try:
-                self._write(STUDY, study.to_toml())
-                self._write(LINES, "".join(_line(row) for row in self.all()))
+                write(folder, STUDY, study.to_toml())
+                write(folder, LINES, "".join(_line(row) for row in self.all()))
             except BaseException:
                 self._db.close()
                 raise
@@ -135,36 +138,14 @@ class Rows:
         db = sqlite3.connect(path)
         try:
             if fresh:
-                db.execute(f"PRAGMA user_version = {VERSION}")
-            found = db.execute("PRAGMA user_version").fetchone()[0]
-            db.execute(_CREATE)
-            db.commit()
-            names = [column[1] for column in db.execute("PRAGMA table_info(rows)")]
-        except sqlite3.DatabaseError as e:
+                with db:
+                    db.execute(f"PRAGMA user_version = {VERSION}")
+                    db.execute(_CREATE)
+            _check(db, path)
+        except BaseException:
             db.close()
-            raise BadInput(f"{path} is no file of rows ({e}). Choose another folder with out= (--out).") from None
-        if found != VERSION or names != list(_COLUMNS):
-            db.close()
-            raise BadInput(
-                f"{path} was written by another version of manyhands (form {found}, this is {VERSION}): rows of two "
-                "forms do not mix. Choose another folder with out= (--out)."
-            )
+            raise
         return db
-
-    def _write(self, name: str, text: str) -> None:
-        """Old or new, never half."""
-        fresh = self.folder / f".{name}-new"
-        try:
-            fresh.write_text(text, encoding="utf-8")
-            fresh.replace(self.folder / name)
-        except OSError as e:
-            raise self._lost(e) from e
-
-    def _lost(self, e: Exception) -> ManyhandsError:
-        return ManyhandsError(
-            f"the study's folder {self.folder} cannot be written ({e}). The rows so far are kept; free some space and "
-            f"go on with out={str(self.folder)!r} (--out {self.folder})."
-        )
 
     def all(self) -> list[Row]:
         """Every row, in the order of writing."""
@@ -179,7 +160,7 @@ class Rows:
             with open(self.folder / LINES, "a", encoding="utf-8") as file:
                 file.write(_line(row))
         except (sqlite3.Error, OSError) as e:
-            raise self._lost(e) from e
+            raise _lost(self.folder, e) from e
 
     def done(self) -> set[tuple[str, int]]:
         """(cell, repeat) of what need not run again. Refused and failed ones are tried anew: what was wrong may be
@@ -196,8 +177,6 @@ class Rows:
     def close(self) -> None:
         """Let others write to the folder."""
         self._db.close()
-        with contextlib.suppress(OSError):
-            (self.folder / LOCK).unlink()
         self._lock.close()
 
     def __enter__(self) -> Rows:
@@ -211,14 +190,46 @@ def read(folder: Path) -> list[Row]:
     """The rows of a study's folder, which may be in use."""
     path = folder / ROWS
     if not path.is_file():
-        raise BadInput(f"{folder} holds no {ROWS}: name the folder of a study, e.g. one that `manyhands study` printed.")
+        raise BadInput(
+            f"{folder} holds no {ROWS}: name the folder of a study, e.g. one that `manyhands study` printed."
+        )
     db = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
     try:
+        _check(db, path)
         return [_row(values) for values in db.execute("SELECT * FROM rows ORDER BY rowid")]
-    except (sqlite3.DatabaseError, TypeError, ValueError) as e:
-        raise BadInput(f"{path} is no file of rows, or one of another version of manyhands ({e}).") from None
     finally:
         db.close()
+
+
+def _check(db: sqlite3.Connection, path: Path) -> None:
+    """Refuse what is not a table of this form."""
+    try:
+        found = db.execute("PRAGMA user_version").fetchone()[0]
+        names = [column[1] for column in db.execute("PRAGMA table_info(rows)")]
+    except sqlite3.DatabaseError as e:
+        raise BadInput(f"{path} is no file of rows ({e}). Choose another folder with out= (--out).") from None
+    if found != VERSION or names != list(_COLUMNS):
+        raise BadInput(
+            f"{path} was written by something else or by another version of manyhands (form {found}, this is "
+            f"{VERSION}): rows of two forms do not mix. Choose another folder with out= (--out)."
+        )
+
+
+def write(folder: Path, name: str, text: str) -> None:
+    """A whole file of a study's folder: old or new, never half."""
+    fresh = folder / f".{name}-new"
+    try:
+        fresh.write_text(text, encoding="utf-8")
+        fresh.replace(folder / name)
+    except OSError as e:
+        raise _lost(folder, e) from e
+
+
+def _lost(folder: Path, e: Exception) -> ManyhandsError:
+    return ManyhandsError(
+        f"the study's folder {folder} cannot be written ({e}). The rows so far are kept; free some space and go on "
+        f"with out={str(folder)!r} (--out {folder})."
+    )
 
 
 def _line(row: Row) -> str:
@@ -226,28 +237,28 @@ def _line(row: Row) -> str:
 
 
 def _flat(row: Row) -> dict[str, Any]:
-    """``row`` by column."""
+    """``row`` by column, tables as JSON."""
     table = row.as_dict()
-    measured = table.pop("measurement") or {}
-    for name, hint in get_type_hints(Measurement).items():
-        value = measured.get(name)
-        if hint in (Spread, StepParts):
-            table |= {f"measured_{name}_{f.name}": (value or {}).get(f.name) for f in dataclasses.fields(hint)}
-        else:
-            table[f"measured_{name}"] = value
+    measured = table.pop("measurement")
+    for column, (path, _) in _MEASURED.items():
+        table[column] = None if measured is None else functools.reduce(operator.getitem, path, measured)
     return {k: json.dumps(v) if isinstance(v, Mapping) else v for k, v in table.items()}
 
 
 def _row(values: tuple[Any, ...]) -> Row:
-    """What `_flat` made."""
-    table: dict[str, Any] = dict(zip(_COLUMNS, values, strict=True))
+    """What `_flat` was made of."""
+    table = {
+        name: json.loads(value) if "dict" in str(hint) and value is not None else value
+        for (name, hint), value in zip(_COLUMNS.items(), values, strict=True)
+    }
     measured: dict[str, Any] = {}
-    for name, hint in get_type_hints(Measurement).items():
-        if hint in (Spread, StepParts):
-            measured[name] = hint(*(table.pop(f"measured_{name}_{f.name}") for f in dataclasses.fields(hint)))
+    for column, (path, _) in _MEASURED.items():
+        value = table.pop(column)
+        if len(path) == 1:
+            measured[path[0]] = value
         else:
-            value = table.pop(f"measured_{name}")
-            measured[name] = json.loads(value) if "dict" in str(hint) and value is not None else value
-    done = table["status"] == "done"
-    table |= {name: json.loads(table[name]) for name in ("task", "plan")}
-    return Row(**table, measurement=Measurement(**measured) if done else None)
+            measured.setdefault(path[0], {})[path[1]] = value
+    if table["status"] != "done":
+        return Row(**table)
+    measured |= {"step_s": Spread(**measured["step_s"]), "step_parts_s": StepParts(**measured["step_parts_s"])}
+    return Row(**table, measurement=Measurement(**measured))

@@ -308,6 +308,24 @@ def ended(exitcode: int) -> str:
     return f"exited with status {exitcode}"
 
 
+class _Handed:
+    """A descriptor that goes along with a starting process.
+
+    `DupFd` must be called while the process is being pickled: outside of that multiprocessing serves the descriptor
+    from a thread and a socket of this process.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _as_it_is, (DupFd(self._fd),)
+
+
+def _as_it_is(handle: Any) -> Any:
+    return handle
+
+
 class ForkserverTeam(ProcessTeam):
     """Workers forked from a server that has imported torch already: 0.06 s each once it is warm."""
 
@@ -351,7 +369,7 @@ class ForkserverTeam(ProcessTeam):
         return [dataclasses.replace(s, rendezvous=str(Path(self._folder) / "rendezvous")) for s in setups]
 
     def _start(self, context: Any, setup: Setup, theirs: Any, live: Any) -> Any:
-        memory = DupFd(self._segment.fd) if self._segment is not None else None
+        memory = _Handed(self._segment.fd) if self._segment is not None else None
         process = context.Process(
             target=_forked, args=(setup, theirs, memory, live), name=f"manyhands-worker-{setup.rank}", daemon=True
         )
