@@ -13,6 +13,8 @@ from manyhands.errors import BadInput, InvalidPlan, Problem, UnknownName
 
 #: What a task consists of when nothing is said: small, quick, and enough to see the loss fall.
 DEFAULT_EPOCHS = 1
+#: How text says that there is no loss (the model returns its own) or no schedule.
+NONE = "none"
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,8 +82,12 @@ class Task:
         return {"epochs": self.epochs, "steps": self.steps}
 
     def as_table(self) -> dict[str, Any]:
-        """The fields as TOML can hold them; a live object is named in angle brackets and cannot be read back."""
+        """The fields as TOML can hold them; a live object is named in angle brackets and cannot be read back.
+
+        ``loss=None`` is written as ``none``: what is left out means the default.
+        """
         table = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        table["loss"] = NONE if self.loss is None else self.loss
         return {k: v if isinstance(v, str | int | float) else described(v) for k, v in table.items() if v is not None}
 
 
@@ -119,4 +125,4 @@ def from_table(kind: type[Any], table: Mapping[str, Any], where: str) -> Any:
                 f"{where} says {key} = {value}: that run was given a live object, which a file cannot hold. "
                 "Name it as my_pkg.module:factory, or start from Python with the object."
             )
-    return kind(**table)
+    return kind(**{k: None if k in ("loss", "schedule") and v == NONE else v for k, v in table.items()})

@@ -46,13 +46,36 @@ def reduce_into(out: Tensor, parts: Sequence[Tensor], factors: Sequence[float] |
     samples may hold anything. One part with factor 1 is left untouched bit for bit.
     """
     if factors is None:
-        chosen = [(p, 1.0) for p in parts]
+        _add_into(out, parts)
+    elif _alike_and_exact(factors) and out.dtype not in _HALF:
+        # Scaling by a power of two commutes with rounding (but at the ends of the exponent range): once is enough.
+        _add_into(out, parts)
+        if factors[0] != 1.0:
+            out.mul_(factors[0])
     else:
-        chosen = [(p, f) for p, f in zip(parts, factors, strict=True) if f != 0.0]
+        _add_scaled_into(out, [(p, f) for p, f in zip(parts, factors, strict=True) if f != 0.0])
+
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def _alike_and_exact(factors: Sequence[float]) -> bool:
+    first = factors[0]
+    return math.frexp(first)[0] == 0.5 and all(f == first for f in factors)
+
+
+def _add_into(out: Tensor, parts: Sequence[Tensor]) -> None:
+    if len(parts) == 2 and out.dtype not in _HALF:
+        torch.add(parts[0], parts[1], out=out)
+    else:
+        _add_scaled_into(out, [(p, 1.0) for p in parts])
+
+
+def _add_scaled_into(out: Tensor, chosen: list[tuple[Tensor, float]]) -> None:
     if not chosen:
         out.zero_()
         return
-    if out.dtype in (torch.float16, torch.bfloat16) and len(chosen) > 1:
+    if out.dtype in _HALF and len(chosen) > 1:
         wide = chosen[0][0].to(torch.float32, copy=True).mul_(chosen[0][1])
         for part, factor in chosen[1:]:
             wide.add_(part.to(torch.float32), alpha=factor)

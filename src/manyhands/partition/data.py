@@ -21,6 +21,7 @@ from torch import Tensor
 
 from manyhands.communication.communicator import Communicator
 from manyhands.contract import Batch, Piece, Ready, StateSlice
+from manyhands.partition.backward import backward
 from manyhands.partition.buckets import Announcer
 from manyhands.partition.update import SliceUpdate, Span, strides_of
 
@@ -139,7 +140,7 @@ class DataReplica:
             objective = self._summed(total) if counted is None else total / (count or 1.0)
             loss = total.detach() / (count or 1.0)
         last_pass(loss, count)
-        objective.backward()  # type: ignore[no-untyped-call]
+        backward(objective)
         return loss, count
 
     def _many_passes(self, batch: Batch, last_pass: LastPass) -> tuple[Tensor, float]:
@@ -159,10 +160,10 @@ class DataReplica:
                 loss, count = loss + total.detach(), count + float(counted) if counts_itself else 1.0
             if k == m - 1 and not counts_itself:
                 last_pass(loss, count)
-            objective.backward()  # type: ignore[no-untyped-call]
+            backward(objective)
         if counts_itself:
             for piece in self.pieces:
-                piece.grad.div_((count or 1.0))
+                piece.grad.div_(count or 1.0)
             loss = loss / (count or 1.0)
         return loss, count
 

@@ -239,7 +239,7 @@ def train(run: Run, metrics: MetricsLog, member: Member) -> dict[str, Any]:
     began = time.perf_counter()
     times: list[float] = []
     seen = 0
-    epoch_loss = torch.zeros(2, dtype=torch.float64)
+    loss_sum, loss_count = 0.0, 0
     first_step = run.cursor.step
     parts_before = _spent(run)
     sent_before, epoch_began, next_log = comm.counters.sent_B("step"), began, began
@@ -272,8 +272,8 @@ def train(run: Run, metrics: MetricsLog, member: Member) -> dict[str, Any]:
                 times.append(t1 - t0)
             cursor = share.after
             seen += share.global_count
-            epoch_loss[0] += float(loss) * count
-            epoch_loss[1] += count
+            loss_sum += float(loss) * count
+            loss_count += count
             progress.update(cursor.step, share.before.epoch, seen, loss)
             if t1 >= next_log:
                 next_log = t1 + METRICS_EVERY_S
@@ -289,8 +289,8 @@ def train(run: Run, metrics: MetricsLog, member: Member) -> dict[str, Any]:
                 )
             at_end = cursor.epoch != share.before.epoch
             if at_end:
-                _end_epoch(run, share.before.epoch, cursor, epoch_loss, clock() - epoch_began, metrics)
-                epoch_loss.zero_()
+                _end_epoch(run, share.before.epoch, cursor, (loss_sum, loss_count), clock() - epoch_began, metrics)
+                loss_sum, loss_count = 0.0, 0
                 epoch_began = clock()
             every = run.options.checkpoint_steps
             if (at_end and every is None) or (every is not None and cursor.step % every == 0):
@@ -300,7 +300,7 @@ def train(run: Run, metrics: MetricsLog, member: Member) -> dict[str, Any]:
     sent_B = comm.counters.sent_B("step") - sent_before
     parts = _parts(run, parts_before, max(cursor.step - first_step, 1))
     if cursor.position:  # a run of steps that ends within an epoch
-        _end_epoch(run, cursor.epoch, cursor, epoch_loss, clock() - epoch_began, metrics, last=True)
+        _end_epoch(run, cursor.epoch, cursor, (loss_sum, loss_count), clock() - epoch_began, metrics, last=True)
     if saved_step != cursor.step:
         run.cursor = cursor
         save(run, cursor, metrics)
@@ -361,13 +361,13 @@ def _end_epoch(
     run: Run,
     epoch: int,
     cursor: Cursor,
-    epoch_loss: torch.Tensor,
+    losses_seen: tuple[float, int],
     seconds: float,
     metrics: MetricsLog,
     *,
     last: bool = False,
 ) -> None:
-    total = epoch_loss.clone()
+    total = torch.tensor(losses_seen, dtype=torch.float64)
     comm = run.comm
     with comm.counting("consensus"):
         comm.all_reduce(total).wait()

@@ -335,7 +335,9 @@ class ForkserverTeam(ProcessTeam):
         self._folder: str | None = None
         self._processes: list[Any] = []
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "torch._dynamo", "manyhands.training.loop", "manyhands.training.member"])
+        context.set_forkserver_preload(
+            ["torch", "torch._dynamo", "manyhands.training.loop", "manyhands.training.member"]
+        )
         try:
             setups = self._rendezvous(setups)
             for setup in setups:

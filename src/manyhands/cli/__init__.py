@@ -1,0 +1,243 @@
+"""The command line: one function a command, which asks the library and says what came of it.
+
+Standard output carries the result and nothing else; progress, notes and errors go to standard error. With ``--json``
+that holds for the workers and the user's own code, too: until the document is printed, their standard output *is*
+standard error. Nothing here imports torch before a command needs it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from manyhands.cli import options
+from manyhands.errors import InvalidPlan, ManyhandsError, UnknownName, WorkerFailed
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command says: to a program, to a person, and to the shell. No document: nothing is said."""
+
+    document: Mapping[str, Any] | None
+    lines: Callable[[], Sequence[str]] = tuple
+    status: int = 0
+
+
+def train(said: argparse.Namespace) -> Answer:
+    """One plan on real processes."""
+    from manyhands import verbs
+    from manyhands.cli import summary
+    from manyhands.cli.request import requested
+
+    task, plan = requested(said)
+    run = _given(said, "out", "resume", "data_dir", "evaluate", "checkpoint_steps", "keep")
+    result = verbs.train(task, plan, progress="no_progress" not in said, **run)
+    if result.summary is None:  # a rank beside rank 0, under a launcher
+        return Answer(None)
+    return Answer(result.summary.as_dict(), functools.partial(summary.lines, task, result))
+
+
+def study(said: argparse.Namespace) -> Answer:
+    """Many plans side by side."""
+    from rich.console import Console
+
+    from manyhands import studies
+
+    console = None if "no_progress" in said else Console(stderr=True)
+    result = studies.run(said.name, console=console, **_given(said, "out", "data_dir", "repeats"))
+    return Answer(result.as_dict(), result.lines, result.exit_code)
+
+
+def report(said: argparse.Namespace) -> Answer:
+    """The report of a study's folder, drawn again."""
+    from manyhands.studies import reporting
+
+    result = reporting.report(said.folder)
+    return Answer(result.as_dict(), result.lines)
+
+
+def list_(said: argparse.Namespace) -> Answer:
+    """The catalogue: names, or one kind in full."""
+    from manyhands.studies import listing
+
+    if said.kind is None:
+        found = listing.names()
+        return Answer(found, functools.partial(listing.name_lines, found))
+    entries = listing.details(said.kind)
+    return Answer(
+        {said.kind: [e.as_dict() for e in entries]}, functools.partial(listing.detail_lines, said.kind, entries)
+    )
+
+
+def verify(said: argparse.Namespace) -> Answer:
+    """Parity of every strategy with one process."""
+    from manyhands.studies import parity
+
+    verdict = parity.verify(**_given(said, "workers", "optimizer", "strategies", "transports"))
+    if verdict is None:  # a rank beside rank 0, under a launcher
+        return Answer(None)
+    return Answer(verdict.as_dict(), verdict.lines, 0 if verdict.passed else 1)
+
+
+def doctor(said: argparse.Namespace) -> Answer:
+    """What works here, what is missing and how to get it."""
+    from manyhands.studies import doctor
+
+    found = doctor.examine(**_given(said, "quick", "data_dir"))
+    return Answer(found.as_dict(), found.lines, 0 if found.works else 1)
+
+
+COMMANDS = {"train": train, "study": study, "report": report, "list": list_, "verify": verify, "doctor": doctor}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Do what ``arguments`` (default: the command line's) say; returns the exit status.
+
+    An exception that is none of ours is a mistake of ours and passes through.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if reconfigure := getattr(stream, "reconfigure", None):
+            reconfigure(errors="replace")  # a terminal that has no … shows ?
+    try:
+        with _interruptible():
+            said = options.parse(sys.argv[1:] if arguments is None else arguments)
+            with _logging(verbose="verbose" in said), _result_alone("json" in said):
+                answer = COMMANDS[said.command](said)
+            _print(answer, as_json="json" in said)
+            return answer.status
+    except ManyhandsError as error:
+        _complain(error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        _say("manyhands: interrupted")
+        return 130
+    except BrokenPipeError:  # whoever read our output has seen enough; nothing may be flushed into it at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0
+
+
+def _given(said: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """What was said of ``names``, as keywords; of what was not, the library knows the default."""
+    return {name: getattr(said, name) for name in names if getattr(said, name, None) is not None}
+
+
+# -- what is said ------------------------------------------------------------------------------------------------------
+
+
+def _print(answer: Answer, *, as_json: bool) -> None:
+    from manyhands.training.metrics import json_text
+
+    if answer.document is None:
+        return
+    text = json_text(answer.document, indent=2) if as_json else "\n".join(answer.lines())
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError):
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()
+
+
+def _complain(error: ManyhandsError) -> None:
+    """The message, once: what every rank of a launched run finds wrong in the same words, only rank 0 says."""
+    from manyhands.training import environment
+
+    started = environment.launched()
+    if started is not None and started.rank > 0:
+        if isinstance(error, InvalidPlan | UnknownName):
+            return
+        _say(f"manyhands (rank {started.rank}): {error}")
+    else:
+        _say(f"manyhands: {error}")
+    if isinstance(error, WorkerFailed) and error.traceback:
+        _say(f"\nWhat worker {error.rank} says:\n{error.traceback.rstrip()}")
+
+
+@contextlib.contextmanager
+def _logging(*, verbose: bool) -> Iterator[None]:
+    """What the library notes goes to standard error, each thing once; of a launched run only rank 0's."""
+    from manyhands.training import environment
+
+    started = environment.launched()
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("manyhands: %(message)s"))
+    handler.addFilter(_Once())
+    logger, data = logging.getLogger("manyhands"), logging.getLogger("manyhands.data")
+    before = logger.level, data.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG if verbose else logging.WARNING)
+    data.setLevel(logging.DEBUG if verbose else logging.INFO)  # says in one line which data was taken
+    if started is not None and started.rank > 0:
+        handler.setLevel(logging.ERROR)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before[0])
+        data.setLevel(before[1])
+        logger.propagate = before[2]
+
+
+class _Once(logging.Filter):
+    """Workers that are threads say the same things; the first says it for all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        new = text not in self._said
+        self._said.add(text)
+        return new
+
+
+@contextlib.contextmanager
+def _result_alone(wanted: bool) -> Iterator[None]:
+    """Whatever is written to standard output inside, by this process or its children, goes to standard error."""
+    if not wanted:
+        yield
+        return
+    sys.stdout.flush()
+    try:
+        ours = os.dup(1) if sys.stdout.fileno() == 1 else -1
+    except (OSError, ValueError):  # standard output is no file: closed, or a test's
+        ours = -1
+    if ours >= 0:
+        os.dup2(2, 1)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        if ours >= 0:
+            os.dup2(ours, 1)
+            os.close(ours)
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """SIGTERM ends a command as Ctrl-C does: through its clean-up."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,215 @@
+"""What can be said on the command line: every command with its options, and how a mistake is answered.
+
+The standard library's argparse reads it. jsonargparse was tried: it makes options out of classes, which we do not want
+(one text grammar instead of generated sub-flags), and costs 0.1 s of import, a third of what ``--help`` may take.
+An option that is not given is absent from the result, so that a file can say it; defaults are those of `Task` and
+`Plan`. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from manyhands.errors import BadInput, UnknownName
+
+#: The kinds that ``manyhands list`` knows.
+KINDS = ("strategies", "transports", "models", "data", "losses", "optimizers", "schedules")
+#: Verbs of the design that this release does not have.
+LATER = ("predict", "search", "simulate", "calibrate")
+
+EPILOG = """\
+Text such as perceptron(hidden=50) is a name with options; your own model, data, loss, optimizer or strategy is
+my_pkg.module:name. Under torchrun, mpirun or srun the same command joins the ranks they started.
+Exit status: 0 done, 1 the run failed, 2 bad input found before any work, 130 interrupted."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Mistakes become `BadInput`, so that all of them end in the same way."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(
+            allow_abbrev=False,  # an abbreviation means something else once another option exists
+            argument_default=argparse.SUPPRESS,
+            formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30),
+            **settings,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """One plain message."""
+        raise BadInput(f"{message.removeprefix('argument ')}. What there is: {self.prog} --help")
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The command and what was said to it; raises `BadInput`, with the nearest name where one is unknown."""
+    parser, commands = declare()
+    command = next((a for a in arguments if not a.startswith("-")), None)
+    if command in LATER:
+        raise BadInput(f"{command} is not part of this release; it comes later. Now there are: {', '.join(commands)}.")
+    if command is not None and command not in commands:
+        raise UnknownName("command", command, commands)
+    said, extra = parser.parse_known_args(arguments)
+    if command is None:
+        if extra:
+            raise UnknownName("option of manyhands", extra[0], ["--help", "--version"])
+        parser.print_help(sys.stderr)
+        raise BadInput("a command is missing: " + ", ".join(commands))
+    unknown = next((a.partition("=")[0] for a in extra if a.startswith("-")), None)
+    if unknown is not None:
+        raise UnknownName(f"option of manyhands {command}", unknown, _names(commands[command]))
+    if extra:
+        raise BadInput(f"{command} does not take {extra[0]!r}. What there is: manyhands {command} --help")
+    return said
+
+
+def _names(parser: argparse.ArgumentParser) -> list[str]:
+    return [name for name in parser._option_string_actions if name.startswith("--")]
+
+
+def declare() -> tuple[Parser, dict[str, Parser]]:
+    """The whole command line, and the parser of each command."""
+    parser = Parser(
+        prog="manyhands",
+        description="Train a PyTorch model with many workers under every parallel-training scheme, and know the cost.",
+        epilog=EPILOG,
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and end")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser, title="commands")
+    made = {}
+    for name, declared, says in (
+        ("train", _train, "one plan on real processes"),
+        ("study", _study, "a grid of plans side by side; without a name, the small default study of this machine"),
+        ("report", _report, "(re)draw the report of a study's folder"),
+        ("list", _list, "the catalogue: names; with a kind, also parameters, guarantees and papers"),
+        ("verify", _verify, "is training under every strategy equal to one process, on this machine?"),
+        ("doctor", _doctor, "versions, cores, transports, data: what works, what is missing, how to get it"),
+    ):
+        made[name] = commands.add_parser(name, help=says, description=says[0].upper() + says[1:] + ".", epilog=EPILOG)
+        declared(made[name])
+        made[name].add_argument("--json", action="store_true", help="print one JSON document alone on standard output")
+        made[name].add_argument("--verbose", action="store_true", help="log what is done, on standard error")
+    return parser, made
+
+
+class _Version(argparse.Action):
+    def __call__(self, *_: Any) -> NoReturn:
+        import importlib.metadata
+
+        sys.stdout.write(f"manyhands {importlib.metadata.version('manyhands')}\n")
+        raise SystemExit(0)
+
+
+# -- each command ------------------------------------------------------------------------------------------------------
+
+
+def _train(parser: Parser) -> None:
+    task = parser.add_argument_group("what to learn")
+    task.add_argument("--model", metavar="MODEL", help="name or name(key=value, …) (default: perceptron)")
+    task.add_argument("--data", metavar="DATA", help="data set; auto: MNIST if at hand, else digits (default: auto)")
+    task.add_argument("--loss", metavar="LOSS", help="none: the model returns its own loss (default: cross_entropy)")
+    task.add_argument("--optimizer", metavar="OPT", help="e.g. adamw(lr=1e-3) (default: sgd(lr=0.1))")
+    task.add_argument("--lr", type=_number, metavar="RATE", help="learning rate, in place of the optimizer's")
+    task.add_argument("--schedule", metavar="SCHED", help="learning rate by the step, e.g. cosine (default: none)")
+    task.add_argument("--clip", type=_number, metavar="NORM", help="limit of the gradient's norm (default: none)")
+    size = task.add_mutually_exclusive_group()
+    size.add_argument("--batch-size", type=_whole, metavar="N", help="global: over all workers (default: 100)")
+    size.add_argument("--batch-per-worker", type=_whole, metavar="N", help="the global batch is N × workers")
+    length = task.add_mutually_exclusive_group()
+    length.add_argument("--epochs", type=_whole, metavar="N", help="passes over the data (default: 1)")
+    length.add_argument("--steps", type=_whole, metavar="N", help="steps, instead of epochs")
+    task.add_argument("--seed", type=_whole, metavar="N", help="of weights and order (default: 0)")
+
+    plan = parser.add_argument_group("how the work is split")
+    plan.add_argument("--strategy", metavar="STRATEGY", help="how workers agree (default: synchronous)")
+    plan.add_argument("--workers", type=_whole, metavar="N", help="(default: what the launcher started, or cores)")
+    plan.add_argument("--mesh", metavar="AXES", help="named axes over the workers (default: data=WORKERS)")
+    plan.add_argument("--compress", metavar="COMPRESSOR", help="not part of this release")
+    plan.add_argument("--micro-batches", type=_whole, metavar="N", help="passes of a step, accumulated (default: 1)")
+    plan.add_argument("--buffers", metavar="POLICY", help="average, rank0 or local: BatchNorm's (default: average)")
+    plan.add_argument("--precision", metavar="P", help="float32 or bfloat16 autocast (default: float32)")
+    plan.add_argument("--shard", type=_whole, metavar="STAGE", help="1: share optimizer state (default: as it pays)")
+    plan.add_argument("--transport", metavar="T", help="auto, single, threads, shared, gloo, nccl, mpi (default: auto)")
+    plan.add_argument("--device", metavar="D", help="auto, cpu or cuda (default: auto)")
+    plan.add_argument("--threads", type=_whole, metavar="N", help="per worker (default: 0, cores / workers)")
+    plan.add_argument("--allocator", metavar="A", help="tuned or plain: glibc's malloc (default: tuned)")
+    plan.add_argument(
+        "--timeout", dest="timeout_s", type=_number, metavar="SECONDS", help="of any one wait (default: 60.0)"
+    )
+
+    run = parser.add_argument_group("the run")
+    run.add_argument("--out", type=Path, metavar="DIR", help="keep plan, metrics, summary and checkpoints there")
+    run.add_argument("--resume", action="store_true", help="go on with the run in --out, as its plan.toml says")
+    run.add_argument("--config", type=Path, metavar="FILE", help="TOML, [task] and [plan]; options here go before it")
+    run.add_argument("--data-dir", type=Path, metavar="DIR", help="where data lies (default: $MANYHANDS_DATA)")
+    run.add_argument("--evaluate", metavar="WHEN", help="epoch, end or never (default: epoch)")
+    run.add_argument("--checkpoint-steps", type=_whole, metavar="N", help="(default: at every epoch's end)")
+    run.add_argument("--keep", type=_whole, metavar="N", help="newest checkpoints that stay (default: 3)")
+    _quiet(run)
+
+
+def _study(parser: Parser) -> None:
+    parser.add_argument("name", nargs="?", default=None, metavar="NAME|FILE.toml", help="which study")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="rows and report; one that has rows goes on there")
+    parser.add_argument("--repeats", type=_whole, metavar="N", help="of every plan (default: as the study says)")
+    parser.add_argument("--data-dir", type=Path, metavar="DIR", help="where data lies (default: $MANYHANDS_DATA)")
+    _quiet(parser)
+
+
+def _report(parser: Parser) -> None:
+    parser.add_argument("folder", type=Path, metavar="DIR", help="folder of a study")
+
+
+def _list(parser: Parser) -> None:
+    parser.add_argument("kind", nargs="?", default=None, metavar="KIND", help=", ".join(KINDS))
+
+
+def _verify(parser: Parser) -> None:
+    parser.add_argument("--workers", type=_whole, metavar="N", help="(default: 3, so that nothing divides evenly)")
+    parser.add_argument(
+        "--transport",
+        dest="transports",
+        type=_names_of,
+        metavar="T,…",
+        help="one or several, with commas (default: single,threads,shared,gloo)",
+    )
+    parser.add_argument(
+        "--strategy", dest="strategies", action="append", metavar="STRATEGY", help="only this one; may be repeated"
+    )
+    parser.add_argument("--optimizer", metavar="OPT", help="(default: sgd(lr=0.1))")
+
+
+def _doctor(parser: Parser) -> None:
+    parser.add_argument("--quick", action="store_true", help="do not start workers to try the transports")
+    parser.add_argument("--data-dir", type=Path, metavar="DIR", help="where data lies")
+
+
+def _quiet(parser: Any) -> None:
+    parser.add_argument("-q", "--no-progress", action="store_true", help="do not show how far it is")
+
+
+# -- values ------------------------------------------------------------------------------------------------------------
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+
+
+def _names_of(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",")]
+
+
+def _number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
+    return value

@@ -1,0 +1,80 @@
+"""From what was said, on the command line and in a file, to a task and a plan.
+
+A file is TOML with the tables ``[task]`` and ``[plan]``, such as the ``plan.toml`` in a run's folder (its
+``[machine]`` tells where that run was and is passed over). The command line goes before it. ``--resume`` takes the
+folder's own ``plan.toml`` unless another file is named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import tomllib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from manyhands.errors import BadInput, UnknownName
+from manyhands.task import Task, from_table
+from manyhands.training import environment
+
+if TYPE_CHECKING:
+    from manyhands.plan import Plan
+
+#: Of a file that describes a run: what a launcher decides anew.
+LAUNCHERS = ("workers", "mesh", "transport", "threads")
+#: What is said here puts aside what a file said of the same thing: the length of a run, and the number of workers.
+OUSTS = (("steps", "epochs"), ("epochs", "steps"), ("workers", "mesh"))
+
+
+def requested(said: argparse.Namespace) -> tuple[Task, Plan]:
+    """The `Task` and the `Plan`; what nobody said is their default."""
+    from manyhands import verbs
+    from manyhands.models import optimizers
+    from manyhands.plan import Plan
+
+    given = vars(said)
+    file, task, plan = _base(given)
+    for table, kind in ((task, Task), (plan, Plan)):
+        table |= {f.name: given[f.name] for f in dataclasses.fields(kind) if f.name in given}
+    for told, other in OUSTS:
+        if told in given and other not in given:
+            task.pop(other, None)
+            plan.pop(other, None)
+    if given.get("lr") is not None:
+        task["optimizer"] = optimizers.with_lr(task.get("optimizer", Task().optimizer), given["lr"])
+    made, split = from_table(Task, task, f"[task] of {file}"), from_table(Plan, plan, f"[plan] of {file}")
+    each = given.get("batch_per_worker")
+    if each is not None:
+        if each < 1:
+            raise BadInput(f"--batch-per-worker {each}: it is a whole number from 1, e.g. --batch-per-worker 50.")
+        workers = verbs.resolved(made, split).plan.workers
+        made = dataclasses.replace(made, batch_size=each * workers)
+    return made, split
+
+
+def _base(given: dict[str, Any]) -> tuple[Path, dict[str, Any], dict[str, Any]]:
+    """The file, if there is one, and its two tables."""
+    file: Path | None = given.get("config")
+    own = given["out"] / "plan.toml" if given.get("resume") and "out" in given else None
+    if file is None and own is not None and own.is_file():
+        task, plan = read(own)
+        if environment.launched() is not None:
+            plan = {k: v for k, v in plan.items() if k not in LAUNCHERS}
+        return own, task, plan
+    return (file, *read(file)) if file is not None else (Path("the command line"), {}, {})
+
+
+def read(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """``[task]`` and ``[plan]`` of a TOML file; what is in there besides is refused with the nearest name."""
+    try:
+        tables = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as e:
+        raise BadInput(f"--config {file} cannot be read: {getattr(e, 'strerror', None) or e}.") from None
+    except tomllib.TOMLDecodeError as e:
+        raise BadInput(f"{file} is not TOML: {e}.") from None
+    for name, table in tables.items():
+        if name not in ("task", "plan", "machine"):
+            raise UnknownName(f"table in {file}", name, ("task", "plan"))
+        if not isinstance(table, dict):
+            raise BadInput(f"{file}: {name} is a table of options, [{name}], not {table!r}.")
+    return tables.get("task", {}), tables.get("plan", {})

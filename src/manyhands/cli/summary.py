@@ -1,0 +1,63 @@
+"""What a run did, for a person, in a few plain lines."""
+
+from __future__ import annotations
+
+from manyhands.task import Task, described
+from manyhands.verbs import Result
+
+
+def lines(task: Task, result: Result) -> list[str]:
+    """The figures of ``summary.json`` that one looks at first."""
+    said = result.summary
+    assert said is not None
+    parts, step = said.step_parts_s, said.step_s
+    share = "" if said.workers == 1 else f" = {_shares(said.global_batch, said.workers)} over {said.workers} workers"
+    workers = "1 worker" if said.workers == 1 else f"{said.workers} workers"
+    rows = [
+        ("test accuracy", f"{said.test_accuracy:.2%}" if said.test_accuracy is not None else "not measured"),
+        ("training loss", f"{said.train_loss:.4g}" if said.train_loss is not None else "not measured"),
+        ("global batch", f"{said.global_batch}{share}"),
+        ("optimizer", described(task.optimizer) + (f", {described(task.schedule)}" if task.schedule else "")),
+        ("length", f"{said.steps:,} steps, {said.epochs:.4g} epochs; this run took {seconds(said.wall_s)}"),
+        ("step", f"{seconds(step.median)} (one in ten under {seconds(step.p10)}, one in ten over {seconds(step.p90)})"),
+        (
+            "of which",
+            f"compute {seconds(parts.compute)}, communicate {seconds(parts.communicate)}, "
+            f"wait {seconds(parts.wait)}, update {seconds(parts.update)} (means of worker 0)",
+        ),
+        ("samples per second", f"{said.samples_per_s:,.0f}"),
+        ("sent", f"{size(said.sent_B_per_step)} a step by each worker"),
+        ("memory", f"{size(said.peak_memory_B)}, the largest worker"),
+        ("files", str(result.out) if result.out is not None else "none kept; --out DIR keeps them"),
+    ]
+    head = f"{said.model} ({said.parameters:,} parameters) on {said.data}: {said.strategy}, {workers}, {said.transport}"
+    return [head, *(f"  {name:<18}  {value}" for name, value in rows)]
+
+
+def _shares(batch: int, workers: int) -> str:
+    whole, rest = divmod(batch, workers)
+    return f"{whole} or {whole + 1} each" if rest else f"{whole} each"
+
+
+def seconds(value: float) -> str:
+    """A duration with three digits and a unit.
+
+    >>> seconds(0.00021), seconds(0.0042), seconds(12.34)
+    ('210 µs', '4.2 ms', '12.3 s')
+    """
+    for factor, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")):
+        if value >= factor:
+            return f"{value / factor:.3g} {unit}" if value < 1000 else f"{value:,.0f} s"
+    return "0 s" if value <= 0 else "under 1 µs"
+
+
+def size(value: float) -> str:
+    """A number of bytes with three digits and a decimal unit.
+
+    >>> size(0), size(15040), size(270082048)
+    ('0 B', '15 kB', '270 MB')
+    """
+    for factor, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if value >= factor:
+            return f"{value / factor:.3g} {unit}"
+    return f"{value:.3g} B"

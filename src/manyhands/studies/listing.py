@@ -1,0 +1,161 @@
+"""The catalogue for people: what there is by name, and each kind in full, read off the classes themselves.
+
+Names come from the tables of contents and cost no torch import; details import what they describe.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from manyhands.catalogue import Catalogue
+from manyhands.communication.transports import transports
+from manyhands.consistency import strategies
+from manyhands.data import datasets
+from manyhands.errors import UnknownName
+from manyhands.grammar import format_value
+from manyhands.models import loss_functions, models, optimizer_classes, schedule_classes
+
+KINDS: Mapping[str, Catalogue] = {
+    "strategies": strategies,
+    "transports": transports,
+    "models": models,
+    "data": datasets,
+    "losses": loss_functions,
+    "optimizers": optimizer_classes,
+    "schedules": schedule_classes,
+}
+
+#: Parameters that are filled in and that nobody writes: from the data set, the run or the command line.
+FILLED = ("params", "optimizer", "folder", "last_epoch")
+NOTES = {"schedules": "These move at every step: where torch's text says epoch, read step."}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the catalogue, in full."""
+
+    name: str
+    about: str
+    parameters: dict[str, Any] = field(default_factory=dict)  # with their defaults; … = must be given
+    facts: dict[str, Any] = field(default_factory=dict)
+    paper: str = ""
+    survey: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values only; a parameter that must be given has no ``default``."""
+        parameters = [
+            {"name": name, "default": default} if default is not ... else {"name": name}
+            for name, default in self.parameters.items()
+        ]
+        return {**dataclasses.asdict(self), "parameters": parameters}
+
+
+def names() -> dict[str, list[str]]:
+    """Every kind with the names of its entries."""
+    return {kind: list(catalogue) for kind, catalogue in KINDS.items()}
+
+
+def name_lines(found: Mapping[str, Sequence[str]]) -> list[str]:
+    """`names` for people."""
+    width = max(map(len, found))
+    said = [f"{kind:<{width}}  {', '.join(entries)}" for kind, entries in found.items()]
+    return [*said, "", "In full: manyhands list KIND. Your own is reached as my_pkg.module:name."]
+
+
+def details(kind: str) -> list[Entry]:
+    """All entries of one kind, in the catalogue's order."""
+    if kind not in KINDS:
+        raise UnknownName("kind of entry", kind, KINDS)
+    return [_entry(kind, name, KINDS[kind].load(name)) for name in KINDS[kind]]
+
+
+def detail_lines(kind: str, entries: Sequence[Entry]) -> list[str]:
+    """`details` for people."""
+    said = []
+    for e in entries:
+        said.append(_call(e))
+        said.append(f"    {e.about}")
+        said.extend(f"    {name}: {value}" for name, value in e.facts.items())
+        if e.paper:
+            said.append(f"    {e.paper}" + (f" (survey §{e.survey})" if e.survey else ""))
+        said.append("")
+    return [*said, NOTES[kind]] if kind in NOTES else said[:-1]
+
+
+def _call(entry: Entry) -> str:
+    inner = [
+        name if default is ... else f"{name}={format_value(default)}" for name, default in entry.parameters.items()
+    ]
+    return f"{entry.name}({', '.join(inner)})" if inner else entry.name
+
+
+def _entry(kind: str, name: str, made: Any) -> Entry:
+    paper = getattr(made, "paper", None)
+    return Entry(
+        name,
+        _about(kind, name, made),
+        {} if kind == "transports" else _parameters(made),
+        _facts(kind, made),
+        str(paper) if paper is not None else "",
+        paper.survey if paper is not None else "",
+    )
+
+
+def _about(kind: str, name: str, made: Any) -> str:
+    # A transport's file says what its workers are; its class, what one end of it is. Two engines share a file.
+    own_file = kind == "transports" and made.__module__.rpartition(".")[2] == name
+    text = inspect.getdoc(inspect.getmodule(made) if own_file else made) or ""
+    return " ".join(text.split("\n\n")[0].split()).replace("``", "").replace("`", "")
+
+
+def _parameters(made: Any) -> dict[str, Any]:
+    found = {}
+    for p in inspect.signature(made).parameters.values():
+        filled = p.name in FILLED or (p.name in ("inputs", "classes") and p.default is p.empty)
+        if not filled and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
+            found[p.name] = ... if p.default is p.empty else p.default
+    return found
+
+
+def _facts(kind: str, made: Any) -> dict[str, Any]:
+    if kind == "strategies":
+        return {**_guarantees(made), "replicas": "bit-identical" if made.identical else "may differ"}
+    if kind == "transports":
+        return {"shares memory": _yes(made.shares_memory), "communicates beside compute": _yes(made.overlaps)}
+    if kind == "optimizers":
+        from manyhands.models.optimizers import ELEMENTWISE
+
+        return {"element by element": _yes(made in ELEMENTWISE) + ("" if made in ELEMENTWISE else ", never sharded")}
+    if kind == "losses":
+        return {"over workers": "added" if made.reduction == "sum" else "averaged"}
+    return {}
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+def _guarantees(cls: Any) -> dict[str, str]:
+    from manyhands.studies.parity import variants
+
+    each = {str(s): guarantee(s) for s in variants([cls.name])}
+    first, *others = dict.fromkeys(each.values())
+    return {f"guarantee of {text}": said for text, said in each.items()} if others else {"guarantee": first}
+
+
+def guarantee(strategy: Any) -> str:
+    """What N workers promise against one on the joined batch."""
+    from manyhands.contract import Setting
+
+    setting = Setting(
+        workers=2, transport="shared", shares_memory=True, elementwise=True, stateless=True, sum_loss=False
+    )
+    if strategy.exact(dataclasses.replace(setting, stateless=False)):
+        return "exact: N workers equal one on the joined batch, up to summation order"
+    if strategy.exact(setting):
+        return "exact with an optimizer that keeps no state (plain SGD), else an approximation"
+    return "an approximation"

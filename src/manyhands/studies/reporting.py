@@ -1,0 +1,131 @@
+"""What a study found: its rows, one line a cell, sentences, and the page ``table.md`` that holds them."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shlex
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from manyhands.errors import BadInput
+from manyhands.studies import findings
+from manyhands.studies.grid import Study, parse
+from manyhands.studies.page import REPORT, page
+from manyhands.studies.rows import STUDY, Row, read, write
+from manyhands.studies.summary import Line, summarize
+from manyhands.studies.table import Table, table
+
+
+@dataclass(frozen=True)
+class StudyResult:
+    """What a study found, and where it lies."""
+
+    study: Study
+    folder: Path
+    rows: tuple[Row, ...]
+    summary: tuple[Line, ...]
+    findings: tuple[str, ...]
+    drawn: Table
+
+    @property
+    def table(self) -> str:
+        """The table as plain text, and the findings."""
+        return "\n".join([self.drawn.plain(), "", *self.findings]).rstrip()
+
+    @property
+    def report(self) -> Path:
+        """The page."""
+        return self.folder / REPORT
+
+    @property
+    def exit_code(self) -> int:
+        """0 when what can work was measured, 1 when something failed, 2 when nothing can work."""
+        if any(line.failures for line in self.summary):
+            return 1
+        return 0 if any(line.status == "done" for line in self.summary) else 2
+
+    def show(self, console: Console) -> None:
+        """Table, findings and the page's place: drawn on a terminal, plain text elsewhere."""
+        self.drawn.show(console)
+        for sentence in ("", *self.findings, "", f"Report: {self.report}"):
+            console.print(Text(sentence), soft_wrap=not console.is_terminal)
+
+    def lines(self) -> list[str]:
+        """The same as lines for standard output."""
+        console = Console()
+        with console.capture() as captured:
+            self.show(console)
+        return captured.get().splitlines()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values only, ready for JSON."""
+        return {
+            "study": self.study.name,
+            "folder": str(self.folder),
+            "report": str(self.report),
+            "findings": list(self.findings),
+            "cells": [_plain(line) for line in self.summary],
+            "rows": [row.as_dict() for row in self.rows],
+        }
+
+
+def made_of(study: Study, folder: Path, rows: Iterable[Row]) -> StudyResult:
+    """The result of the rows that belong to ``study``; a folder may hold more."""
+    cells = {cell.id: cell for cell in study.cells()}
+    own = tuple(row for row in rows if row.cell in cells and row.repeat <= study.repeats)
+    summary = summarize(list(cells.values()), own)
+    return StudyResult(study, folder, own, summary, tuple(findings.findings(summary)), table(summary))
+
+
+def report(folder: str | os.PathLike[str]) -> StudyResult:
+    """Draw ``table.md`` again from the rows that a study's folder holds."""
+    place = Path(folder)
+    rows = read(place)
+    try:
+        text = (place / STUDY).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise BadInput(f"{place} holds no readable {STUDY} ({e}): name the folder of a study.") from e
+    result = made_of(parse(text, where=str(place / STUDY)), place, rows)
+    write_page(result)
+    return result
+
+
+def write_page(result: StudyResult) -> None:
+    """``table.md``, old or new."""
+    text = page(result.study, result.drawn, result.findings, result.rows, command=command(result.folder))
+    write(result.folder, REPORT, text)
+
+
+def command(folder: Path) -> str:
+    """What measures the same study in the same folder: goes on where it was, or has nothing to do."""
+    return shlex.join(["manyhands", "study", str(folder / STUDY), "--out", str(folder)])
+
+
+def _plain(line: Line) -> dict[str, Any]:
+    return {
+        "cell": line.cell.id,
+        "status": line.status,
+        "reason": line.reason,
+        "strategy": line.strategy,
+        "workers": line.workers,
+        "threads": line.threads,
+        "transport": line.transport,
+        "oversubscribed": line.oversubscribed,
+        "repeats": line.repeats,
+        "failures": line.failures,
+        "step_s": dataclasses.asdict(line.step_s) if line.step_s else None,
+        "step_parts_s": dataclasses.asdict(line.parts_s) if line.parts_s else None,
+        "samples_per_s": line.samples_per_s,
+        "speed_up": line.speed_up,
+        "speed_up_against": line.base.cell.id if line.base else None,
+        "efficiency": line.efficiency,
+        "test_accuracy": line.accuracy,
+        "sent_B_per_step": line.sent_B_per_step,
+        "sent_B_per_sample": line.sent_B_per_sample,
+    }

@@ -1,0 +1,194 @@
+"""From rows to one line a cell: medians over repeats, and how each compares with one worker.
+
+    step time     median over repeats of each run's median, tenth and ninetieth percentile
+    samples/s     global batch / step time
+    speed-up      samples/s over those of the base; a ratio for each repeat, and the median of the ratios
+    efficiency    speed-up / (cores used / cores used by the base),  cores used = workers × threads
+
+Repeats go round all cells in turn, so two runs of the same repeat lie close in time, and their ratio is steadier than
+either on a machine whose speed drifts. The base is one worker of the same strategy at the same task and batch (the same
+batch per worker where the study fixes that: weak scaling), with the fewest threads. One worker is plain SGD under every
+strategy, so another strategy's will do where there is none of its own.
+
+A plan that uses more cores than there are is oversubscribed: right, and no basis for a statement about speed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from manyhands.contract import Measurement, Spread, StepParts
+from manyhands.studies.grid import PER_WORKER, Cell
+from manyhands.studies.rows import Row, Status
+
+#: What a base may differ in: these are what is compared.
+_COMPARED = ("strategy", "workers", "threads", "transport", "mesh", "shard")
+
+
+@dataclass(frozen=True)
+class Line:
+    """One cell of a study, over all its repeats."""
+
+    cell: Cell
+    status: Status  # done if any repeat is
+    strategy: str
+    workers: int | None
+    threads: int | None
+    transport: str | None
+    cores: int
+    repeats: int  # with a measurement
+    failures: int
+    reason: str = ""
+    load_average: float = 0.0  # the highest
+    measured: Measurement | None = None  # of the first repeat, for what does not vary: data, parameters, global batch
+    step_s: Spread | None = None
+    medians_s: tuple[tuple[int, float], ...] = ()  # (repeat, median step)
+    parts_s: StepParts | None = None
+    accuracy: float | None = None
+    sent_B_per_step: float | None = None
+    base: Line | None = None
+    speed_up: float | None = None
+
+    @property
+    def cores_used(self) -> int:
+        """Workers × threads."""
+        return (self.workers or 1) * (self.threads or 1)
+
+    @property
+    def oversubscribed(self) -> bool:
+        """Whether that is more than there are."""
+        return self.cores_used > self.cores
+
+    @property
+    def samples_per_s(self) -> float | None:
+        """At the median step time."""
+        return _speed(self, self.step_s.median) if self.step_s else None
+
+    @property
+    def sent_B_per_sample(self) -> float | None:
+        """By all workers together."""
+        if self.measured is None or self.sent_B_per_step is None:
+            return None
+        return self.sent_B_per_step * self.measured.workers / self.measured.global_batch
+
+    @property
+    def efficiency(self) -> float | None:
+        """Speed-up for each core that is used beyond the base's."""
+        if self.speed_up is None or self.base is None:
+            return None
+        return self.speed_up * self.base.cores_used / self.cores_used
+
+    @property
+    def name(self) -> str:
+        """How sentences call it."""
+        return called(self.cell, self.workers, self.threads, self.transport)
+
+
+def called(cell: Cell, workers: int | None, threads: int | None, transport: str | None) -> str:
+    """A cell in words, from what was decided for it."""
+    text = str(cell.plan.get("strategy", "synchronous"))
+    if workers is not None:
+        text += f" with {workers} worker{'' if workers == 1 else 's'}"
+    if (threads or 1) > 1:
+        text += f" of {threads} threads"
+    if transport not in (None, "single"):
+        text += f" on {transport}"
+    return text
+
+
+def summarize(cells: Sequence[Cell], rows: Iterable[Row]) -> tuple[Line, ...]:
+    """A line for each cell that has a row, in the order of the cells."""
+    by_cell: dict[str, list[Row]] = {}
+    for row in rows:
+        by_cell.setdefault(row.cell, []).append(row)
+    lines = [_line(cell, by_cell[cell.id]) for cell in cells if cell.id in by_cell]
+    return tuple(_compared(line, lines) for line in lines)
+
+
+def _line(cell: Cell, rows: list[Row]) -> Line:
+    done = sorted((r for r in rows if r.measurement is not None), key=lambda r: r.repeat)
+    wrong = [r for r in rows if r.measurement is None]
+    last = (done or rows)[-1]
+    line = Line(
+        cell=cell,
+        status="done" if done else last.status,
+        strategy=str(cell.plan.get("strategy", "synchronous")),
+        workers=last.workers,
+        threads=last.threads,
+        transport=last.transport,
+        cores=last.cores,
+        repeats=len(done),
+        failures=sum(r.status == "failed" for r in wrong),
+        reason=wrong[-1].reason if wrong else "",
+        load_average=max(r.load_average for r in rows),
+    )
+    found = [r.measurement for r in done if r.measurement is not None]
+    if not found:
+        return line
+    accuracies = [m.test_accuracy for m in found if m.test_accuracy is not None]
+    return dataclasses.replace(
+        line,
+        measured=found[0],
+        step_s=Spread(*(statistics.median(getattr(m.step_s, k) for m in found) for k in ("median", "p10", "p90"))),
+        medians_s=tuple((r.repeat, m.step_s.median) for r, m in zip(done, found, strict=True)),
+        parts_s=StepParts(
+            *(statistics.median(getattr(m.step_parts_s, f.name) for m in found) for f in dataclasses.fields(StepParts))
+        ),
+        accuracy=statistics.median(accuracies) if accuracies else None,
+        sent_B_per_step=statistics.median(m.sent_B_per_step for m in found),
+    )
+
+
+def _compared(line: Line, lines: Sequence[Line]) -> Line:
+    base = _base(line, lines)
+    if base is None or line.oversubscribed:
+        return line
+    return dataclasses.replace(line, base=base, speed_up=_speed_up(line, base))
+
+
+def _base(line: Line, lines: Sequence[Line]) -> Line | None:
+    if line.measured is None:
+        return None
+    candidates = [
+        other
+        for other in lines
+        if other.measured is not None
+        and other.workers == 1
+        and not other.oversubscribed
+        and _task(other) == _task(line)
+        and (PER_WORKER in line.cell.task or other.measured.global_batch == line.measured.global_batch)
+    ]
+    return min(candidates, key=lambda other: _distance(line, other), default=None)
+
+
+def _task(line: Line) -> dict[str, object]:
+    return {k: v for k, v in line.cell.task.items() if k != "batch_size"}
+
+
+def _distance(line: Line, other: Line) -> tuple[int, bool, bool, int]:
+    keys = (line.cell.plan.keys() | other.cell.plan.keys()) - set(_COMPARED)
+    differ = sum(line.cell.plan.get(k) != other.cell.plan.get(k) for k in keys)
+    return differ, other.strategy != line.strategy, family(other) != family(line), other.threads or 1
+
+
+def family(line: Line) -> str:
+    """The strategy without its options."""
+    return line.strategy.partition("(")[0]
+
+
+def _speed(line: Line, step_s: float) -> float:
+    assert line.measured is not None
+    return line.measured.global_batch / step_s if step_s > 0 else 0.0
+
+
+def _speed_up(line: Line, base: Line) -> float | None:
+    theirs = dict(base.medians_s)
+    ratios = [
+        _speed(line, mine) / _speed(base, theirs[repeat])
+        for repeat, mine in line.medians_s
+        if repeat in theirs and _speed(base, theirs[repeat]) > 0
+    ]
+    return statistics.median(ratios) if ratios else None

@@ -1,0 +1,200 @@
+"""The one table of a study, in three forms: plain aligned text, rich for a terminal, Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from manyhands.studies.summary import Line, family
+
+_SHOWN = ("plan.strategy", "plan.workers", "plan.transport")  # factors that have their column anyway
+_DISPENSABLE = ("sent/sample", "efficiency", "samples/s", "sent/step")  # on a narrow terminal, the first first
+_NONE = "–"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Text by row and column, and the remarks that make it readable alone."""
+
+    head: tuple[str, ...]
+    body: tuple[tuple[str, ...], ...]
+    left: frozenset[int]  # columns of words; numbers stand on the right
+    remarks: tuple[str, ...]
+
+    def plain(self) -> str:
+        """Aligned by spaces."""
+        widths = [max(len(row[i]) for row in (self.head, *self.body)) for i in range(len(self.head))]
+
+        def joined(row: Sequence[str]) -> str:
+            cells = (
+                x.ljust(w) if i in self.left else x.rjust(w) for i, (x, w) in enumerate(zip(row, widths, strict=True))
+            )
+            return "  ".join(cells).rstrip()
+
+        return "\n".join([joined(self.head), *(joined(row) for row in self.body), "", *self.remarks])
+
+    def markdown(self) -> str:
+        """With a ruler under the head."""
+
+        def joined(row: Sequence[str]) -> str:
+            return "| " + " | ".join(x.replace("|", "\\|") for x in row) + " |"
+
+        ruler = "|" + "|".join("---" if i in self.left else "--:" for i in range(len(self.head))) + "|"
+        remarks = "\n\n".join(self.remarks)
+        return "\n".join([joined(self.head), ruler, *(joined(row) for row in self.body), "", remarks]).rstrip()
+
+    def show(self, console: Console) -> None:
+        """Drawn on a terminal, plain elsewhere (a file, a pipe)."""
+        if not console.is_terminal:
+            console.print(Text(self.plain()), soft_wrap=True)
+            return
+        shown = self._fitting(console.width)
+        drawn = RichTable(box=None, header_style="bold", pad_edge=False)
+        for i in shown:
+            drawn.add_column(Text(self.head[i]), justify="left" if i in self.left else "right", overflow="fold")
+        for row in self.body:
+            drawn.add_row(*(Text(row[i]) for i in shown))
+        console.print(drawn)
+        hidden = [title for i, title in enumerate(self.head) if i not in shown]
+        for remark in ("", *self.remarks, *([f"A wider terminal also shows {', '.join(hidden)}."] if hidden else [])):
+            console.print(Text(remark, style="dim"))
+
+    def _fitting(self, width: int) -> list[int]:
+        """The columns that there is room for."""
+        need = [max(len(row[i]) for row in (self.head, *self.body)) for i in range(len(self.head))]
+        shown = list(range(len(self.head)))
+        for title in _DISPENSABLE:
+            if sum(need[i] + 1 for i in shown) > width and title in self.head:
+                shown.remove(self.head.index(title))
+        return shown
+
+
+def table(lines: Sequence[Line]) -> Table:
+    """A row for each line; factors that vary and have no column of their own get one."""
+    extra = _varying(lines)
+    remarked = any(_remark(line) for line in lines)
+    head = (
+        "strategy",
+        "workers",
+        *(factor.partition(".")[2] for factor in extra),
+        "transport",
+        "step ms [p10 … p90]",
+        "samples/s",
+        "speed-up",
+        "efficiency",
+        "accuracy",
+        "sent/step",
+        "sent/sample",
+        *(("remark",) if remarked else ()),
+    )
+    body = tuple(
+        (
+            line.strategy,
+            str(line.workers or line.cell.plan.get("workers", _NONE)),
+            *(_factor(line, factor) for factor in extra),
+            line.transport or str(line.cell.plan.get("transport", _NONE)),
+            _step(line),
+            f"{line.samples_per_s:,.0f}" if line.samples_per_s is not None else _NONE,
+            f"{line.speed_up:.2f}×" if line.speed_up is not None else _NONE,
+            f"{100 * line.efficiency:.0f} %" if line.efficiency is not None else _NONE,
+            percent(line.accuracy),
+            in_bytes(line.sent_B_per_step),
+            in_bytes(line.sent_B_per_sample),
+            *((_remark(line),) if remarked else ()),
+        )
+        for line in lines
+    )
+    words = {i for i, title in enumerate(head) if title in ("strategy", "transport", "remark")}
+    return Table(head, body, frozenset(words), _remarks(lines))
+
+
+def _varying(lines: Sequence[Line]) -> list[str]:
+    factors = dict.fromkeys(f for line in lines for f in line.cell.factors if f not in _SHOWN)
+    return [f for f in factors if len({_factor(line, f) for line in lines}) > 1]
+
+
+def _factor(line: Line, factor: str) -> str:
+    kind, _, key = factor.partition(".")
+    if factor == "plan.threads" and line.threads is not None:
+        return str(line.threads)
+    value = (line.cell.task if kind == "task" else line.cell.plan).get(key)
+    return _NONE if value is None else str(value)
+
+
+def _step(line: Line) -> str:
+    if line.step_s is None:
+        return _NONE
+    s = line.step_s
+    return f"{_ms(s.median)} [{_ms(s.p10)} … {_ms(s.p90)}]"
+
+
+def _ms(seconds: float) -> str:
+    ms = 1e3 * seconds
+    return f"{ms:.3f}" if ms < 1 else f"{ms:.2f}" if ms < 10 else f"{ms:.1f}" if ms < 100 else f"{ms:,.0f}"
+
+
+def percent(share: float | None) -> str:
+    """To a tenth of a percent."""
+    return _NONE if share is None else f"{100 * share:.1f} %"
+
+
+def in_bytes(count: float | None) -> str:
+    """Three digits and a decimal unit.
+
+    >>> in_bytes(115752), in_bytes(0), in_bytes(None)
+    ('116 kB', '0 B', '–')
+    """
+    if count is None:
+        return _NONE
+    for unit in ("B", "kB", "MB"):
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"
+
+
+def _remark(line: Line) -> str:
+    if line.status != "done":
+        return line.status
+    said = ["correctness only"] if line.oversubscribed else []
+    if line.failures:
+        said.append(f"{line.failures} of {line.failures + line.repeats} failed")
+    return ", ".join(said)
+
+
+def _remarks(lines: Sequence[Line]) -> tuple[str, ...]:
+    repeats = max((line.repeats for line in lines), default=0)
+    said = []
+    if repeats:
+        over = f"medians over {repeats} repeats that took turns" if repeats > 1 else "one run each"
+        said.append(f"Times: {over}; warm-up left out. samples/s: global batch / step.")
+    compared = [line for line in lines if line.base is not None]
+    if compared:
+        turn = ", median of each round's ratio" if repeats > 1 else ""
+        said.append(
+            f"Speed-up: samples/s against {_bases(compared)}{turn}. Efficiency: speed-up / times as many cores."
+        )
+    if any(line.sent_B_per_step is not None for line in lines):
+        said.append("sent/step: payload that one worker sends; sent/sample: all workers together.")
+    if any(line.status == "done" and line.oversubscribed for line in lines):
+        said.append(
+            f"Correctness only: workers × threads are more than the {lines[0].cores} cores, so no speed-up is stated."
+        )
+    return tuple(said)
+
+
+def _bases(lines: Sequence[Line]) -> str:
+    bases = [line.base for line in lines if line.base is not None]
+    threads = sorted({base.threads or 1 for base in bases})
+    counted = " or ".join(map(str, threads)) + (" thread" if threads == [1] else " threads")
+    weak = any("batch_per_worker" in line.cell.task for line in lines)
+    text = f"one worker (single, {counted}) of the same strategy at the same batch{' per worker' if weak else ''}"
+    foreign = [line for line in lines if line.base is not None and family(line.base) != family(line)]
+    if foreign:
+        others = ", ".join(dict.fromkeys(f"{family(x)}: {x.base.strategy}'s" for x in foreign if x.base is not None))
+        text += f" ({others}, having none of its own)"
+    return text

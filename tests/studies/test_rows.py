@@ -1,0 +1,110 @@
+"""Rows on disk: kept one by one, read back as they were, safe from a second writer and a foreign file."""
+
+import dataclasses
+import json
+import sqlite3
+
+import pytest
+
+from manyhands.errors import BadInput
+from manyhands.studies.rows import LINES, ROWS, STUDY, Rows, read
+from tests.studies.made import cell, measurement, row, study
+
+ONE, TWO = cell(workers=1), cell(workers=2)
+
+
+def test_rows_read_back_as_they_were(tmp_path):
+    written = [
+        row(ONE),
+        row(TWO, repeat=2, measured=measurement(2, test_accuracy=None, train_loss=None)),
+        row(TWO, status="refused", reason="it cannot be"),
+        dataclasses.replace(row(ONE, repeat=2, status="failed", reason="it broke"), traceback="Traceback …"),
+    ]
+    with Rows(tmp_path, study()) as rows:
+        for one in written:
+            rows.add(one)
+        assert rows.all() == written
+    assert read(tmp_path) == written
+    lines = [json.loads(line) for line in (tmp_path / LINES).read_text().splitlines()]
+    assert lines == [json.loads(json.dumps(one.as_dict())) for one in written]
+
+
+def test_every_figure_has_a_column(tmp_path):
+    with Rows(tmp_path, study()) as rows:
+        rows.add(row(TWO))
+    with sqlite3.connect(tmp_path / ROWS) as db:
+        asked = "SELECT workers, measured_step_s_p90, measured_step_parts_s_compute, measured_test_accuracy FROM rows"
+        found = db.execute(asked).fetchone()
+    db.close()
+    assert found == (2, 0.012, 0.009, 0.95)
+
+
+def test_a_row_takes_the_place_of_an_earlier_one_of_the_same_run(tmp_path):
+    with Rows(tmp_path, study()) as rows:
+        rows.add(row(ONE, status="failed"))
+        assert rows.done() == set()
+        rows.add(row(ONE))
+        assert rows.done() == {(ONE.id, 1)}
+        assert [r.status for r in rows.all()] == ["done"]
+
+
+def test_lines_follow_the_database_when_a_kill_cut_the_last_one(tmp_path):
+    with Rows(tmp_path, study()) as rows:
+        rows.add(row(ONE))
+    with open(tmp_path / LINES, "a") as file:
+        file.write('{"study": "te')
+    with Rows(tmp_path, study()) as rows:
+        rows.add(row(TWO))
+    assert [json.loads(line)["cell"] for line in (tmp_path / LINES).read_text().splitlines()] == [ONE.id, TWO.id]
+
+
+def test_a_second_writer_is_refused_and_told_who_writes(tmp_path):
+    import os
+
+    with Rows(tmp_path, study()), pytest.raises(BadInput, match=f"in use by process {os.getpid()}"):
+        Rows(tmp_path, study())
+    Rows(tmp_path, study()).close()
+
+
+def test_a_run_begins_in_an_empty_folder_and_leaves_its_neighbours(tmp_path):
+    with Rows(tmp_path, study()) as rows:
+        for repeat in (1, 2):
+            rows.run_folder(ONE, repeat).mkdir(parents=True)
+            (rows.run_folder(ONE, 3).parent / str(repeat) / "left").mkdir(parents=True)
+        assert not rows.run_folder(ONE, 2).exists()
+        assert (rows.run_folder(ONE, 2).parent / "1" / "left").exists()
+
+
+@pytest.mark.parametrize("content", [b"not a database at all" * 100, None])
+def test_a_foreign_file_is_refused(tmp_path, content):
+    if content is None:
+        with sqlite3.connect(tmp_path / ROWS) as db:
+            db.execute("CREATE TABLE rows (cell TEXT)")
+        db.close()
+    else:
+        (tmp_path / ROWS).write_bytes(content)
+    with pytest.raises(BadInput, match="Choose another folder"):
+        Rows(tmp_path, study())
+    with pytest.raises(BadInput):
+        read(tmp_path)
+    (tmp_path / ROWS).unlink()
+    Rows(tmp_path, study()).close()  # the refusal let go of the folder
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BadInput, match="cannot be written"):
+        Rows(tmp_path / "file", study())
+
+
+def test_a_folder_without_rows_is_not_read(tmp_path):
+    with pytest.raises(BadInput, match="holds no rows"):
+        read(tmp_path)
+
+
+def test_the_description_lies_beside_the_rows(tmp_path):
+    from manyhands.studies.grid import parse
+
+    one = study({"plan.workers": [1, 2]})
+    Rows(tmp_path, one).close()
+    assert parse((tmp_path / STUDY).read_text()) == one

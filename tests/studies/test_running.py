@@ -1,0 +1,208 @@
+"""Running a study: rounds, refusals, failures, interruption, going on; once with real workers."""
+
+import io
+import itertools
+import json
+
+import pytest
+from rich.console import Console
+
+from manyhands import studies, verbs
+from manyhands.errors import BadInput, WorkerFailed
+from manyhands.studies.grid import find
+from manyhands.studies.reporting import report
+from manyhands.studies.rows import read
+from manyhands.studies.running import Rounds, order
+from tests.studies.made import TINY, measurement, study
+
+GRID = {"plan.strategy": ["synchronous", "replica_average"], "plan.workers": [1, 2]}
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Nothing is trained; what would have been is listed, and ``trained.at[n]`` is raised in call n."""
+
+    class Trained(list):
+        at = {}  # noqa: RUF012
+
+    calls = Trained()
+    calls.at = {}
+
+    def train(task, plan, *, out, **_):
+        calls.append((plan.strategy.name, plan.workers, out))
+        if len(calls) in calls.at:
+            raise calls.at[len(calls)]
+        return verbs.Result(None, plan, measurement(plan.workers), [], out)
+
+    monkeypatch.setattr(verbs, "train", train)
+    return calls
+
+
+def test_repeats_take_turns():
+    assert list(order(["a", "b", "c"], 2)) == [(1, "a"), (1, "b"), (1, "c"), (2, "a"), (2, "b"), (2, "c")]
+
+
+def test_rows_come_in_rounds(tmp_path, trained):
+    result = studies.run(study(GRID), out=tmp_path)
+    assert [x[:2] for x in trained] == 2 * list(itertools.product(GRID["plan.strategy"], GRID["plan.workers"]))
+    assert [row.repeat for row in result.rows] == [1, 1, 1, 1, 2, 2, 2, 2]
+    assert len({x[2] for x in trained}) == 8
+    assert result.exit_code == 0
+
+
+@pytest.mark.parametrize("killed_at", [1, 3, 6, 8])
+def test_a_study_that_was_ended_goes_on_where_it_was(tmp_path, trained, killed_at):
+    trained.at = {killed_at: KeyboardInterrupt()}
+    with pytest.raises(KeyboardInterrupt):
+        studies.run(study(GRID), out=tmp_path)
+    assert len(read(tmp_path)) == killed_at - 1
+    assert (tmp_path / "table.md").is_file()
+    trained.clear()
+    trained.at = {}
+    result = studies.run(study(GRID), out=tmp_path)
+    assert len(trained) == 8 - (killed_at - 1)
+    assert len(result.rows) == 8
+    trained.clear()
+    assert studies.run(study(GRID), out=tmp_path).rows == result.rows
+    assert trained == []
+
+
+def test_more_repeats_and_more_cells_keep_what_is_done(tmp_path, trained):
+    studies.run(study(GRID, repeats=1), out=tmp_path)
+    trained.clear()
+    larger = study({**GRID, "plan.workers": [1, 2, 3]}, repeats=2)
+    assert len(studies.run(larger, out=tmp_path).rows) == 12
+    assert len(trained) == 8
+    assert len(studies.run(study(GRID, repeats=1), out=tmp_path).rows) == 4
+
+
+def test_an_impossible_cell_is_a_row_with_the_reason_and_the_rest_runs(tmp_path, trained):
+    result = studies.run(study({"plan.transport": ["single", "auto"], "plan.workers": [2]}), out=tmp_path)
+    refused, *done = result.rows
+    assert (refused.status, refused.measurement) == ("refused", None)
+    assert "single is one worker" in refused.reason
+    assert [row.status for row in done] == ["done", "done"]
+    assert len(trained) == 2
+    assert result.exit_code == 0
+
+
+def test_a_misspelt_strategy_in_a_grid_is_refused_with_the_nearest(tmp_path, trained):
+    result = studies.run(study({"plan.strategy": ["synchronos"]}), out=tmp_path)
+    assert "Did you mean 'synchronous'" in result.rows[0].reason
+    assert result.exit_code == 2
+    assert trained == []
+
+
+def test_a_failing_cell_does_not_stop_the_others_and_is_tried_again(tmp_path, trained):
+    trained.at = {2: WorkerFailed(1, 7, "RuntimeError: no", "its own traceback"), 3: RuntimeError("mine")}
+    result = studies.run(study(GRID, repeats=1), out=tmp_path)
+    assert [row.status for row in result.rows] == ["done", "failed", "failed", "done"]
+    assert result.rows[1].traceback == "its own traceback"
+    assert "worker 1 at step 7" in result.rows[1].reason
+    assert "RuntimeError: mine" in result.rows[2].traceback
+    assert result.exit_code == 1
+    trained.clear()
+    trained.at = {}
+    assert studies.run(study(GRID, repeats=1), out=tmp_path).exit_code == 0
+    assert len(trained) == 2
+
+
+def test_a_round_that_would_end_too_late_is_left_out():
+    times = iter([0, 0, 40, 80])
+    rounds = Rounds(100, lambda: next(times))
+    asked = [rounds.may_run(repeat) for repeat in (1, 1, 1, 2, 2, 3)]
+    assert asked == [True, True, True, True, True, False]
+
+
+def test_without_a_limit_every_round_runs():
+    times = itertools.count(0, 1000)
+    rounds = Rounds(None, lambda: next(times))
+    assert all(rounds.may_run(repeat) for repeat in range(1, 9))
+
+
+def test_what_is_left_out_for_time_is_said_and_can_be_had(tmp_path, trained, caplog):
+    hasty = study(GRID, limit_s=1e-9)
+    assert len(studies.run(hasty, out=tmp_path).rows) == 4
+    assert "repeat 2" in caplog.text
+    assert len(studies.run(hasty, out=tmp_path).rows) == 8
+
+
+def test_a_run_that_was_cut_leaves_nothing_in_the_way(tmp_path, trained):
+    one = study(repeats=1)
+    left = tmp_path / "runs" / one.cells()[0].id / "1" / "checkpoints"
+    left.mkdir(parents=True)
+    studies.run(one, out=tmp_path)
+    assert not left.exists()
+
+
+def test_without_a_folder_each_start_has_its_own(tmp_path, trained, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = studies.run(study(name="my study/1"))
+    assert result.folder.parent.name == "studies-out"
+    assert result.folder.name.startswith("my-study-1-")
+
+
+def test_under_a_launcher_it_is_refused(tmp_path, monkeypatch):
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "localhost"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(BadInput, match="Run it without a launcher"):
+        studies.run(study(), out=tmp_path)
+
+
+def test_a_note_about_a_plan_is_said_once(tmp_path, monkeypatch, caplog):
+    def train(task, plan, *, out, **_):
+        for note in verbs.resolved(task, plan).notes:
+            verbs.log.warning("%s", note)
+        return verbs.Result(None, plan, measurement(plan.workers), [], out)
+
+    monkeypatch.setattr(verbs, "train", train)
+    studies.run(study({"plan.workers": [64], "task.seed": [0, 1, 2]}), out=tmp_path)
+    assert caplog.text.count("right, but not faster") == 1
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_names_what_runs(tmp_path, trained, terminal):
+    out = io.StringIO()
+    trained.at = {2: RuntimeError("mine")}
+    studies.run(study(GRID, repeats=1), out=tmp_path, console=Console(file=out, force_terminal=terminal, width=120))
+    if not terminal:
+        lines = out.getvalue().splitlines()
+        assert len(lines) == 4
+        assert lines[0].startswith("[1/4] synchronous with 1 worker, repeat 1: 10 ms a step, 95.0 % right")
+        assert lines[1] == "[2/4] synchronous with 2 workers on shared, repeat 1: failed: mine"
+    else:
+        assert "replica_average" in out.getvalue()
+        assert "1 failed" in out.getvalue()
+
+
+def test_two_cells_end_to_end(tmp_path):
+    one = study({"plan.workers": [1, 2]}, repeats=1)
+    result = studies.run(one, out=tmp_path)
+    single, shared = result.rows
+    assert [row.status for row in result.rows] == ["done", "done"]
+    assert (single.transport, shared.transport) == ("single", "shared")
+    assert single.measurement.test_accuracy == shared.measurement.test_accuracy > 0.3
+    assert shared.measurement.sent_B_per_step == 650 * 4
+    assert (tmp_path / "runs" / shared.cell / "1" / "summary.json").is_file()
+    assert find(tmp_path / "study.toml") == one
+    assert "synchronous        2  shared" in result.table
+    json.dumps(result.as_dict())
+    (tmp_path / "table.md").unlink()
+    assert report(tmp_path).summary == result.summary
+    assert "| synchronous | 2 | shared |" in (tmp_path / "table.md").read_text()
+    assert result.lines()[-1] == f"Report: {tmp_path / 'table.md'}"
+
+
+def test_a_model_that_breaks_is_a_failed_row_with_its_traceback(tmp_path):
+    broken = study({"task.model": ["tests.studies.made:Broken", "logistic"]}, repeats=1, plan={"workers": 1})
+    result = studies.run(broken, out=tmp_path)
+    assert [row.status for row in result.rows] == ["failed", "done"]
+    assert "one too many" in result.rows[0].reason
+    assert "in forward" in result.rows[0].traceback
+
+
+def test_data_that_is_not_there_is_refused(tmp_path):
+    lost = study(task={**TINY, "data": "no_such_data"}, repeats=1, plan={"workers": 1})
+    result = studies.run(lost, out=tmp_path)
+    assert [row.status for row in result.rows] == ["refused"]
+    assert "data set named 'no_such_data'" in result.rows[0].reason

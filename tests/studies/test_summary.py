@@ -1,0 +1,99 @@
+"""From rows to lines: medians over repeats, and a base that is chosen as said."""
+
+import pytest
+
+from manyhands.studies.summary import summarize
+from tests.studies.made import cell, measurement, row, slower
+
+ONE, TWO = cell(workers=1), cell(workers=2)
+
+
+def lines_of(*rows_of):
+    cells = list({c.id: c for c, _ in rows_of}.values())
+    return summarize(cells, [r for _, r in rows_of])
+
+
+def test_a_line_has_medians_over_repeats():
+    found = lines_of(*((ONE, row(ONE, i, measurement(step_s=s))) for i, s in enumerate([0.030, 0.010, 0.020], 1)))
+    assert [line.repeats for line in found] == [3]
+    assert found[0].step_s.median == 0.020
+    assert found[0].step_s.p90 == pytest.approx(0.024)
+    assert found[0].samples_per_s == pytest.approx(5000)
+    assert found[0].speed_up == 1
+
+
+def test_speed_up_compares_runs_of_the_same_round():
+    """A machine that slows down from round to round changes no ratio."""
+    rows = []
+    for repeat, factor in enumerate([1, 3, 10], 1):
+        rows.append((ONE, row(ONE, repeat, slower(measurement(1, 0.010), factor))))
+        rows.append((TWO, row(TWO, repeat, slower(measurement(2, 0.006), factor))))
+    rows.append((TWO, row(TWO, 4, slower(measurement(2, 0.006), 100))))  # a round that the base does not have
+    _, two = lines_of(*rows)
+    assert two.speed_up == pytest.approx(10 / 6)
+    assert two.efficiency == pytest.approx(10 / 12)
+
+
+def test_the_base_is_one_worker_of_the_same_strategy_with_the_fewest_threads():
+    own, threaded, foreign, two = cell("replica_average"), cell("replica_average", threads=2), ONE, TWO
+    other = cell("replica_average", 2)
+    found = lines_of(
+        (threaded, row(threaded, threads=2)),
+        (foreign, row(foreign)),
+        (own, row(own)),
+        (other, row(other)),
+        (two, row(two)),
+    )
+    assert [line.base.cell for line in found] == [own, foreign, own, own, foreign]
+
+
+def test_one_worker_of_another_strategy_will_do_as_base():
+    own = cell("slice_update", 2)
+    _, line = lines_of((ONE, row(ONE)), (own, row(own)))
+    assert line.base.cell == ONE
+
+
+def test_another_task_is_no_base():
+    other = cell(workers=2, task={"model": "perceptron"})
+    _, line = lines_of((ONE, row(ONE)), (other, row(other)))
+    assert line.base is None
+    assert line.speed_up is None
+
+
+def test_another_batch_is_no_base():
+    large = cell(workers=2, task={"batch_size": 200})
+    _, line = lines_of((ONE, row(ONE)), (large, row(large, measured=measurement(2, global_batch=200))))
+    assert line.base is None
+
+
+def test_weak_scaling_compares_samples_per_second_at_the_same_batch_per_worker():
+    task = {"batch_per_worker": 50}
+    one, two = cell(workers=1, task=task), cell(workers=2, task=task)
+    _, line = lines_of(
+        (one, row(one, measured=measurement(1, 0.010, global_batch=50))),
+        (two, row(two, measured=measurement(2, 0.0125, global_batch=100))),
+    )
+    assert line.speed_up == pytest.approx(1.6)
+
+
+def test_an_oversubscribed_plan_gets_no_speed_up():
+    four = cell(workers=4)
+    _, line = lines_of((ONE, row(ONE)), (four, row(four)))
+    assert line.oversubscribed
+    assert line.speed_up is None
+    assert line.accuracy == 0.95
+
+
+def test_a_cell_with_one_good_run_is_done_and_counts_its_failures():
+    (line,) = lines_of((ONE, row(ONE, 1)), (ONE, row(ONE, 2, status="failed", reason="it broke")))
+    assert (line.status, line.repeats, line.failures, line.reason) == ("done", 1, 1, "it broke")
+
+
+def test_a_refused_cell_is_a_line_without_figures():
+    (line,) = lines_of((ONE, row(ONE, status="refused", reason="it cannot be")))
+    assert (line.status, line.step_s, line.samples_per_s, line.efficiency) == ("refused", None, None, None)
+
+
+def test_bytes_of_a_sample_are_those_of_all_workers():
+    (line,) = lines_of((TWO, row(TWO)))
+    assert line.sent_B_per_sample == 2600 * 2 / 100

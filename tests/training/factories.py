@@ -1,0 +1,161 @@
+"""Models and data for whole runs, reached by workers as ``tests.training.factories:name``.
+
+`fragile` meets with an accident at a chosen place: it is what a user's model would do if it were killed there.
+"""
+
+import errno
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from manyhands.data import Arrays, Splits
+from tests import guards
+
+HERE = "tests.training.factories"
+INPUTS, CLASSES = 6, 3
+
+
+def data(n: int = 50, test: int = 23) -> Splits:
+    """Float64, so that worker counts can be compared to rounding."""
+    generator = torch.Generator().manual_seed(2)
+
+    def draw(count: int) -> Arrays:
+        x = torch.randn(count, INPUTS, generator=generator, dtype=torch.float64)
+        return Arrays(x, (x[:, 0] * 2 + x[:, 1]).round().long().clamp(-1, 1) + 1)
+
+    return Splits(draw(n), draw(test), (INPUTS,), CLASSES, "made up", "made up")
+
+
+def regression(n: int = 50) -> Splits:
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(n, INPUTS, generator=generator, dtype=torch.float64)
+    arrays = Arrays(x, x[:, :CLASSES].sin())
+    return Splits(arrays, arrays, (INPUTS,), None, "regression", "regression")
+
+
+def poisoned(n: int = 50, at: int = 17) -> Splits:
+    made = data(n)
+    made.train.inputs[at] = float("nan")
+    return made
+
+
+def model(inputs: Any, classes: int = CLASSES, *, hidden: int = 30) -> nn.Module:
+    return nn.Sequential(nn.Linear(inputs[0], hidden), nn.Tanh(), nn.Linear(hidden, classes or CLASSES)).double()
+
+
+def dropout(inputs: Any, classes: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(inputs[0], 30), nn.Dropout(0.4), nn.Tanh(), nn.Linear(30, classes)).double()
+
+
+def normed(inputs: Any, classes: int) -> nn.Module:
+    layers = nn.Linear(inputs[0], 30), nn.BatchNorm1d(30), nn.Dropout(0.2), nn.Tanh(), nn.Linear(30, classes)
+    return nn.Sequential(*layers).double()
+
+
+def momentum(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01)
+
+
+def rank() -> int:
+    """Of this worker process; −1 in the launcher, which builds the model once to see whether it can."""
+    name = multiprocessing.current_process().name
+    return int(name.rpartition("-")[2]) if "worker" in name else int(os.environ.get("PMI_RANK", -1))
+
+
+class Fragile(nn.Module):
+    """A linear model that does ``how`` on one rank, in the pass of one step, forward or backward or in evaluation."""
+
+    def __init__(self, inputs: Any, classes: int, how: str, on: int, step: int, where: str, folder: str) -> None:
+        super().__init__()
+        self.last = nn.Linear(inputs[0], classes)
+        self.how, self.on, self.step, self.where, self.folder = how, on, step, where, Path(folder)
+        self.passes = 0
+        if rank() >= 0:
+            (self.folder / f"pid-{rank()}").write_text(str(os.getpid()))
+        if where == "start":
+            self.accident()
+        if where == "writing" and rank() == on:
+            self.break_writing()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        outputs = self.last(x.float())
+        if not self.training:
+            if self.where == "evaluation":
+                self.accident()
+            return outputs
+        if self.passes == self.step:
+            if self.where == "forward":
+                self.accident()
+            if self.where == "backward":
+                outputs.register_hook(lambda _: self.accident())
+        self.passes += 1
+        return outputs
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        if self.where == "checkpoint":
+            self.accident()
+        return super().state_dict(*args, **kwargs)
+
+    def accident(self) -> None:
+        if rank() != self.on:
+            return
+        (self.folder / "happened").write_text(f"{time.time()}")
+        if self.how == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif self.how == "exit":
+            os._exit(3)
+        elif self.how == "freeze":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        elif self.how == "raise":
+            raise ValueError("the user's own words")
+        elif self.how == "kill the other":  # it waits for us in the exchange by now
+            other = int((self.folder / f"pid-{1 - self.on}").read_text())
+            wait_until_asleep(other)
+            os.kill(other, signal.SIGKILL)
+        elif self.how == "listen":
+            found = guards._listening(guards.Snapshot.take().sockets)
+            (self.folder / "happened").write_text("\n".join(found))
+        elif self.how == "linger":
+            time.sleep(60)
+
+    def break_writing(self) -> None:
+        from manyhands.training import checkpoint
+
+        write, left = checkpoint.write_tensors, [self.step]
+
+        def broken(path: Path, tensors: Any) -> Any:
+            left[0] -= 1
+            if left[0] >= 0:
+                return write(path, tensors)
+            path.write_bytes(b"half of it")
+            self.accident()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        checkpoint.write_tensors = broken
+
+
+def wait_until_asleep(pid: int) -> None:
+    """Until the process has slept through a few looks: it waits for somebody."""
+    seen = 0
+    while seen < 5:
+        seen = seen + 1 if guards._status(pid)[0] == "S" else 0
+        time.sleep(0.01)
+
+
+def fragile(
+    inputs: Any,
+    classes: int,
+    *,
+    folder: str,
+    how: str = "kill",
+    on: int = 1,
+    step: int = 0,
+    where: str = "forward",
+) -> nn.Module:
+    return Fragile(inputs, classes, how, on, step, where, folder)
