@@ -6,6 +6,7 @@ for bit and do not change from run to run; gloo, NCCL and MPI sum in an order of
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -20,10 +21,11 @@ from manyhands.errors import Vetoed
 SLICE_QUANTUM = 64
 
 
-def slices(numel: int, size: int) -> list[tuple[int, int]]:
+@functools.lru_cache(maxsize=1024)
+def slices(numel: int, size: int) -> tuple[tuple[int, int], ...]:
     """Cut ``numel`` elements into ``size`` contiguous slices ``[lo, hi)``; the last ones may be shorter or empty."""
     chunk = -(-numel // (size * SLICE_QUANTUM)) * SLICE_QUANTUM
-    return [(min(r * chunk, numel), min((r + 1) * chunk, numel)) for r in range(size)]
+    return tuple((min(r * chunk, numel), min((r + 1) * chunk, numel)) for r in range(size))
 
 
 def coefficients(weights: Sequence[float | None]) -> list[float] | None:

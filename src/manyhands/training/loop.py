@@ -263,8 +263,9 @@ def train(run: Run, metrics: MetricsLog, member: Member) -> dict[str, Any]:
             try:
                 loss = worker.step(Batch(inputs, target, count))
             except NonFiniteLoss:
-                kept = save(run, share.before, metrics) if saved_step != share.before.step else _newest(run)
-                raise NonFiniteLoss(share.before.step, kept or "") from None
+                if saved_step != share.before.step:
+                    save(run, share.before, metrics)  # ends with a barrier, so the newest is the same for every rank
+                raise NonFiniteLoss(share.before.step, _newest(run) or "") from None
             if run.schedule is not None:
                 _advance(run.schedule)
             t1 = clock()
