@@ -1,7 +1,8 @@
 """The one text grammar: ``name``, ``name(key=value, …)`` or ``my_pkg.module:name(key=value, …)``.
 
 A value is a Python literal, ``inf``, ``nan`` or again a ``name(…)``; positional values are allowed where the class
-takes them. Text is read with `ast` and never evaluated. What `format_call` prints, `parse_call` reads back to an equal `Call`.
+takes them. Text is read with `ast` and never evaluated. What `format_call` prints, `parse_call` reads back to an equal
+`Call`.
 It stands below everything else because descriptions at every level (strategies, compressors, models, meshes) print
 themselves with it.
 """

@@ -7,10 +7,15 @@ than a launch; a team in which a worker failed is replaced at the next use.
 from __future__ import annotations
 
 import atexit
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from manyhands.catalogue import import_object
+from manyhands.communication.communicator import Communicator
+from manyhands.contract import Strategy
+from manyhands.plan import strategy_from
+from manyhands.studies import parity
 from manyhands.training.member import Member
 from manyhands.training.team import Team, team
 
@@ -33,6 +38,32 @@ def run_ranks(
         _standing.pop((on, n), None)
         crew.close()
         raise
+
+
+def check_strategy(
+    strategy: Strategy | str, *, workers: int = 2, on: str = "shared", optimizer: str = "sgd(lr=0.1, momentum=0.9)"
+) -> parity.Row:
+    """Assert the promises of a strategy, your own included, against torch alone; returns what was measured.
+
+    One worker equals plain torch bit for bit; ``workers`` equal one on the joined batch to 1e-12 where the strategy
+    says ``exact``; replicas are bit-identical where it says ``identical``; bytes counted are bytes declared. Batches
+    do not divide by the workers. Raises AssertionError that says which promise is broken and by how much.
+
+        check_strategy("synchronous(update='replicated')", workers=3, on="gloo")
+        check_strategy("my_pkg.module:MyStrategy", workers=4)
+    """
+    for size in (1, workers):
+        row = parity.Row(
+            **run_ranks(parity_row, size, on="single" if size == 1 else on, args=(str(strategy), optimizer))[0]
+        )
+        if not row.passed:
+            raise AssertionError(f"{row.strategy} with {size} workers on {row.transport}: {row.problem}")
+    return row
+
+
+def parity_row(comm: Communicator, strategy: str, optimizer: str) -> dict[str, Any]:
+    """One rank's part of `check_strategy`."""
+    return dataclasses.asdict(parity.check(comm, strategy_from(strategy), optimizer))
 
 
 def standing_team(on: str, n: int) -> Team:

@@ -58,6 +58,14 @@ def normed(inputs: Any, classes: int) -> nn.Module:
     return nn.Sequential(*layers).double()
 
 
+def tied(inputs: Any, classes: int) -> nn.Module:
+    made = nn.Sequential(
+        nn.Linear(inputs[0], 20), nn.Linear(20, 20), nn.Tanh(), nn.Linear(20, 20), nn.Linear(20, classes)
+    )
+    made[3].weight = made[1].weight
+    return made.double()
+
+
 def momentum(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01)
 

@@ -45,6 +45,8 @@ from manyhands.training.wire import decode, encode
 GRACE_S = 2.0
 #: A worker imports torch and joins within this time, or something is wrong.
 START_S = 120.0
+#: A worker that has been asked to end does so within this time, or is made to.
+END_S = 3.0
 
 Report = Callable[[int, Any], None]
 
@@ -206,8 +208,8 @@ class ProcessTeam(Team):
     def _step_of(self, rank: int) -> int | None:
         return None
 
-    def _end(self) -> None:
-        """Make sure that no worker runs any more."""
+    def _end(self, patience_s: float) -> None:
+        """Wait so long for the workers to end, then make sure that none runs any more."""
 
     def run(
         self, job: str, *arguments: Any, report: Report | None = None, deadline_s: float | None = None
@@ -222,7 +224,7 @@ class ProcessTeam(Team):
                     connection.send_bytes(message)
             return self._collect("result", report, deadline_s)
         except BaseException:
-            self.close()
+            self.abandon()
             raise
 
     def _collect(self, wanted: str, report: Report | None, deadline_s: float | None) -> list[Any]:
@@ -289,13 +291,20 @@ class ProcessTeam(Team):
 
     def close(self) -> None:
         """Ask the workers to end, then see to it."""
-        if self._closed:
-            return
+        if not self._closed:
+            for connection in self._connections:
+                with contextlib.suppress(OSError):
+                    connection.send_bytes(encode(["end"]))
+            self._leave(END_S)
+
+    def abandon(self) -> None:
+        """End the workers at once, whatever they are doing."""
+        if not self._closed:
+            self._leave(0.0)
+
+    def _leave(self, patience_s: float) -> None:
         self._closed = True
-        for connection in self._connections:
-            with contextlib.suppress(OSError):
-                connection.send_bytes(encode(["end"]))
-        self._end()
+        self._end(patience_s)
         for connection in self._connections:
             connection.close()
 
@@ -355,7 +364,7 @@ class ForkserverTeam(ProcessTeam):
                 self._processes.append(process)
             self._collect("ready", None, START_S)
         except BaseException:
-            self.close()
+            self.abandon()
             raise
 
     def _rendezvous(self, setups: Sequence[Setup]) -> list[Setup]:
@@ -375,7 +384,12 @@ class ForkserverTeam(ProcessTeam):
         process = context.Process(
             target=_forked, args=(setup, theirs, memory, live), name=f"manyhands-worker-{setup.rank}", daemon=True
         )
-        process.start()
+        # The first start starts the fork server, and Ctrl-C goes to the whole terminal group: it is for this process.
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        try:
+            process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         return process
 
     def _start_with_main(self, start: Callable[[Any], Any], live: Any) -> Any:
@@ -410,8 +424,8 @@ class ForkserverTeam(ProcessTeam):
 
         return SharedCommunicator.step_of(self._segment, self._control, rank, self.size)
 
-    def _end(self) -> None:
-        end = time.monotonic() + (2.0 if not sys.is_finalizing() else 0.1)
+    def _end(self, patience_s: float) -> None:
+        end = time.monotonic() + patience_s
         for process in self._processes:
             process.join(max(0.0, end - time.monotonic()))
         for process in self._processes:
@@ -478,7 +492,7 @@ class MpiTeam(ProcessTeam):
                 self._accept(listener)
             self._collect("ready", None, START_S)
         except BaseException:
-            self.close()
+            self.abandon()
             raise
 
     def _accept(self, listener: Listener) -> None:
@@ -513,10 +527,10 @@ class MpiTeam(ProcessTeam):
             return "ended"
         return None
 
-    def _end(self) -> None:
+    def _end(self, patience_s: float) -> None:
         if self._process is not None:
             try:
-                self._process.wait(3.0)
+                self._process.wait(patience_s)
             except subprocess.TimeoutExpired:
                 for pid in self._pids.values():
                     with contextlib.suppress(ProcessLookupError):
