@@ -27,6 +27,7 @@ import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, Listener, wait
 from multiprocessing.reduction import DupFd
 from pathlib import Path
@@ -385,6 +386,8 @@ class ForkserverTeam(ProcessTeam):
             target=_forked, args=(setup, theirs, memory, live), name=f"manyhands-worker-{setup.rank}", daemon=True
         )
         # The first start starts the fork server, and Ctrl-C goes to the whole terminal group: it is for this process.
+        # (Starting the resource tracker unblocks the signal again, so that comes first.)
+        resource_tracker.ensure_running()
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         try:
             process.start()
