@@ -96,6 +96,22 @@ class Routed(Unused):
         return outputs
 
 
+class UsedLaterInPart(nn.Module):
+    """A table that enters from the third pass on, and then with its first rows only: most of its slices stay zero."""
+
+    passes = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(INPUTS, CLASSES)
+        self.table = nn.Embedding(100, CLASSES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.passes += 1
+        outputs = self.first(x)
+        return outputs + self.table((x[:, 0] > 0).long()) if self.passes > 2 else outputs
+
+
 class Mixed(nn.Module):
     """The first layer in float32, the second in float64."""
 
@@ -155,6 +171,7 @@ MODELS: dict[str, Any] = {
     "unused": Unused,
     "used_later": UsedLater,
     "routed": Routed,
+    "used_later_in_part": UsedLaterInPart,
     "mixed": Mixed,
     "conv": Convolution,
     "norm": Normed,

@@ -75,7 +75,7 @@ def go_on(task: mh.Task, out: Path, *, epochs: int) -> mh.Result:
 
 
 def test_a_worker_killed_before_its_first_checkpoint_leaves_none(tmp_path):
-    with pytest.raises(WorkerFailed, match="worker 0 .* SIGKILL"):
+    with pytest.raises(WorkerFailed, match=r"worker 0 .* SIGKILL"):
         run(fragile(tmp_path, on=0, where="checkpoint"), tmp_path)
     assert ended_soon_after(tmp_path)
     assert not list((tmp_path / "out" / "checkpoints").glob("step-*"))
@@ -83,7 +83,7 @@ def test_a_worker_killed_before_its_first_checkpoint_leaves_none(tmp_path):
 
 def test_a_worker_killed_while_it_writes_a_checkpoint_leaves_the_older_one_to_go_on_from(tmp_path):
     out = tmp_path / "out"
-    with pytest.raises(WorkerFailed, match="worker 0 at step 9 .*SIGKILL"):
+    with pytest.raises(WorkerFailed, match=r"worker 0 at step 9 .*SIGKILL"):
         run(fragile(tmp_path, on=0, where="writing", step=2), tmp_path)  # two files, then half of a third
     assert ended_soon_after(tmp_path)
     assert checkpoint.load_newest(out / "checkpoints").step == 5
@@ -107,7 +107,7 @@ def test_a_worker_that_exits_on_its_own_is_named_with_its_status(tmp_path):
     assert ended_soon_after(tmp_path)
 
 
-# -- a worker raises, freezes, or sees a loss that is not finite ----------------------------------------------------------
+# -- a worker raises, freezes, or sees a loss that is not finite -------------------------------------------------------
 
 
 @pytest.mark.parametrize("where", ["start", "forward", "backward", "evaluation"])
@@ -156,7 +156,7 @@ def test_a_loss_that_is_not_finite_stops_all_at_one_step_and_the_last_good_state
     assert all(bool(v.isfinite().all()) for v in kept.model.values())
 
 
-# -- a full disk ---------------------------------------------------------------------------------------------------------
+# -- a full disk -------------------------------------------------------------------------------------------------------
 
 
 def test_a_disk_that_is_full_costs_a_checkpoint_and_not_the_run(tmp_path):
@@ -168,7 +168,7 @@ def test_a_disk_that_is_full_costs_a_checkpoint_and_not_the_run(tmp_path):
     assert [p.name for p in (tmp_path / "out" / "checkpoints").iterdir()] == ["step-00000005"]
 
 
-# -- listeners -------------------------------------------------------------------------------------------------------------
+# -- listeners ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("transport", ["shared", "gloo"])
@@ -179,7 +179,7 @@ def test_no_worker_listens_anywhere_but_on_loopback(tmp_path, transport):
     assert transport != "shared" or addresses == []
 
 
-# -- the launcher is killed or interrupted -----------------------------------------------------------------------------------
+# -- the launcher is killed or interrupted -----------------------------------------------------------------------------
 
 SCRIPT = """
 import sys

@@ -52,13 +52,15 @@ def test_the_pieces_of_this_file_stop_in_the_middle_of_an_epoch(tmp_path):
     assert checkpoint.load_newest(tmp_path / "checkpoints").state["cursor"] == [1, 24, 10]
 
 
+#: 52 samples: the last batch of an epoch gives each worker two, and BatchNorm wants more than one.
+NORMED = {"model": f"{HERE}:normed", "data": f"{HERE}:data(n=52)"}
 CASES = {
     "momentum": {},
     "adam": {"optimizer": "adam(lr=0.01)"},
     "adagrad": {"optimizer": "adagrad(lr=0.01, initial_accumulator_value=0.1)"},
     "sgd, decay": {"optimizer": "sgd(lr=0.1, weight_decay=0.1)"},
     "dropout": {"model": f"{HERE}:dropout"},
-    "norm and dropout": {"model": f"{HERE}:normed", "optimizer": "adamw(lr=0.01)"},
+    "norm and dropout": {**NORMED, "optimizer": "adamw(lr=0.01)"},
     "one cycle": {"schedule": "onecycle(max_lr=0.1, total_steps=21)"},
     "clip": {"clip": 0.1},
 }
@@ -88,7 +90,7 @@ def test_every_strategy_resumes_exactly_on_every_transport(tmp_path, name, trans
 
 @pytest.mark.parametrize("policy", ["average", "rank0", "local"])
 def test_buffers_resume_exactly_under_every_policy(tmp_path, policy):
-    what = {"model": f"{HERE}:normed"}
+    what = NORMED
     whole = train(task(**what), buffers=policy)
     train(task(steps=10, **what), buffers=policy, out=tmp_path)
     assert same_bits(train(task(**what), buffers=policy, out=tmp_path, resume=True), whole)
@@ -104,7 +106,7 @@ def test_stopping_at_every_few_steps_changes_nothing(tmp_path):
 
 def test_looking_and_writing_change_nothing(tmp_path):
     """Checkpoints and evaluations on the way draw no random numbers and touch no state."""
-    what = {"model": f"{HERE}:normed", "epochs": 3, "steps": None}
+    what = {**NORMED, "epochs": 3, "steps": None}
     quiet = train(task(**what), evaluate="never")
     watched = train(task(**what), evaluate="epoch", out=tmp_path, checkpoint_steps=2)
     assert same_bits(quiet, watched)

@@ -143,7 +143,7 @@ def test_reports_arrive_on_the_way_in_each_workers_order(on):
         assert [v for r, v in seen if r == rank] == [{"rank": rank, "i": i} for i in range(5)]
 
 
-# -- failures ------------------------------------------------------------------------------------------------------------
+# -- failures ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rank", [0, 2])

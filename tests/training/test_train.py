@@ -1,4 +1,4 @@
-"""`mh.train` from Python: plain torch for one worker, the same history for any number, and what a run leaves on disk."""
+"""`mh.train` from Python: plain torch for one worker, the same for any number, and what a run leaves on disk."""
 
 import contextlib
 import functools
@@ -187,6 +187,15 @@ def test_the_loss_of_a_sum_is_the_same_for_any_number_of_workers(workers):
         assert b["train_loss"] == pytest.approx(a["train_loss"], abs=1e-12)
 
 
+@pytest.mark.xfail(
+    reason="ranks above 0 draw from streams of their own, also where all see the whole batch", strict=True
+)
+def test_strategies_of_the_whole_batch_draw_one_processs_random_numbers():
+    """`slice_update` promises one worker's result bit for bit, so its workers must drop the same neurons."""
+    alone, together = (train(task(model=f"{HERE}:dropout"), workers=n, strategy="slice_update") for n in (1, 2))
+    assert torch.equal(vector(alone.state), vector(together.state))
+
+
 def test_more_workers_than_samples_is_right_and_said():
     result = train(task(batch_size=2, epochs=1), workers=4)
     assert (vector(result.state) - vector(train(task(batch_size=2, epochs=1)).state)).abs().max() <= 1e-12
@@ -272,7 +281,7 @@ def test_a_live_model_is_refused_under_mpi():
         train(task(model=factories.model((6,), 3)), workers=2, transport="mpi")
 
 
-# -- bad input: found before a process starts ------------------------------------------------------------------------------
+# -- bad input: found before a process starts --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -315,7 +324,7 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path):
     assert (tmp_path / "summary.json").read_text() == before
 
 
-# -- what is on disk -------------------------------------------------------------------------------------------------------
+# -- what is on disk ---------------------------------------------------------------------------------------------------
 
 SUMMARY = {
     *("strategy", "model", "data", "workers", "transport", "device", "parameters", "global_batch", "steps", "epochs"),
@@ -377,7 +386,7 @@ def test_evaluation_can_wait_for_the_end_or_be_left_out():
     assert never.summary.test_accuracy is None
 
 
-# -- from a script -----------------------------------------------------------------------------------------------------------
+# -- from a script -----------------------------------------------------------------------------------------------------
 
 
 def script(tmp_path: Path, text: str) -> dict:

@@ -33,8 +33,11 @@ def coefficients(weights: Sequence[float | None]) -> list[float] | None:
 
     A weight that is not finite is a veto: `Vetoed` names the first rank that gave one.
     """
-    if all(w is None for w in weights):
+    first = weights[0]
+    if first is None and all(w is None for w in weights):
         return None
+    if first and math.isfinite(first) and all(w == first for w in weights):
+        return [1.0 / len(weights)] * len(weights)  # the usual case, and exact
     total = float(sum(w or 0.0 for w in weights))
     if not math.isfinite(total):
         raise Vetoed(next(r for r, w in enumerate(weights) if w is not None and not math.isfinite(w)))
@@ -53,12 +56,18 @@ def reduce_into(out: Tensor, parts: Sequence[Tensor], factors: Sequence[float] |
         # Scaling by a power of two commutes with rounding (but at the ends of the exponent range): once is enough.
         _add_into(out, parts)
         if factors[0] != 1.0:
-            out.mul_(factors[0])
+            out.mul_(_constant(factors[0], out.dtype, out.device))
     else:
         _add_scaled_into(out, [(p, f) for p, f in zip(parts, factors, strict=True) if f != 0.0])
 
 
 _HALF = (torch.float16, torch.bfloat16)
+
+
+@functools.lru_cache(maxsize=256)
+def _constant(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A kept 0-dim tensor: torch takes 1 µs to make one of a Python number, more than the product of a short slice."""
+    return torch.tensor(value, dtype=dtype, device=device)
 
 
 def _alike_and_exact(factors: Sequence[float]) -> bool:

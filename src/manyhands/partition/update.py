@@ -118,6 +118,7 @@ class SliceUpdate:
         # copy.copy would lose what Optimizer.__getstate__ leaves out: LBFGS's _params, a subclass's own attributes.
         clone = object.__new__(type(self._master))
         clone.__dict__.update(self._master.__dict__)
+        clone.__dict__.pop("step", None)  # a schedule's wrapper around the user's own optimizer's step
         clone.state = defaultdict(dict)
         for s in self._spans:
             start, stop = s.within(self.lo, self.hi)

@@ -246,7 +246,7 @@ def train(run: Run, metrics: MetricsLog, member: Member) -> dict[str, Any]:
     total = total_steps(task, run.sampler)
     cursor = run.cursor
     saved_step = first_step if run.options.resume else -1
-    clock = time.perf_counter
+    clock, sums = time.perf_counter, losses.reduction(run.loss) == "sum"
     with Progress(
         total,
         epochs=task.length["epochs"],
@@ -273,7 +273,7 @@ def train(run: Run, metrics: MetricsLog, member: Member) -> dict[str, Any]:
                 times.append(t1 - t0)
             cursor = share.after
             seen += share.global_count
-            loss_sum += float(loss) * count
+            loss_sum += float(loss) * (1 if sums else count)  # a sum is reported per sample, as in evaluation
             loss_count += count
             progress.update(cursor.step, share.before.epoch, seen, loss)
             if t1 >= next_log:

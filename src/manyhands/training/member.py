@@ -71,7 +71,8 @@ def serve(setup: Setup, connection: Connection, memory_fd: int = -1, live: Any =
         member = Member(comm, live, lambda value: connection.send_bytes(encode(["report", value])), allocator)
         connection.send_bytes(encode(["ready"]))
     except BaseException as e:
-        connection.send_bytes(encode(failure(setup.rank, None, e)))
+        with contextlib.suppress(OSError):
+            connection.send_bytes(encode(failure(setup.rank, None, e)))
         raise SystemExit(1) from None
     while True:
         try:
@@ -85,8 +86,9 @@ def serve(setup: Setup, connection: Connection, memory_fd: int = -1, live: Any =
             value = import_object(path, kind="job")(member, *arguments)
             connection.send_bytes(encode(["result", value]))
         except BaseException as e:
-            connection.send_bytes(encode(failure(setup.rank, comm.step, e)))
             comm.fail()
+            with contextlib.suppress(OSError):  # a launcher that has gone needs no report
+                connection.send_bytes(encode(failure(setup.rank, comm.step, e)))
             break
     comm.close()
     connection.close()

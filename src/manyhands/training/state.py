@@ -3,6 +3,7 @@
     cursor      epoch, position and step of the sampler
     optimizer   per parameter and key, whole tensors assembled from the workers' slices (so any worker count fits)
     schedule    the learning-rate schedule's own state
+    groups      the hyper-parameters of each parameter group as the schedule left them
     ranks       per rank: random number generator, buffers, the strategy's live state
     history     epoch records so far
 
@@ -12,7 +13,7 @@ samples are; per-rank state (random streams, residuals, own buffers) starts anew
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -47,9 +48,15 @@ def collect(
         "strategy": str(strategy),
         "optimizer": assemble(slices),
         "schedule": None if schedule is None else schedule.state_dict(),
+        "groups": None if schedule is None else [hyperparameters(g) for g in schedule.optimizer.param_groups],
         "ranks": everybody,
         "history": list(history),
     }
+
+
+def hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
+    """What a schedule may have moved in a parameter group: a schedule's own state does not hold it."""
+    return {k: v for k, v in group.items() if k != "params" and isinstance(v, Tensor | tuple | bool | int | float)}
 
 
 def assemble(slices: Sequence[StateSlice]) -> list[list[Any]]:
@@ -80,6 +87,12 @@ def restore(state: dict[str, Any], worker: Worker, strategy: Strategy, comm: Com
     )
     if schedule is not None and state["schedule"] is not None:
         schedule.load_state_dict(state["schedule"])
+        for group, saved in zip(schedule.optimizer.param_groups, state["groups"], strict=True):
+            for key, value in saved.items():
+                if isinstance(group.get(key), Tensor):
+                    group[key].copy_(value)
+                else:
+                    group[key] = value
     if state["workers"] == comm.size and state["strategy"] == str(strategy):
         mine = state["ranks"][comm.rank]
         torch.set_rng_state(mine["generator"])
