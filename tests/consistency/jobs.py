@@ -65,7 +65,7 @@ class Unused(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first = nn.Linear(INPUTS, 16)
-        self.spare = nn.Linear(16, 10)
+        self.spare = nn.Linear(16, CLASSES)
         self.last = nn.Linear(16, CLASSES)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -80,7 +80,7 @@ class UsedLater(Unused):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.passes += 1
         h = torch.tanh(self.first(x))
-        late = self.spare(h)[:, :CLASSES] if self.passes > 2 else 0
+        late = self.spare(h) if self.passes > 2 else 0
         return self.last(h) + late
 
 
@@ -92,7 +92,7 @@ class Routed(Unused):
         chosen = x[:, 0] > 0.9
         outputs = self.last(h)
         if chosen.any():
-            outputs = outputs + self.spare(h)[:, :CLASSES] * chosen[:, None]
+            outputs = outputs + self.spare(h) * chosen[:, None]
         return outputs
 
 
@@ -110,6 +110,14 @@ class UsedLaterInPart(nn.Module):
         self.passes += 1
         outputs = self.first(x)
         return outputs + self.table((x[:, 0] > 0).long()) if self.passes > 2 else outputs
+
+
+class RoutedTable(UsedLaterInPart):
+    """A table of which only one share's samples take rows, and few: it is in use, also where slices stay zero."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        chosen, outputs = x[:, 0] > 0.9, self.first(x)
+        return outputs + self.table(chosen.long()) * chosen[:, None] if chosen.any() else outputs
 
 
 class Mixed(nn.Module):
@@ -172,6 +180,7 @@ MODELS: dict[str, Any] = {
     "used_later": UsedLater,
     "routed": Routed,
     "used_later_in_part": UsedLaterInPart,
+    "routed_table": RoutedTable,
     "mixed": Mixed,
     "conv": Convolution,
     "norm": Normed,

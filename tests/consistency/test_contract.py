@@ -202,6 +202,7 @@ TOGETHER = {
     "used later": problem("used_later", "momentum"),
     "used later, adamw": problem("used_later", "adamw", batches=(8, 8, 8, 8)),
     "used by one worker": problem("routed", "momentum", batches=(8, 8, 8, 8)),
+    "used in part by one worker": problem("routed_table", "decay", batches=(8, 8, 8, 8)),
     "used by one worker, clip": problem("routed", "momentum", batches=(8, 8, 8, 8), clip=0.05),
     "conv": problem("conv", "momentum", clip=0.05),
     "tokens": problem(loss="tokens", optimizer="momentum"),
@@ -236,8 +237,15 @@ def test_any_number_of_workers_is_one_on_the_joined_batch(text, on, size):
     assert_joined(text, on, size, TOGETHER["uneven, sgd"])
 
 
+#: The last two send workers down different paths in the first step, where collectives must match all the same.
+ACROSS = (
+    *("nesterov", "clip", "tokens", "uneven", "fewer samples than workers", "sum and l2"),
+    *("first batch smaller than the workers", "used by one worker"),
+)
+
+
 @pytest.mark.parametrize("on", OTHERS)
-@pytest.mark.parametrize("name", ["nesterov", "clip", "tokens", "uneven", "fewer samples than workers"])
+@pytest.mark.parametrize("name", ACROSS)
 @pytest.mark.parametrize("text", FAMILIES)
 def test_a_family_keeps_its_promises_on_the_other_transports(text, name, on):
     assert_joined(text, on, 3, TOGETHER[name])

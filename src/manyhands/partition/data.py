@@ -121,8 +121,9 @@ class DataReplica:
             announcer.begin(ready)
         with _NOTHING if self._looked_for_unused else self._watch_for_unused():
             loss, count = self._passes(batch, _nothing if announcer is None else announcer.last_pass)
-        if announcer is not None:
-            announcer.finish(loss, count)
+            # Before the watch asks around: collectives match by order, also where a share reaches no parameter.
+            if announcer is not None:
+                announcer.finish(loss, count)
         self.compute_s += time.perf_counter() - t0
         return loss, count
 
