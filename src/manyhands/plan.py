@@ -112,6 +112,7 @@ class Facts:
     stateless: bool = False
     sum_loss: bool = False
     optimizer_problem: Problem | None = None
+    clip: bool = False
     batch_size: int = 1
 
 
@@ -143,6 +144,7 @@ def resolve(plan: Plan, facts: Facts) -> Resolved:
         elementwise=facts.elementwise,
         stateless=facts.stateless,
         sum_loss=facts.sum_loss,
+        clip=facts.clip,
     )
     strategy = _sharded(plan, found)
     found.extend(strategy.problems(setting))

@@ -64,6 +64,7 @@ def resolved(task: Task, plan: Plan) -> Resolved:
         stateless=optimizers.is_stateless(trial),
         sum_loss=losses.reduction(losses.build(task.loss)) == "sum",
         optimizer_problem=optimizers.gradients_problem(trial),
+        clip=task.clip is not None,
         batch_size=task.batch_size,
     )
     return resolve(plan, facts)

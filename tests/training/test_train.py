@@ -187,9 +187,6 @@ def test_the_loss_of_a_sum_is_the_same_for_any_number_of_workers(workers):
         assert b["train_loss"] == pytest.approx(a["train_loss"], abs=1e-12)
 
 
-@pytest.mark.xfail(
-    reason="ranks above 0 draw from streams of their own, also where all see the whole batch", strict=True
-)
 def test_strategies_of_the_whole_batch_draw_one_processs_random_numbers():
     """`slice_update` promises one worker's result bit for bit, so its workers must drop the same neurons."""
     alone, together = (train(task(model=f"{HERE}:dropout"), workers=n, strategy="slice_update") for n in (1, 2))

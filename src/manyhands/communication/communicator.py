@@ -17,6 +17,7 @@ really does; a transport that knows better reports what it moved in ``Counters.m
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from abc import ABC, abstractmethod
 from collections import defaultdict
@@ -34,6 +35,7 @@ from manyhands.errors import BadInput
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64)
 
 
+@functools.lru_cache(maxsize=4096)
 def reference_B(operation: str, n_B: int, size: int, *, rank: int = 0, root: int = 0) -> int:
     """Payload bytes that ``rank`` sends for one operation on ``n_B`` bytes (the table above), rounded down."""
     if size == 1:
@@ -285,7 +287,7 @@ class Communicator(ABC):
         tally.calls += 1
         if self.size > 1:
             tally.messages += messages
-            tally.sent_B += reference_B(operation, x.numel() * x.element_size(), self.size, rank=self.rank, root=root)
+            tally.sent_B += reference_B(operation, x.nbytes, self.size, rank=self.rank, root=root)
 
     def _peer(self, rank: int) -> None:
         if not 0 <= rank < self.size:

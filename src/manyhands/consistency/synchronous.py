@@ -96,23 +96,22 @@ class ShardedWorker(Worker):
 
     def __init__(self, replica: Replica, comm: Communicator) -> None:
         super().__init__(replica, comm)
-        self._groups = [comm.over(piece.replicated_over) for piece in replica.pieces]
+        self._pieces = [(piece, comm.over(piece.replicated_over)) for piece in replica.pieces]
 
     def step(self, batch: Batch) -> Tensor:
         """One step; see the file's head."""
         replica = self.replica
         loss, count = replica.gradients(batch)
         weight = weight_of(loss, count)
-        pieces = list(zip(replica.pieces, self._groups, strict=True))
         try:
-            bounds = [group.reduce_scatter(piece.grad, weight=weight) for piece, group in pieces]
+            bounds = [group.reduce_scatter(piece.grad, weight=weight) for piece, group in self._pieces]
         except Vetoed:
             raise NonFiniteLoss(self.comm.step) from None
         if replica.clip is not None:
             clip_(replica, self.comm, bounds, sliced=True)
-        for (piece, _), (lo, hi) in zip(pieces, bounds, strict=True):
+        for (piece, _), (lo, hi) in zip(self._pieces, bounds, strict=True):
             replica.apply(piece, lo, hi)
-        for piece, group in pieces:
+        for piece, group in self._pieces:
             group.all_gather(piece.flat).wait()
         return loss
 

@@ -60,6 +60,7 @@ class DataReplica:
         self._comm = comm
         self._micro_batches = micro_batches
         self._l2 = float(getattr(loss, "l2", 0.0))
+        self._decayed = False  # this step's gradients hold the L2 term already
         self._spans: list[list[Span]] = []
         self._groups: list[int] = []
         self._updates: dict[tuple[int, int, int], SliceUpdate] = {}
@@ -67,7 +68,7 @@ class DataReplica:
         self._index: dict[int, int] = {}
         self._looked_for_unused = False
         self._announcer: Announcer | None = None
-        self._autocast: Callable[[], Any] = contextlib.nullcontext
+        self._autocast: Callable[[], Any] = lambda: _NOTHING
         if precision == "bfloat16":
             device = next((p.device.type for p in model.parameters()), "cpu")
             self._autocast = lambda: torch.autocast(device, dtype=torch.bfloat16)
@@ -115,6 +116,7 @@ class DataReplica:
         t0 = time.perf_counter()
         for piece in self.pieces:
             piece.grad.zero_()
+        self._decayed = False
         announcer = None
         if ready is not None:
             announcer = self._announcer = self._announcer or Announcer(self.pieces, self._spans)
@@ -212,7 +214,7 @@ class DataReplica:
             return
         t0 = time.perf_counter()
         i = self._index[id(piece.flat)]
-        if self._l2:
+        if self._l2 and not self._decayed:
             piece.grad[lo:hi].add_(piece.flat[lo:hi], alpha=self._l2)
         self._update(i, lo, hi)()
         self.update_s += time.perf_counter() - t0
@@ -228,6 +230,10 @@ class DataReplica:
 
     def norm(self, bounds: Sequence[tuple[int, int]]) -> Tensor:
         """See `contract.Replica.norm`."""
+        if self._l2 and not self._decayed:  # the norm is that of the whole objective's gradient
+            for piece, (lo, hi) in zip(self.pieces, bounds, strict=True):
+                piece.grad[lo:hi].add_(piece.flat[lo:hi], alpha=self._l2)
+            self._decayed = True
         parts: dict[int, Tensor] = {}
         for piece, spans, (lo, hi) in zip(self.pieces, self._spans, bounds, strict=True):
             for s in spans:

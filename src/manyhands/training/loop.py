@@ -102,7 +102,7 @@ def prepare(member: Member, task: Task, plan: Plan, options: Options) -> Run:
     strategy = plan.strategy
     assert isinstance(strategy, Strategy)
     splits = data_sets.load(task.data, folder=Path(options.data_dir) if options.data_dir else None)
-    model = build_model(task, splits, comm)
+    model = build_model(task, splits, comm, alike=strategy.whole_batch)
     model.to(device_of(plan, comm))
     loss = losses.build(task.loss)
     optimizer = optimizers.build(task.optimizer, model.parameters())
@@ -132,14 +132,17 @@ def prepare(member: Member, task: Task, plan: Plan, options: Options) -> Run:
     return run
 
 
-def build_model(task: Task, splits: Splits, comm: Communicator) -> torch.nn.Module:
-    """The model, from the task's seed; rank 0 goes on drawing where a single process would, others elsewhere."""
+def build_model(task: Task, splits: Splits, comm: Communicator, *, alike: bool = False) -> torch.nn.Module:
+    """The model, from the task's seed; rank 0 goes on drawing where a single process would, others elsewhere.
+
+    ``alike``: all go on as rank 0 does, because they compute on the same samples.
+    """
     with _BUILDING:
         torch.manual_seed(task.seed)
         model = models.build(task.model, inputs=splits.inputs, classes=splits.classes)
         if comm.transport == "threads" and isinstance(task.model, torch.nn.Module) and comm.rank > 0:
             model = copy.deepcopy(model)
-        if comm.rank > 0 and comm.transport != "threads":
+        if comm.rank > 0 and comm.transport != "threads" and not alike:
             torch.manual_seed(worker_seed(task.seed, comm.rank, 0))
     if not any(p.requires_grad for p in model.parameters()):
         raise BadInput(f"model {described(task.model)} has no trainable parameters; there is nothing to learn.")
@@ -240,6 +243,7 @@ def train(run: Run, metrics: MetricsLog, member: Member) -> dict[str, Any]:
     times: list[float] = []
     seen = 0
     loss_sum, loss_count = 0.0, 0
+    good = [buffer.clone() for buffer in replica.buffers]  # as they were before the step under way
     first_step = run.cursor.step
     parts_before = _spent(run)
     sent_before, epoch_began, next_log = comm.counters.sent_B("step"), began, began
@@ -260,9 +264,13 @@ def train(run: Run, metrics: MetricsLog, member: Member) -> dict[str, Any]:
             count = len(share.indices)
             if device != "cpu":
                 inputs, target = to_device(inputs, device), to_device(target, device)
+            if good:
+                torch._foreach_copy_(good, replica.buffers)
             try:
                 loss = worker.step(Batch(inputs, target, count))
             except NonFiniteLoss:
+                for buffer, before in zip(replica.buffers, good, strict=True):
+                    buffer.copy_(before)  # the forward pass has put the bad batch into running statistics
                 if saved_step != share.before.step:
                     save(run, share.before, metrics)  # ends with a barrier, so the newest is the same for every rank
                 raise NonFiniteLoss(share.before.step, _newest(run) or "") from None
