@@ -1,6 +1,7 @@
 """Rules for every test: nothing is left behind, nothing is drawn by chance, GPU tests ask for a GPU."""
 
 import os
+import signal
 
 import pytest
 from hypothesis import settings
@@ -9,6 +10,10 @@ from tests import guards
 
 guards.mark_session()
 os.environ["PYTHONFAULTHANDLER"] = "1"  # in the processes that tests start; pytest sees to its own
+
+# A shell starts background jobs with Ctrl-C ignored, and what a test starts would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples on every run, and no limit on one example's time: the machine may be busy.
 settings.register_profile("manyhands", derandomize=True, deadline=None)

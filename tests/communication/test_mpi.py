@@ -113,9 +113,13 @@ def say_so(comm: MpiCommunicator) -> None:
     comm.step = 4
     comm.barrier()
     t0 = time.monotonic()
+    token = torch.zeros(1)
     if comm.rank == 1:
+        comm.recv(token, 0)  # the others have left the barrier, too
+        comm.recv(token, 2)
         comm.fail()
         return
+    comm.send(token, 1).wait()
     with pytest.raises(PeerLost, match=f"rank {comm.rank} lost rank 1 while in all_reduce at step 4"):
         comm.all_reduce(torch.zeros(1000)).wait()
     with pytest.raises(PeerLost, match=f"rank {comm.rank} lost rank 1 while in recv at step 4"):
