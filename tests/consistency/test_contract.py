@@ -368,12 +368,9 @@ def test_weight_decay_does_not_touch_a_parameter_that_no_loss_depends_on(text, o
 
 @pytest.mark.parametrize("on", TRANSPORTS)
 @pytest.mark.parametrize("text", STRATEGIES)
-def test_a_parameter_that_comes_into_use_does_so_in_all_its_slices(text, on, request):
+def test_a_parameter_that_comes_into_use_does_so_in_all_its_slices(text, on):
     """Weight decay begins for the whole of it, also where a slice's own gradient is zero."""
     spec = problem("used_later_in_part", "decay")
-    if strategy_from(text).parameters == "common" and strategy_from(text).exact(setting(on, 3, spec)):
-        reason = "SliceUpdate looks at the gradient of its own slice only"
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
     assert_joined(text, on, 3, spec)
 
 

@@ -109,9 +109,8 @@ def replica_of(model: Model, maker, *, grouped: bool = False) -> DataReplica:
 def update(replica: DataReplica, step: int, cuts: list[int], *, spare_from: int = 0, varied: bool = True) -> None:
     """One step in slices: each piece is cut where ``cuts`` fall."""
     flat, at = gradients(step, spare=step >= spare_from), 0
-    if step < spare_from:
-        for span in (s for group in replica._spans for s in group):
-            span.unused = span.parameter is replica.model.spare
+    for span in (s for group in replica._spans for s in group):  # as the replica finds out in backward
+        span.unused = span.parameter is replica.model.spare and step < spare_from
     if varied:
         vary(replica.optimizer, step)
     for piece in replica.pieces:

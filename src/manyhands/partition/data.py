@@ -66,7 +66,8 @@ class DataReplica:
         self._updates: dict[tuple[int, int, int], SliceUpdate] = {}
         self._saved_state: Sequence[StateSlice] = ()
         self._index: dict[int, int] = {}
-        self._looked_for_unused = False
+        self._all_in_use = False
+        self._in_use: set[str] = set()  # parameters that some worker's backward has reached; the same on all
         self._announcer: Announcer | None = None
         self._autocast: Callable[[], Any] = lambda: _NOTHING
         if precision == "bfloat16":
@@ -121,7 +122,7 @@ class DataReplica:
         if ready is not None:
             announcer = self._announcer = self._announcer or Announcer(self.pieces, self._spans)
             announcer.begin(ready)
-        with _NOTHING if self._looked_for_unused else self._watch_for_unused():
+        with _NOTHING if self._all_in_use else self._watch_for_unused():
             loss, count = self._passes(batch, _nothing if announcer is None else announcer.last_pass)
             # Before the watch asks around: collectives match by order, also where a share reaches no parameter.
             if announcer is not None:
@@ -186,7 +187,7 @@ class DataReplica:
 
     @contextlib.contextmanager
     def _watch_for_unused(self) -> Iterator[None]:
-        """In the first step, find the parameters that no worker's backward reaches."""
+        """Find the parameters that no worker's backward has reached so far; in every step while there are any."""
         spans = [s for group in self._spans for s in group]
         reached: set[str] = set()
         watch: Callable[[Span], Any] = lambda s: s.parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]  # noqa: E731
@@ -196,14 +197,16 @@ class DataReplica:
         yield
         for hook in hooks:
             hook.remove()
-        self._looked_for_unused = True
-        seen = torch.tensor([float(s.name in reached) for s in spans])
+        seen = torch.tensor([float(s.name in reached or s.name in self._in_use) for s in spans])
         with self._comm.counting("control"):
             self._comm.all_reduce(seen).wait()
         for s, workers in zip(spans, seen.tolist(), strict=True):
             s.unused = workers == 0
         unused = [s.name for s in spans if s.unused]
-        if unused and self._comm.rank == 0:
+        first = not self._in_use
+        self._in_use.update(s.name for s in spans if not s.unused)
+        self._all_in_use = not unused
+        if unused and first and self._comm.rank == 0:
             log.warning("parameters that no worker's loss depends on stay as they are: %s", ", ".join(unused))
 
     # -- update ----------------------------------------------------------------------------------------------------
@@ -254,7 +257,8 @@ class DataReplica:
         self._saved_state = tuple(state)
         self._updates.clear()
         if state:
-            self._looked_for_unused = False
+            self._all_in_use = False
+            self._in_use = {s.parameter for s in state}
 
     # -- the model, for evaluation and export ----------------------------------------------------------------------
 

@@ -64,10 +64,6 @@ class SliceUpdate:
     def __call__(self) -> None:
         """One update."""
         if self._some_unused:
-            for s in self._spans:
-                start, stop = s.within(self.lo, self.hi)
-                if s.unused and bool(self.piece.grad[start:stop].any()):
-                    s.unused = False
             self._some_unused = any(s.unused for s in self._spans)
         if self._plain:
             self._sgd()
