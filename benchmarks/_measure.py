@@ -131,7 +131,7 @@ def _stand(connection: Connection, make: Callable[..., Callable[[], object]], ra
 def forkserver() -> Any:
     """Processes fork from a server that has imported torch and used nothing of it: fresh, in 0.1 s instead of 2."""
     context = multiprocessing.get_context("forkserver")
-    # The list of training/team.py: whoever comes first starts the one server.
+    # The list of training/team/forkserver.py: whoever comes first starts the one server.
     context.set_forkserver_preload(["torch", "manyhands.training.loop", "manyhands.training.member"])
     return context
 

@@ -243,7 +243,6 @@ PROBLEMS = [
     (Plan(shard=0, strategy=Synchronous(update="sharded")), {}, "shard=0 with synchronous(update='sharded')"),
     (Plan(strategy=Synchronous(update="sharded"), workers=2), {"elementwise": False}, "looks at whole tensors"),
     (Plan(strategy="slice_update", workers=2), {"elementwise": False}, "slice_update with an optimizer"),
-    (Plan(strategy="slice_own_batch", workers=2), {"sum_loss": True}, "slice_own_batch with a loss"),
     (Plan(), {"optimizer_problem": ALSO}, "optimizer x"),
 ]
 
@@ -282,10 +281,10 @@ def test_all_problems_are_listed_at_once():
         transport="simulated",
         device="cuda",
     )
-    facts = {"elementwise": False, "sum_loss": True, "optimizer_problem": ALSO}
+    facts = {"elementwise": False, "optimizer_problem": ALSO}
     found = problems(plan, facts)
     wanted = (
-        "slice_update with an opt|slice_update with a loss|mesh(data=2, tensor=2) cuts|needs 4 ranks|micro_batches|"
+        "slice_update with an opt|mesh(data=2, tensor=2) cuts|needs 4 ranks|micro_batches|"
         "threads=|timeout_s|buffers|precision|allocator|compress|tensor=|pipeline|recompute|shard|simulated|cuda|opt"
     )
     for asked in wanted.split("|"):

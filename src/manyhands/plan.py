@@ -12,6 +12,7 @@ from typing import Any
 
 from manyhands.calling import call
 from manyhands.catalogue import import_object
+from manyhands.checks import is_positive, is_whole
 from manyhands.communication import transports
 from manyhands.communication.topology import Mesh, parse_mesh
 from manyhands.consistency import strategies
@@ -19,7 +20,6 @@ from manyhands.contract import Setting, Strategy
 from manyhands.errors import BadInput, InvalidPlan, Problem, UnknownName
 from manyhands.grammar import parse_call
 from manyhands.partition import partitions
-from manyhands.task import is_positive, is_whole
 
 BUFFER_POLICIES = ("average", "rank0", "local")
 PRECISIONS = ("float32", "bfloat16")
@@ -110,7 +110,6 @@ class Facts:
     launcher: str | None = None  # "torchrun", "mpi" or "slurm"
     elementwise: bool = True
     stateless: bool = False
-    sum_loss: bool = False
     optimizer_problem: Problem | None = None
     clip: bool = False
     batch_size: int = 1
@@ -143,7 +142,6 @@ def resolve(plan: Plan, facts: Facts) -> Resolved:
         shares_memory=transport in ("single", "threads", "shared"),
         elementwise=facts.elementwise,
         stateless=facts.stateless,
-        sum_loss=facts.sum_loss,
         clip=facts.clip,
     )
     strategy = _sharded(plan, found)

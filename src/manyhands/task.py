@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from manyhands.checks import is_positive, is_whole
 from manyhands.errors import BadInput, InvalidPlan, Problem, UnknownName
 
 #: What a task consists of when nothing is said: small, quick, and enough to see the loss fall.
@@ -89,16 +89,6 @@ class Task:
         table = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         table["loss"] = NONE if self.loss is None else self.loss
         return {k: v if isinstance(v, str | int | float) else described(v) for k, v in table.items() if v is not None}
-
-
-def is_whole(value: object, at_least: int) -> bool:
-    """Whether ``value`` is a whole number from ``at_least``; True and False are not numbers here."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= at_least
-
-
-def is_positive(value: object) -> bool:
-    """Whether ``value`` is a finite number above 0."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def described(value: Any) -> str:

@@ -5,13 +5,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 import os
-import signal
-import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +23,7 @@ from manyhands.models import losses, optimizers, schedules
 from manyhands.plan import Facts, Plan, Resolved, resolve
 from manyhands.task import Task
 from manyhands.training import environment
+from manyhands.training.interruption import terminating
 from manyhands.training.loop import Options, work
 from manyhands.training.member import Member
 from manyhands.training.team import team
@@ -52,6 +50,7 @@ def resolved(task: Task, plan: Plan) -> Resolved:
     """The plan with every ``auto`` decided for this machine; raises `InvalidPlan` with all problems of both."""
     task.check()
     started = environment.launched()
+    losses.build(task.loss)
     trial = optimizers.trial(task.optimizer)
     schedules.build(task.schedule, trial, steps=task.steps or 100)
     facts = Facts(
@@ -62,7 +61,6 @@ def resolved(task: Task, plan: Plan) -> Resolved:
         launcher=started.launcher if started else None,
         elementwise=optimizers.is_elementwise(trial),
         stateless=optimizers.is_stateless(trial),
-        sum_loss=losses.reduction(losses.build(task.loss)) == "sum",
         optimizer_problem=optimizers.gradients_problem(trial),
         clip=task.clip is not None,
         batch_size=task.batch_size,
@@ -191,7 +189,7 @@ def _launched_here(task: Task, plan: Plan, options: dict[str, Any]) -> dict[str,
                 "them as my_pkg.module:factory, or use transport=shared or gloo."
             )
     with (
-        _terminating(),
+        terminating(),
         team(
             plan.transport,
             plan.workers,
@@ -203,23 +201,6 @@ def _launched_here(task: Task, plan: Plan, options: dict[str, Any]) -> dict[str,
     ):
         outcome: dict[str, Any] = crew.run(JOB, options, tables)[0]
         return outcome
-
-
-@contextlib.contextmanager
-def _terminating() -> Iterator[None]:
-    """SIGTERM ends a run as Ctrl-C does: through the same clean-up."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _joined(task: Task, plan: Plan, options: dict[str, Any]) -> dict[str, Any]:

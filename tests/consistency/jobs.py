@@ -365,6 +365,7 @@ def train(comm: Communicator, strategy_text: str, spec: dict[str, Any]) -> dict[
         micro_batches=spec["micro_batches"],
         clip=spec["clip"],
         precision=spec["precision"],
+        shares=1 if strategy.whole_batch else comm.size,
     )
     with comm.counting("control"):
         worker = strategy.start(replica, comm)

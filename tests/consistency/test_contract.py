@@ -15,7 +15,6 @@ import torch
 from manyhands.communication.reduction import slices
 from manyhands.consistency import strategies
 from manyhands.contract import Setting, Strategy
-from manyhands.models import losses as loss_module
 from manyhands.models import optimizers
 from manyhands.plan import strategy_from
 from manyhands.testing import run_ranks
@@ -52,7 +51,6 @@ def setting(on: str, size: int, spec: dict) -> Setting:
         shares_memory=on in ("single", "threads", "shared"),
         elementwise=optimizers.is_elementwise(made),
         stateless=optimizers.is_stateless(made),
-        sum_loss=loss_module.reduction(jobs.LOSSES[spec["loss"]]) == "sum",
         clip=spec["clip"] is not None,
     )
 

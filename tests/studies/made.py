@@ -55,6 +55,7 @@ def measurement(workers=1, step_s=0.010, **fields):
             "step_s": Spread(step_s, 0.9 * step_s, 1.2 * step_s),
             "step_parts_s": StepParts(0.009, 0.0, 0.0, 0.001),
             "sent_B_per_step": 0.0 if workers == 1 else 2600.0,
+            "moved_B_per_step": 0.0 if workers == 1 else 1300.0,
             "peak_memory_B": 200_000_000,
             "wall_s": 0.5,
             "versions": {"torch": "2.13.0"},

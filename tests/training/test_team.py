@@ -12,7 +12,8 @@ from manyhands.communication.communicator import Communicator
 from manyhands.errors import BadInput, DeadlineExceeded, PeerLost, UnknownName, WorkerFailed
 from manyhands.testing import run_ranks
 from manyhands.training.member import Member
-from manyhands.training.team import ended, team
+from manyhands.training.team import team
+from manyhands.training.team.processes import ended
 from tests.training.factories import wait_until_asleep
 
 HERE = "tests.training.test_team"

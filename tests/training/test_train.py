@@ -326,6 +326,7 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path):
 SUMMARY = {
     *("strategy", "model", "data", "workers", "transport", "device", "parameters", "global_batch", "steps", "epochs"),
     *("seed", "train_loss", "test_accuracy", "samples_per_s", "step_s", "step_parts_s", "sent_B_per_step"),
+    "moved_B_per_step",
     *("peak_memory_B", "wall_s", "versions"),
 }
 

@@ -12,15 +12,14 @@ import contextlib
 import functools
 import logging
 import os
-import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from manyhands.cli import options
 from manyhands.errors import InvalidPlan, ManyhandsError, UnknownName, WorkerFailed
+from manyhands.training.interruption import terminating
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if reconfigure := getattr(stream, "reconfigure", None):
             reconfigure(errors="replace")  # a terminal that has no … shows ?
     try:
-        with _interruptible():
+        with terminating():
             said = options.parse(sys.argv[1:] if arguments is None else arguments)
             with _logging(verbose="verbose" in said), _result_alone("json" in said):
                 answer = COMMANDS[said.command](said)
@@ -224,20 +223,3 @@ def _result_alone(wanted: bool) -> Iterator[None]:
         if ours >= 0:
             os.dup2(ours, 1)
             os.close(ours)
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """SIGTERM ends a command as Ctrl-C does: through its clean-up."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -28,7 +28,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from manyhands.communication.reduction import coefficients, slices
+from manyhands.communication.reduction import check_veto, slices
 from manyhands.communication.topology import Mesh
 from manyhands.errors import BadInput
 
@@ -123,6 +123,8 @@ class Communicator(ABC):
     transport: ClassVar[str]
     #: Whether `allocate` with ``common=True`` really gives one copy that all ranks see (HOGWILD and the like need it).
     shares_memory: ClassVar[bool] = False
+    #: Whether ``counters.moved_B`` is kept.
+    counts_moved: ClassVar[bool] = False
     #: Whether operations that return `Work` go on while the caller computes, so that bucketed overlap can pay.
     overlaps: ClassVar[bool] = False
 
@@ -179,7 +181,7 @@ class Communicator(ABC):
         _check_mean(x, weight)
         self._count("all_reduce", x, 2 * (self.size - 1))
         if self.size == 1:
-            coefficients([weight])
+            check_veto([weight])
             return DONE
         return self._all_reduce(_flat(x), weight)
 
@@ -192,7 +194,7 @@ class Communicator(ABC):
         _check_mean(x, weight)
         self._count("reduce_scatter", x, self.size - 1)
         if self.size == 1:
-            coefficients([weight])
+            check_veto([weight])
             return 0, x.numel()
         self._reduce_scatter(_flat(x), weight)
         return slices(x.numel(), self.size)[self.rank]

@@ -28,10 +28,17 @@ def slices(numel: int, size: int) -> tuple[tuple[int, int], ...]:
     return tuple((min(r * chunk, numel), min((r + 1) * chunk, numel)) for r in range(size))
 
 
+def check_veto(weights: Sequence[float | None]) -> None:
+    """Raise `Vetoed`, naming the first rank whose weight is not finite, if there is one."""
+    for rank, weight in enumerate(weights):
+        if weight is not None and not math.isfinite(weight):
+            raise Vetoed(rank)
+
+
 def coefficients(weights: Sequence[float | None]) -> list[float] | None:
     """``w_p / Σ w`` for each rank, or None for a plain sum; all zero when nobody has weight.
 
-    A weight that is not finite is a veto: `Vetoed` names the first rank that gave one.
+    Raises `Vetoed` as `check_veto` does.
     """
     first = weights[0]
     if first is None and all(w is None for w in weights):
@@ -40,7 +47,7 @@ def coefficients(weights: Sequence[float | None]) -> list[float] | None:
         return [1.0 / len(weights)] * len(weights)  # the usual case, and exact
     total = float(sum(w or 0.0 for w in weights))
     if not math.isfinite(total):
-        raise Vetoed(next(r for r, w in enumerate(weights) if w is not None and not math.isfinite(w)))
+        check_veto(weights)
     return [(w or 0.0) / total if total else 0.0 for w in weights]
 
 

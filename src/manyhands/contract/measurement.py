@@ -56,7 +56,8 @@ class Measurement:
     samples_per_s: float
     step_s: Spread
     step_parts_s: StepParts
-    sent_B_per_step: float
+    sent_B_per_step: float  # payload, under the reference algorithms: the same on every transport
+    moved_B_per_step: float | None  # what the transport really moved, where it knows
     peak_memory_B: int
     wall_s: float
     versions: dict[str, str] = field(default_factory=dict)

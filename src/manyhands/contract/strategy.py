@@ -39,7 +39,6 @@ class Setting:
     shares_memory: bool
     elementwise: bool  # the optimizer updates element by element, so that an update may be cut anywhere
     stateless: bool  # the optimizer keeps no state between steps (plain SGD)
-    sum_loss: bool  # the loss is a sum over samples: gradients are added, not averaged
     clip: bool = False  # gradients are clipped by their global norm
 
 

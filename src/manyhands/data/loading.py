@@ -7,7 +7,6 @@ tensors ``(x, y)``. A data set is anything with ``__len__`` and ``__getitem__`` 
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
+from manyhands.calling import call as called
 from manyhands.data import datasets, mnist
 from manyhands.data.dataset import Arrays, Collated, Dataset, Splits
 from manyhands.data.digits import digits
@@ -76,21 +76,10 @@ def _factory(name: str) -> Any:
 
 
 def _call(name: str, factory: Callable[..., Any], call: Call, folder: Path | None) -> Any:
-    parameters = inspect.signature(factory).parameters
-    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        for key in call.kwargs:
-            if key not in parameters:
-                raise UnknownName(f"option of data {name}", key, parameters)
-    given = dict(call.kwargs)
-    if folder is not None and "folder" in parameters:
-        given.setdefault("folder", folder)
-    if isinstance(given.get("folder"), str):  # a path in text: mnist(folder='data')
-        given["folder"] = Path(given["folder"])
-    try:
-        inspect.signature(factory).bind(*call.args, **given)
-    except TypeError as e:
-        raise BadInput(f"data {name}: {e}. Its options: {', '.join(parameters) or 'none'}.") from None
-    return factory(*call.args, **given)
+    said = dict(call.kwargs)
+    if isinstance(said.get("folder"), str):  # a path in text: mnist(folder='data')
+        said["folder"] = Path(said["folder"])
+    return called("data", name, factory, call.args, said, offered={"folder": folder})
 
 
 def _splits(found: Any, name: str) -> Splits:

@@ -15,6 +15,7 @@ from math import prod
 import numpy as np
 import torch
 
+from manyhands.checks import whole
 from manyhands.data.dataset import Arrays, Splits
 from manyhands.errors import BadInput
 
@@ -37,12 +38,12 @@ def synthetic(
     """
     if not isinstance(inputs, tuple | list) or not inputs:
         raise BadInput(f"data synthetic: inputs={inputs!r} is not the shape of a sample; e.g. inputs=(1, 8, 8).")
-    _whole("samples", samples)
-    _whole("classes", classes)
-    _whole("seed", seed, at_least=0)
+    whole("data synthetic: samples", samples)
+    whole("data synthetic: classes", classes)
+    whole("data synthetic: seed", seed, at_least=0)
     for i, n in enumerate(inputs):
-        _whole(f"inputs[{i}]", n)
-    test = _whole("test", max(1, samples // 4) if test is None else test)
+        whole(f"data synthetic: inputs[{i}]", n)
+    test = whole("data synthetic: test", max(1, samples // 4) if test is None else test)
     if type(noise) not in (int, float) or not 0 <= noise < float("inf"):
         raise BadInput(f"data synthetic: noise={noise!r}; it must be a finite number that is not negative.")
     generator = np.random.default_rng(seed)
@@ -65,9 +66,3 @@ def synthetic(
         name="synthetic",
         source=f"synthetic: {samples:,} + {test:,} samples of {shape} in {classes} Gaussian clusters, seed {seed}",
     )
-
-
-def _whole(what: str, value: int, *, at_least: int = 1) -> int:
-    if type(value) is not int or value < at_least:
-        raise BadInput(f"data synthetic: {what}={value!r}; it must be a whole number of at least {at_least}.")
-    return value

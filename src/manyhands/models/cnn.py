@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from manyhands.catalogue import Reference
+from manyhands.checks import whole
 from manyhands.errors import BadInput
-from manyhands.models.sizes import sample_shape, whole
+from manyhands.models.sizes import sample_shape
 
 
 class ChannelsLast(nn.Module):

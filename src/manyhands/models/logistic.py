@@ -12,7 +12,8 @@ from math import prod
 from torch import nn
 
 from manyhands.catalogue import Reference
-from manyhands.models.sizes import sample_shape, whole
+from manyhands.checks import whole
+from manyhands.models.sizes import sample_shape
 
 
 def logistic(inputs: tuple[int, ...], classes: int) -> nn.Sequential:

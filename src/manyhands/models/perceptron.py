@@ -13,8 +13,9 @@ from math import prod
 from torch import nn
 
 from manyhands.catalogue import Reference
+from manyhands.checks import whole
 from manyhands.errors import UnknownName
-from manyhands.models.sizes import sample_shape, whole
+from manyhands.models.sizes import sample_shape
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh, "sigmoid": nn.Sigmoid, "gelu": nn.GELU}
 

@@ -5,14 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from manyhands.checks import whole
 from manyhands.errors import BadInput
-
-
-def whole(what: str, value: Any, *, at_least: int = 1) -> int:
-    """``value`` if it is a whole number of at least ``at_least``."""
-    if type(value) is not int or value < at_least:
-        raise BadInput(f"{what}={value!r}: it must be a whole number of at least {at_least}.")
-    return value
 
 
 def sample_shape(model: str, inputs: Any) -> tuple[int, ...]:

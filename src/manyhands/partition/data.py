@@ -37,7 +37,8 @@ class DataReplica:
     """A whole model with its optimizer, its parameters in ``comm``'s symmetric memory.
 
     ``common=True``: one copy of the parameters may serve all workers (the strategy keeps them equal). Collective:
-    every worker starts with rank 0's parameters and buffers.
+    every worker starts with rank 0's parameters and buffers. ``shares``: into how many a batch is divided (default: one
+    a worker), by which a sum over samples is scaled.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class DataReplica:
         micro_batches: int = 1,
         clip: float | None = None,
         precision: str = "float32",
+        shares: int | None = None,
     ) -> None:
         self.model, self.optimizer, self.loss = model, optimizer, loss
         self.clip = clip
@@ -58,6 +60,7 @@ class DataReplica:
         self.pieces: list[Piece] = []
         self.buffers: list[Tensor] = list(model.buffers())
         self._comm = comm
+        self._shares = comm.size if shares is None else shares
         self._micro_batches = micro_batches
         self._l2 = float(getattr(loss, "l2", 0.0))
         self._decayed = False  # this step's gradients hold the L2 term already
@@ -182,8 +185,8 @@ class DataReplica:
         return getattr(self.loss, "reduction", "mean") == "sum"
 
     def _summed(self, total: Tensor) -> Tensor:
-        """A sum over samples, scaled so that the mean over workers is the sum."""
-        return total * self._comm.size if self._comm.size > 1 else total
+        """A sum over a share, scaled so that the mean over shares is the sum over the batch."""
+        return total * self._shares if self._shares > 1 else total
 
     @contextlib.contextmanager
     def _watch_for_unused(self) -> Iterator[None]:

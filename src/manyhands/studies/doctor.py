@@ -28,7 +28,8 @@ from manyhands.data import mnist
 from manyhands.errors import BadInput, ManyhandsError
 from manyhands.training import environment
 from manyhands.training.member import Member
-from manyhands.training.team import mpiexec, team
+from manyhands.training.team import team
+from manyhands.training.team.mpiexec import mpiexec
 
 #: A sum takes microseconds; a transport that needs longer than this is broken.
 DEADLINE_S = 20.0

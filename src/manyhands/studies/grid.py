@@ -37,11 +37,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from manyhands.checks import is_positive, is_whole
 from manyhands.communication.topology import Mesh
 from manyhands.errors import BadInput, UnknownName
 from manyhands.plan import Plan
 from manyhands.studies import studies
-from manyhands.task import Task, from_table, is_positive, is_whole
+from manyhands.task import Task, from_table
 
 Value = str | int | float | bool
 #: Factor → its values.

@@ -151,9 +151,7 @@ def guarantee(strategy: Any) -> str:
     """What N workers promise against one on the joined batch."""
     from manyhands.contract import Setting
 
-    setting = Setting(
-        workers=2, transport="shared", shares_memory=True, elementwise=True, stateless=True, sum_loss=False
-    )
+    setting = Setting(workers=2, transport="shared", shares_memory=True, elementwise=True, stateless=True)
     if strategy.exact(dataclasses.replace(setting, stateless=False)):
         return "exact: N workers equal one on the joined batch, up to summation order"
     if strategy.exact(setting):

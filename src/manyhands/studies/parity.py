@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from manyhands import verbs
+from manyhands.checks import is_whole
 from manyhands.communication.communicator import Communicator
 from manyhands.communication.transports import transports as known_transports
 from manyhands.consistency import strategies as known_strategies
@@ -32,7 +33,7 @@ from manyhands.errors import BadInput, ManyhandsError, UnknownName
 from manyhands.models import optimizers
 from manyhands.partition.data import DataReplica
 from manyhands.plan import Plan, strategy_from
-from manyhands.task import Task, is_whole
+from manyhands.task import Task
 from manyhands.training import environment
 from manyhands.training.member import Member
 from manyhands.training.sampler import shares
@@ -192,7 +193,6 @@ def check(comm: Communicator, strategy: Strategy, optimizer: str) -> Row:
         shares_memory=comm.transport in ("single", "threads", "shared"),
         elementwise=optimizers.is_elementwise(trial),
         stateless=optimizers.is_stateless(trial),
-        sum_loss=False,
     )
     row = Row(str(strategy), comm.transport, comm.size)
     if strategy.problems(setting):  # `train` refuses it, too, and says why

@@ -123,6 +123,7 @@ def prepare(member: Member, task: Task, plan: Plan, options: Options) -> Run:
         micro_batches=plan.micro_batches,
         clip=task.clip,
         precision=plan.precision,
+        shares=sampler.workers,
     )
     with comm.counting("control"):
         worker = strategy.start(replica, comm)
@@ -246,6 +247,7 @@ def train(run: Run, metrics: MetricsLog, member: Member) -> dict[str, Any]:
     good = [buffer.clone() for buffer in replica.buffers]  # as they were before the step under way
     first_step = run.cursor.step
     parts_before = _spent(run)
+    counters, moved_B = comm.counters, 0
     sent_before, epoch_began, next_log = comm.counters.sent_B("step"), began, began
     total = total_steps(task, run.sampler)
     cursor = run.cursor
@@ -266,6 +268,7 @@ def train(run: Run, metrics: MetricsLog, member: Member) -> dict[str, Any]:
                 inputs, target = to_device(inputs, device), to_device(target, device)
             if good:
                 torch._foreach_copy_(good, replica.buffers)
+            moved_before = counters.moved_B
             try:
                 loss = worker.step(Batch(inputs, target, count))
             except NonFiniteLoss:
@@ -276,6 +279,7 @@ def train(run: Run, metrics: MetricsLog, member: Member) -> dict[str, Any]:
                 raise NonFiniteLoss(share.before.step, _newest(run) or "") from None
             if run.schedule is not None:
                 _advance(run.schedule)
+            moved_B += counters.moved_B - moved_before
             t1 = clock()
             if len(times) < STEP_TIMES:
                 times.append(t1 - t0)
@@ -343,6 +347,7 @@ def train(run: Run, metrics: MetricsLog, member: Member) -> dict[str, Any]:
         step_s=Spread.of(times[WARM_UP:] or times),
         step_parts_s=parts,
         sent_B_per_step=sent_B / steps if steps else 0.0,
+        moved_B_per_step=moved_B / steps if steps and comm.counts_moved else None,
         peak_memory_B=memory_B,
         wall_s=wall_s,
         versions=versions(),

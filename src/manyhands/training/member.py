@@ -52,7 +52,6 @@ class Setup:
     threads: int
     timeout_s: float
     allocator: Allocator
-    cores: tuple[int, ...] = ()  # run on these cores only; empty = anywhere
     rendezvous: str = ""  # file for gloo
     control_offset: int = 0  # in the memory file, for shared
     folder: str = "."
@@ -95,16 +94,13 @@ def serve(setup: Setup, connection: Connection, memory_fd: int = -1, live: Any =
 
 
 def prepare_process(setup: Setup, connection: Connection) -> None:
-    """Folder, signals, cores, and a watch on the launcher."""
+    """Folder, signals, and a watch on the launcher."""
     faulthandler.enable()
     os.chdir(setup.folder)
     sys.path[:0] = [p for p in (setup.folder,) if p not in sys.path]
     # Ctrl-C reaches the whole terminal group; the launcher decides what happens, so that it happens once.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if setup.cores and hasattr(os, "sched_setaffinity"):
-        with contextlib.suppress(OSError):
-            os.sched_setaffinity(0, setup.cores)
     threading.Thread(target=_watch, args=(connection.fileno(),), daemon=True, name="launcher-watch").start()
 
 
@@ -168,7 +164,7 @@ def main(folder: str) -> None:
     connection = Client(str(place / "socket"), "AF_UNIX", authkey=(place / "key").read_bytes())
     connection.send_bytes(encode(["hello", rank, os.getpid()]))
     values = decode((place / "setup").read_bytes())
-    setup = Setup(**{**values, "rank": rank, "size": size, "cores": tuple(values["cores"])})
+    setup = Setup(**{**values, "rank": rank, "size": size})
     serve(setup, connection)
 
 

@@ -22,7 +22,7 @@ import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -170,7 +170,8 @@ class World(ABC):
 class InProcessCommunicator(Communicator):
     """One rank's end of a group whose ranks are threads of this process."""
 
-    shares_memory = True
+    shares_memory: ClassVar[bool] = True
+    counts_moved: ClassVar[bool] = True
 
     def __init__(self, world: World, group: Group, index: int) -> None:
         super().__init__(index, len(group.members), timeout_s=world.timeout_s)

@@ -75,6 +75,7 @@ class SharedCommunicator(Communicator):
 
     transport: ClassVar[str] = "shared"
     shares_memory: ClassVar[bool] = True
+    counts_moved: ClassVar[bool] = True
 
     def __init__(self, segment: Segment, control_offset: int, rank: int, size: int, *, timeout_s: float = 60.0) -> None:
         self._segment = segment

@@ -1,0 +1,76 @@
+"""Workers inside this process: the process itself, or threads of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from manyhands import errors
+from manyhands.catalogue import import_object
+from manyhands.communication.communicator import Communicator
+from manyhands.errors import WorkerFailed
+from manyhands.training.allocator import Allocator, tune
+from manyhands.training.member import Member
+from manyhands.training.team.base import Report, Team
+
+
+class SingleTeam(Team):
+    """One worker: this very process."""
+
+    def __init__(self, allocator: Allocator, threads: int, live: Any) -> None:
+        super().__init__("single", 1)
+        self._allocator, self._threads, self._live = allocator, threads, live
+
+    def run(
+        self, job: str, *arguments: Any, report: Report | None = None, deadline_s: float | None = None
+    ) -> list[Any]:
+        """Call the job here; its exceptions pass through as they are."""
+        import torch
+
+        from manyhands.communication.transports.single import SingleCommunicator
+
+        allocator = "tuned" if self._allocator == "tuned" and tune() else "plain"
+        before = torch.get_num_threads()
+        torch.set_num_threads(self._threads)
+        try:
+            send = (lambda value: report(0, value)) if report else (lambda _: None)
+            return [
+                import_object(job, kind="job")(Member(SingleCommunicator(), self._live, send, allocator), *arguments)
+            ]
+        finally:
+            torch.set_num_threads(before)
+
+
+class ThreadTeam(Team):
+    """Workers as threads of this process, free running or taking turns on a virtual clock."""
+
+    def __init__(self, transport: str, size: int, threads: int, timeout_s: float, live: Any) -> None:
+        super().__init__(transport, size)
+        self._threads, self._timeout_s, self._live = threads, timeout_s, live
+
+    def run(
+        self, job: str, *arguments: Any, report: Report | None = None, deadline_s: float | None = None
+    ) -> list[Any]:
+        """Run the job on fresh threads; they are joined before this returns or raises."""
+        function = import_object(job, kind="job")
+
+        def work(comm: Communicator) -> Any:
+            send = (lambda value: report(comm.rank, value)) if report else (lambda _: None)
+            return function(Member(comm, self._live, send), *arguments)
+
+        import torch
+
+        from manyhands.communication.transports.simulated import SimulatedWorld
+        from manyhands.communication.transports.threads import ThreadsWorld
+
+        simulated = self.transport == "simulated"
+        world = SimulatedWorld(self.size) if simulated else ThreadsWorld(self.size, timeout_s=self._timeout_s)
+        before = torch.get_num_threads()
+        torch.set_num_threads(self._threads)
+        try:
+            return world.run(work)
+        except WorkerFailed as e:
+            if isinstance(e.__cause__, errors.ManyhandsError):
+                raise e.__cause__ from None
+            raise
+        finally:
+            torch.set_num_threads(before)
