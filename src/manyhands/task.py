@@ -24,7 +24,8 @@ class Task:
     ``model``, ``data``, ``loss``, ``optimizer`` and ``schedule`` are text in the one grammar (``cnn``,
     ``perceptron(hidden=50)``, ``my_pkg.module:factory``), an importable callable, or, for model and data, a live
     object. ``loss=None``: the model returns its own loss. ``batch_size`` is the global batch: the samples that all
-    workers together consume in a step. Give ``epochs`` or ``steps``.
+    workers together consume in a step. Give ``epochs`` or ``steps``; training ends earlier when it has taken
+    ``seconds`` (evaluation not counted), or when an evaluation finds ``target_accuracy``.
 
         Task(model="perceptron(hidden=50)", data="mnist", optimizer="sgd(lr=0.1)", batch_size=100, epochs=3)
     """
@@ -38,6 +39,8 @@ class Task:
     batch_size: int = 100
     epochs: int | None = None
     steps: int | None = None
+    seconds: float | None = None
+    target_accuracy: float | None = None
     seed: int = 0
 
     def problems(self) -> list[Problem]:
@@ -61,6 +64,18 @@ class Task:
                     f"epochs={self.epochs} and steps={self.steps}",
                     "the length of a run is said once.",
                     "Give one of them.",
+                )
+            )
+        if self.seconds is not None and not is_positive(self.seconds):
+            found.append(
+                Problem(f"seconds={self.seconds!r}", "a time to train is a positive number.", "E.g. seconds=60.")
+            )
+        if self.target_accuracy is not None and not (is_positive(self.target_accuracy) and self.target_accuracy <= 1):
+            found.append(
+                Problem(
+                    f"target_accuracy={self.target_accuracy!r}",
+                    "an accuracy is a share of right answers, above 0 and at most 1.",
+                    "E.g. target_accuracy=0.97.",
                 )
             )
         if self.clip is not None and not is_positive(self.clip):

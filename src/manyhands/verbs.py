@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from manyhands.checks import is_whole
 from manyhands.communication import futex
 from manyhands.communication.communicator import Communicator
 from manyhands.contract import Measurement, Spread, StepParts
@@ -75,7 +76,7 @@ def train(
     out: str | os.PathLike[str] | None = None,
     resume: bool = False,
     data_dir: str | os.PathLike[str] | None = None,
-    evaluate: str = "epoch",
+    evaluate: str | int = "epoch",
     checkpoint_steps: int | None = None,
     keep: int = 3,
     progress: bool = True,
@@ -87,12 +88,12 @@ def train(
 
     ``out`` keeps plan, metrics, summary and checkpoints in a folder; with ``resume`` the newest good checkpoint there
     is taken up exactly, in the middle of an epoch too, and also on another number of workers. A live model that was
-    passed in holds the final parameters afterwards. Under torchrun, mpirun or srun this joins the ranks they started.
+    passed in holds the final parameters afterwards. ``evaluate``: at every ``epoch``, at the ``end``, ``never``, or a
+    number of steps. Under torchrun, mpirun or srun this joins the ranks they started.
 
     Raises `BadInput` (nothing was started), `WorkerFailed` with the worker's own traceback, or `NonFiniteLoss`.
     """
-    if evaluate not in ("epoch", "end", "never"):
-        raise BadInput(f"evaluate={evaluate!r}: it is epoch, end or never.")
+    _check_evaluation(evaluate, task)
     if resume and out is None:
         raise BadInput("resume without out: say which run's folder to take up, e.g. out='runs/first' (--out).")
     if checkpoint_steps is not None and checkpoint_steps < 1:
@@ -122,6 +123,16 @@ def train(
     else:
         outcome = _launched_here(task, decided.plan, options)
     return _result(decided, folder, model, outcome)
+
+
+def _check_evaluation(evaluate: str | int, task: Task) -> None:
+    if evaluate not in ("epoch", "end", "never") and not is_whole(evaluate, 1):
+        raise BadInput(f"evaluate={evaluate!r}: it is epoch, end, never, or a whole number of steps from 1.")
+    if task.target_accuracy is not None and evaluate in ("end", "never"):
+        raise BadInput(
+            f"target_accuracy={task.target_accuracy} with evaluate={evaluate}: a run ends at its target only if it is "
+            "evaluated on the way. Say evaluate='epoch', or every how many steps, e.g. evaluate=100."
+        )
 
 
 def _built(task: Task, data_dir: Path | None) -> torch.nn.Module:

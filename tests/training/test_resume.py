@@ -44,7 +44,7 @@ def difference(a: mh.Result, b: mh.Result) -> float:
 
 
 def untimed(history: list[dict]) -> list[dict]:
-    return [{k: v for k, v in record.items() if k != "seconds"} for record in history]
+    return [{k: v for k, v in record.items() if k != "train_s"} for record in history]
 
 
 def test_the_pieces_of_this_file_stop_in_the_middle_of_an_epoch(tmp_path):

@@ -121,6 +121,8 @@ def _train(parser: Parser) -> None:
     length = task.add_mutually_exclusive_group()
     length.add_argument("--epochs", type=_whole, metavar="N", help="passes over the data (default: 1)")
     length.add_argument("--steps", type=_whole, metavar="N", help="steps, instead of epochs")
+    task.add_argument("--seconds", type=_number, metavar="S", help="end earlier: after so much training")
+    task.add_argument("--target-accuracy", type=_number, metavar="A", help="end earlier: at an accuracy, 0 … 1")
     task.add_argument("--seed", type=_whole, metavar="N", help="of weights and order (default: 0)")
 
     plan = parser.add_argument_group("how the work is split")
@@ -145,7 +147,9 @@ def _train(parser: Parser) -> None:
     run.add_argument("--resume", action="store_true", help="go on with the run in --out, as its plan.toml says")
     run.add_argument("--config", type=Path, metavar="FILE", help="TOML, [task] and [plan]; options here go before it")
     run.add_argument("--data-dir", type=Path, metavar="DIR", help="where data lies (default: $MANYHANDS_DATA)")
-    run.add_argument("--evaluate", metavar="WHEN", help="epoch, end or never (default: epoch)")
+    run.add_argument(
+        "--evaluate", type=_when, metavar="WHEN", help="epoch, end, never, or every so many steps (default: epoch)"
+    )
     run.add_argument("--checkpoint-steps", type=_whole, metavar="N", help="(default: at every epoch's end)")
     run.add_argument("--keep", type=_whole, metavar="N", help="newest checkpoints that stay (default: 3)")
     _quiet(run)
@@ -192,6 +196,10 @@ def _quiet(parser: Any) -> None:
 
 
 # -- values ------------------------------------------------------------------------------------------------------------
+
+
+def _when(text: str) -> str | int:
+    return int(text) if text.isdecimal() else text
 
 
 def _whole(text: str) -> int:

@@ -45,6 +45,8 @@ log = logging.getLogger(__name__)
 METRICS_EVERY_S = 0.1
 #: Of a long run every step time is kept up to this many, which is plenty for a median.
 STEP_TIMES = 200_000
+#: With a limit on the time, the workers ask each other so often, in steps, whether it is over.
+ASK_EVERY = 16
 #: Steps before times count: allocators, caches and the kernel's page tables settle.
 WARM_UP = 5
 
@@ -58,7 +60,7 @@ class Options:
     out: str | None = None
     resume: bool = False
     data_dir: str | None = None
-    evaluate: str = "epoch"  # epoch | end | never
+    evaluate: str | int = "epoch"  # epoch | end | never | every so many steps
     checkpoint_steps: int | None = None  # None: at every epoch's end
     keep: int = 3
     progress: bool = True
@@ -240,21 +242,22 @@ def train(run: Run, metrics: MetricsLog, member: Member) -> dict[str, Any]:
     """Steps until the task's length is reached; returns what the launcher makes a `Result` of."""
     task, comm, worker, replica = run.task, run.comm, run.worker, run.replica
     device = device_of(run.plan, comm)
-    began = time.perf_counter()
+    clock = time.perf_counter
+    began = next_log = clock()
     times: list[float] = []
     seen = 0
-    loss_sum, loss_count = 0.0, 0
+    since = Since(sums=losses.reduction(run.loss) == "sum")
+    trained_s = float(run.history[-1]["train_s"]) if run.history else 0.0
     good = [buffer.clone() for buffer in replica.buffers]  # as they were before the step under way
     first_step = run.cursor.step
     parts_before = _spent(run)
     counters, moved_B = comm.counters, 0
-    sent_before, epoch_began, next_log = comm.counters.sent_B("step"), began, began
-    total = total_steps(task, run.sampler)
+    sent_before = counters.sent_B("step")
     cursor = run.cursor
     saved_step = first_step if run.options.resume else -1
-    clock, sums = time.perf_counter, losses.reduction(run.loss) == "sum"
+    recorded_step = first_step
     with Progress(
-        total,
+        total_steps(task, run.sampler),
         epochs=task.length["epochs"],
         first_step=first_step,
         rank=comm.rank if run.options.progress else 1,
@@ -281,12 +284,12 @@ def train(run: Run, metrics: MetricsLog, member: Member) -> dict[str, Any]:
                 _advance(run.schedule)
             moved_B += counters.moved_B - moved_before
             t1 = clock()
+            trained_s += t1 - t0
             if len(times) < STEP_TIMES:
                 times.append(t1 - t0)
             cursor = share.after
             seen += share.global_count
-            loss_sum += float(loss) * (1 if sums else count)  # a sum is reported per sample, as in evaluation
-            loss_count += count
+            since.add(float(loss), count)
             progress.update(cursor.step, share.before.epoch, seen, loss)
             if t1 >= next_log:
                 next_log = t1 + METRICS_EVERY_S
@@ -301,19 +304,23 @@ def train(run: Run, metrics: MetricsLog, member: Member) -> dict[str, Any]:
                     },
                 )
             at_end = cursor.epoch != share.before.epoch
-            if at_end:
-                _end_epoch(run, share.before.epoch, cursor, (loss_sum, loss_count), clock() - epoch_began, metrics)
-                loss_sum, loss_count = 0.0, 0
-                epoch_began = clock()
+            reached = False
+            if _record_is_due(run.options.evaluate, cursor, at_end=at_end):
+                record(run, cursor, share.before.epoch, since, trained_s, metrics)
+                recorded_step = cursor.step
+                reached = _reached_target(run)
             every = run.options.checkpoint_steps
             if (at_end and every is None) or (every is not None and cursor.step % every == 0):
                 save(run, cursor, metrics)
                 saved_step = cursor.step
+            if reached or _out_of_time(run, cursor, trained_s):
+                metrics.event("ended_early", step=cursor.step, why="target_accuracy" if reached else "seconds")
+                break
     wall_s = clock() - began
-    sent_B = comm.counters.sent_B("step") - sent_before
+    sent_B = counters.sent_B("step") - sent_before
     parts = _parts(run, parts_before, max(cursor.step - first_step, 1))
-    if cursor.position:  # a run of steps that ends within an epoch
-        _end_epoch(run, cursor.epoch, cursor, (loss_sum, loss_count), clock() - epoch_began, metrics, last=True)
+    if recorded_step != cursor.step:  # a run that ends within an epoch, or between two evaluations
+        record(run, cursor, cursor.epoch, since, trained_s, metrics)
     if saved_step != cursor.step:
         run.cursor = cursor
         save(run, cursor, metrics)
@@ -371,38 +378,73 @@ def _advance(schedule: Any) -> None:
     schedule.step()
 
 
-def _end_epoch(
-    run: Run,
-    epoch: int,
-    cursor: Cursor,
-    losses_seen: tuple[float, int],
-    seconds: float,
-    metrics: MetricsLog,
-    *,
-    last: bool = False,
-) -> None:
-    total = torch.tensor(losses_seen, dtype=torch.float64)
+@dataclass
+class Since:
+    """This worker's training loss since the last record."""
+
+    sums: bool  # the loss is a sum over samples; it is reported per sample, as in evaluation
+    total: float = 0.0
+    samples: int = 0
+
+    def add(self, loss: float, count: int) -> None:
+        """One more step."""
+        self.total += loss if self.sums else loss * count
+        self.samples += count
+
+    def take(self) -> tuple[float, float]:
+        """``(total, samples)``; counting begins anew."""
+        taken = self.total, float(self.samples)
+        self.total, self.samples = 0.0, 0
+        return taken
+
+
+def _record_is_due(evaluate: str | int, cursor: Cursor, *, at_end: bool) -> bool:
+    return at_end if isinstance(evaluate, str) else cursor.step % evaluate == 0
+
+
+def record(run: Run, cursor: Cursor, epoch: int, since: Since, trained_s: float, metrics: MetricsLog) -> None:
+    """Where training stands: the mean training loss since the last record and, if asked for, the test set. Collective.
+
+    The clock of ``train_s`` is rank 0's and stands still in evaluations and checkpoints.
+    """
+    total = torch.tensor(since.take(), dtype=torch.float64)
     comm = run.comm
     with comm.counting("consensus"):
         comm.all_reduce(total).wait()
-    loss = float(total[0] / total[1]) if total[1] else None
     accuracy = test_loss = None
-    if run.splits.test is not None and run.options.evaluate == "epoch":
+    if run.splits.test is not None and run.options.evaluate not in ("end", "never"):
         parameters = run.worker.consensus()
         agreed = buffer_policy.agree(run.replica.buffers, comm, run.plan.buffers)  # type: ignore[arg-type]
         with run.replica.using(parameters, agreed) as model:
             accuracy, test_loss = evaluate(model, run.loss, run.splits.test, comm, device=device_of(run.plan, comm))
-    record = {
+    found = {
         "epoch": epoch,
         "step": cursor.step,
-        "train_loss": loss,
+        "samples": cursor.epoch * run.sampler.n + cursor.position,
+        "train_s": trained_s,
+        "train_loss": float(total[0] / total[1]) if total[1] else None,
         "test_accuracy": accuracy,
         "test_loss": test_loss,
-        "seconds": seconds,
     }
-    run.history.append(record)
-    metrics.event("epoch_cut_short" if last else "epoch", **record)
-    run.comm.barrier()
+    run.history.append(found)
+    metrics.event("record" if cursor.position else "epoch", **found)
+    comm.barrier()
+
+
+def _reached_target(run: Run) -> bool:
+    """The same on every rank: the accuracy is everybody's."""
+    target, found = run.task.target_accuracy, run.history[-1]["test_accuracy"]
+    return target is not None and found is not None and found >= target
+
+
+def _out_of_time(run: Run, cursor: Cursor, trained_s: float) -> bool:
+    """Whether rank 0's clock says so; asked now and then, so that all end at the same step."""
+    if run.task.seconds is None or cursor.step % ASK_EVERY:
+        return False
+    over = torch.tensor([float(trained_s >= run.task.seconds)])
+    with run.comm.counting("control"):
+        run.comm.broadcast(over).wait()
+    return bool(over.item())
 
 
 def _newest(run: Run) -> str | None:
