@@ -5,7 +5,7 @@ import dataclasses
 from torch import nn
 
 from manyhands.contract import Measurement, Spread, StepParts
-from manyhands.studies.grid import Cell, Study
+from manyhands.studies.grid import Cell, Grid, Study
 from manyhands.studies.rows import Row
 
 TINY = {"model": "logistic", "data": "digits(limit=200)", "batch_size": 50, "epochs": 5}
@@ -27,7 +27,7 @@ class Broken(nn.Module):
 
 
 def study(grid=None, **fields):
-    grids = () if grid is None else ({k: tuple(v) for k, v in grid.items()},)
+    grids = () if grid is None else (Grid({k: tuple(v) for k, v in grid.items()}),)
     return Study(**{"name": "test", "task": TINY, "plan": {"threads": 1}, "grids": grids, "repeats": 2, **fields})
 
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from manyhands.errors import BadInput, UnknownName
 from manyhands.studies import presets, studies
-from manyhands.studies.grid import FACTORS, PLAN_KEYS, TASK_KEYS, Cell, Study, find, parse
+from manyhands.studies.grid import FACTORS, MEASURES, PLAN_KEYS, TASK_KEYS, Cell, Grid, Study, find, parse
 from tests.studies.made import study
 
 FILE = """
@@ -38,7 +38,12 @@ def any_study(draw):
         draw(words.filter(str.strip)),
         draw(table(TASK_KEYS)),
         draw(table(PLAN_KEYS)),
-        tuple(draw(st.lists(st.dictionaries(st.sampled_from(FACTORS), many, min_size=1, max_size=3), max_size=3))),
+        tuple(
+            Grid(factors, draw(words), draw(st.none() | st.integers(1, 9)), draw(st.sampled_from(MEASURES)))
+            for factors in draw(
+                st.lists(st.dictionaries(st.sampled_from(FACTORS), many, min_size=1, max_size=3), max_size=3)
+            )
+        ),
         draw(st.integers(1, 9)),
         draw(st.none() | st.integers(1, 1000)),
     )
@@ -53,10 +58,10 @@ def test_what_is_written_reads_back(one):
 def test_every_combination_is_one_cell(one):
     cells = one.cells()
     assert len({cell.id for cell in cells}) == len(cells)
-    most = sum(_product(len(v) for v in grid.values()) for grid in one.grids) if one.grids else 1
+    most = sum(_product(len(v) for v in grid.factors.values()) for grid in one.grids) if one.grids else 1
     assert 1 <= len(cells) <= most
     for grid in one.grids:
-        for factor, several in grid.items():
+        for factor, several in grid.factors.items():
             kind, _, key = factor.partition(".")
             found = [(cell.task if kind == "task" else cell.plan).get(key) for cell in cells]
             assert all(value in found for value in several)
@@ -163,7 +168,7 @@ def test_a_study_is_found_by_name_by_file_or_as_it_is(tmp_path):
     file = tmp_path / "mine.toml"
     file.write_text("[grid]\nplan.workers = [1, 2, 4]")
     assert find(file).name == "mine"
-    assert find(str(file), workers=2).grids == ({"plan.workers": (1, 2)},)
+    assert find(str(file), workers=2).grids == (Grid({"plan.workers": (1, 2)}),)
     assert find().name == "default"
     assert find(study()) == study()
     with pytest.raises(UnknownName, match="Did you mean 'default'"):

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from manyhands import studies, verbs
 from manyhands.errors import BadInput, WorkerFailed
-from manyhands.studies.grid import find
+from manyhands.studies.grid import Cell
 from manyhands.studies.reporting import report
 from manyhands.studies.rows import read
 from manyhands.studies.running import Rounds, order
@@ -39,7 +39,8 @@ def trained(monkeypatch):
 
 
 def test_repeats_take_turns():
-    assert list(order(["a", "b", "c"], 2)) == [(1, "a"), (1, "b"), (1, "c"), (2, "a"), (2, "b"), (2, "c")]
+    a, b, c = (Cell({"steps": n}, {}, repeats=n) for n in (2, 1, 3))
+    assert list(order([a, b, c])) == [(1, a), (1, b), (1, c), (2, a), (2, c), (3, c)]
 
 
 def test_rows_come_in_rounds(tmp_path, trained):

@@ -27,6 +27,14 @@ studies = Catalogue(
     },
 )
 
+#: What is made of a study's rows: sentences, verdicts, charts.
+analyses = Catalogue(
+    "analysis",
+    {
+        "general": "manyhands.studies.general:analyse",
+    },
+)
+
 _WHERE = {
     "Cell": "manyhands.studies.grid",
     "Study": "manyhands.studies.grid",
@@ -35,7 +43,7 @@ _WHERE = {
     "run": "manyhands.studies.running",
 }
 
-__all__ = ["Cell", "Row", "Study", "StudyResult", "run", "studies"]
+__all__ = ["Cell", "Row", "Study", "StudyResult", "analyses", "run", "studies"]
 
 
 def __getattr__(name: str) -> Any:

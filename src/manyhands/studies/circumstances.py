@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from manyhands.communication import futex
 from manyhands.contract import Measurement
@@ -43,6 +44,8 @@ class Started:
         reason: str = "",
         traceback: str = "",
         measurement: Measurement | None = None,
+        history: list[dict[str, Any]] | None = None,
+        noise: dict[str, float] | None = None,
     ) -> Row:
         """The run's row; ``plan`` is the one decided, None where it did not come to that."""
         return Row(
@@ -61,8 +64,11 @@ class Started:
             started_at=self.at,
             seconds=time.monotonic() - self.clock,
             load_average=self.load_average,
+            measure=self.cell.measure,
             reason=reason,
             traceback=traceback,
+            history=history or [],
+            noise=noise,
             measurement=measurement,
         )
 

@@ -20,7 +20,14 @@
 
 ``[[grid]]``, several times, makes several grids, one after the other. What a grid says goes before ``[task]`` and
 ``[plan]``; one value may stand without its list. Cells come in the order in which they are written, the last factor
-turning fastest, and a cell that comes up twice counts once.
+turning fastest, and a cell that comes up twice counts once. Beside its factors a grid may say
+
+    name = "time against nodes"             # by which an analysis finds its cells
+    repeats = 1                             # other than the study's
+    measure = "noise"                       # not a training but the noise of its update (see gradient_noise)
+
+``evaluate`` in ``[study]`` is when runs are evaluated: "end" (the default), "epoch", "never" or every so many steps.
+``analysis`` names what is made of the rows: "general", "compare" or "xin-ma".
 """
 
 from __future__ import annotations
@@ -35,29 +42,41 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from manyhands.checks import is_positive, is_whole
 from manyhands.communication.topology import Mesh
 from manyhands.errors import BadInput, UnknownName
 from manyhands.plan import Plan
-from manyhands.studies import studies
+from manyhands.studies import analyses, studies
 from manyhands.task import Task, from_table
 
 Value = str | int | float | bool
-#: Factor → its values.
-Grid = Mapping[str, tuple[Value, ...]]
+#: What a cell does: trains, or measures the noise of the update that its plan would apply.
+Measure = Literal["train", "noise"]
+MEASURES: tuple[str, ...] = get_args(Measure)
 
 #: Not a field of `Task`: a cell turns it into ``batch_size``, as the global batch is its product with the workers.
 PER_WORKER = "batch_per_worker"
 
 TASK_KEYS = (*(f.name for f in dataclasses.fields(Task)), PER_WORKER)
 PLAN_KEYS = tuple(f.name for f in dataclasses.fields(Plan))
-HEAD = ("name", "repeats", "limit_s")
+HEAD = ("name", "repeats", "limit_s", "evaluate", "analysis")
+GRID_HEAD = ("name", "repeats", "measure")
 FACTORS = (*(f"plan.{k}" for k in PLAN_KEYS), *(f"task.{k}" for k in TASK_KEYS))
 
 #: Two ways to say one thing: a factor of one kind takes the place of the other in ``[task]``.
 ALTERNATIVES = ({"batch_size", PER_WORKER}, {"epochs", "steps"})
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Every combination of its factors' values."""
+
+    factors: Mapping[str, tuple[Value, ...]] = field(default_factory=dict)
+    name: str = ""  # by which an analysis finds its cells; several grids may share one
+    repeats: int | None = None  # None: as often as the study says
+    measure: Measure = "train"
 
 
 @dataclass(frozen=True)
@@ -67,12 +86,16 @@ class Cell:
     task: Mapping[str, Value]
     plan: Mapping[str, Value]
     factors: tuple[str, ...] = field(default=(), compare=False)  # what its grid varies, e.g. "plan.workers"
+    measure: Measure = "train"
+    repeats: int = field(default=1, compare=False)
+    grids: tuple[str, ...] = field(default=(), compare=False)  # names of the grids it belongs to
 
     @property
     def id(self) -> str:
         """A folder's name: a few words, then a digest of task and plan. Equal cells of two studies have equal ids."""
-        text = json.dumps([dict(self.task), dict(self.plan)], sort_keys=True)
-        said = [str(self.plan[k]) for k in ("strategy", "workers", "transport") if k in self.plan]
+        kind = [] if self.measure == "train" else [self.measure]
+        text = json.dumps([dict(self.task), dict(self.plan), *kind], sort_keys=True)
+        said = [*kind, *(str(self.plan[k]) for k in ("strategy", "workers", "transport") if k in self.plan)]
         words = re.sub(r"[^A-Za-z0-9_]+", "-", "-".join(said)).strip("-")[:60]
         return f"{words or 'cell'}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
@@ -112,6 +135,8 @@ class Study:
     grids: tuple[Grid, ...] = ()
     repeats: int = 3
     limit_s: float | None = None  # no further round of repeats begins that would end later than this
+    evaluate: str | int = "end"
+    analysis: str = "general"
 
     def __post_init__(self) -> None:
         if not str(self.name).strip() or type(self.name) is not str:
@@ -124,9 +149,21 @@ class Study:
             )
         _check("[task]", self.task, TASK_KEYS, self.task.values())
         _check("[plan]", self.plan, PLAN_KEYS, self.plan.values())
+        if self.evaluate not in ("end", "epoch", "never") and not is_whole(self.evaluate, 1):
+            raise BadInput(
+                f"evaluate={self.evaluate!r} in [study]: it is end, epoch, never, or a whole number of steps from 1."
+            )
+        if self.analysis not in analyses:
+            raise UnknownName("analysis", str(self.analysis), analyses)
         for grid in self.grids:
-            _check("[grid]", grid, FACTORS, itertools.chain.from_iterable(grid.values()))
-            for factor, values in grid.items():
+            if grid.repeats is not None and not is_whole(grid.repeats, 1):
+                raise BadInput(f"repeats={grid.repeats!r} in [grid]: it is a whole number from 1. E.g. repeats = 3.")
+            if type(grid.name) is not str:
+                raise BadInput(f'name={grid.name!r} in [grid]: it is a text. E.g. name = "speed".')
+            if grid.measure not in MEASURES:
+                raise UnknownName("measure in [grid]", str(grid.measure), MEASURES)
+            _check("[grid]", grid.factors, FACTORS, itertools.chain.from_iterable(grid.factors.values()))
+            for factor, values in grid.factors.items():
                 if not values:
                     raise BadInput(
                         f"{factor} = [] in [grid]: a factor has at least one value. Name one, or leave {factor} out."
@@ -135,15 +172,19 @@ class Study:
     def cells(self) -> list[Cell]:
         """Every cell once, in the order written."""
         found: dict[str, Cell] = {}
-        for grid in self.grids or ({},):
-            for values in itertools.product(*grid.values()):
-                said = dict(zip(grid, values, strict=True))
+        for grid in self.grids or (Grid(),):
+            names = (grid.name,) if grid.name else ()
+            for values in itertools.product(*grid.factors.values()):
+                said = dict(zip(grid.factors, values, strict=True))
                 cell = Cell(
                     _over(self.task, {k.removeprefix("task."): v for k, v in said.items() if k.startswith("task.")}),
                     _over(self.plan, {k.removeprefix("plan."): v for k, v in said.items() if k.startswith("plan.")}),
-                    tuple(grid),
+                    tuple(grid.factors),
+                    grid.measure,
+                    self.repeats if grid.repeats is None else grid.repeats,
+                    names,
                 )
-                found.setdefault(cell.id, cell)
+                found[cell.id] = _joined(found[cell.id], cell) if cell.id in found else cell
         return list(found.values())
 
     def to_toml(self) -> str:
@@ -153,9 +194,29 @@ class Study:
         head: dict[str, Value] = {"name": self.name, "repeats": self.repeats}
         if self.limit_s is not None:
             head["limit_s"] = self.limit_s
-        grids = [{factor: list(values) for factor, values in grid.items()} for grid in self.grids]
+        if self.evaluate != "end":
+            head["evaluate"] = self.evaluate
+        if self.analysis != "general":
+            head["analysis"] = self.analysis
+        grids = [_table(grid) for grid in self.grids]
         tables = {"study": head, "task": dict(self.task), "plan": dict(self.plan), "grid": grids}
         return tomli_w.dumps({k: v for k, v in tables.items() if v})
+
+
+def _joined(first: Cell, again: Cell) -> Cell:
+    """One cell for two grids: measured as often as the more demanding of them asks."""
+    return dataclasses.replace(
+        first,
+        factors=tuple(dict.fromkeys((*first.factors, *again.factors))),
+        repeats=max(first.repeats, again.repeats),
+        grids=tuple(dict.fromkeys((*first.grids, *again.grids))),
+    )
+
+
+def _table(grid: Grid) -> dict[str, Any]:
+    default = Grid()
+    head = {k: getattr(grid, k) for k in GRID_HEAD if getattr(grid, k) != getattr(default, k)}
+    return head | {factor: list(values) for factor, values in grid.factors.items()}
 
 
 def _over(base: Mapping[str, Value], said: Mapping[str, Value]) -> dict[str, Value]:
@@ -166,7 +227,8 @@ def _over(base: Mapping[str, Value], said: Mapping[str, Value]) -> dict[str, Val
 def _check(where: str, table: Mapping[str, Any], known: Iterable[str], values: Iterable[Any]) -> None:
     for key in table:
         if key not in known:
-            raise UnknownName(f"factor in {where}" if where == "[grid]" else f"key in {where}", key, known)
+            also = f"A grid may also say {', '.join(GRID_HEAD)}." if where == "[grid]" else ""
+            raise UnknownName(f"factor in {where}" if where == "[grid]" else f"key in {where}", key, known, also=also)
     for value in values:
         if not isinstance(value, str | int | float):
             raise BadInput(f"{where} holds {value!r}: a value is a text, a number, true or false.")
@@ -198,8 +260,13 @@ def _at_most(study: Study, workers: int | None) -> Study:
     """Without the plans that have more workers."""
     if workers is None:
         return study
-    grids = [{k: _up_to(v, workers) if k == "plan.workers" else v for k, v in grid.items()} for grid in study.grids]
-    kept = tuple(grid for grid in grids if all(grid.values()))
+    grids = [
+        dataclasses.replace(
+            grid, factors={k: _up_to(v, workers) if k == "plan.workers" else v for k, v in grid.factors.items()}
+        )
+        for grid in study.grids
+    ]
+    kept = tuple(grid for grid in grids if all(grid.factors.values()))
     if study.grids and not kept:
         raise BadInput(f"study {study.name} has no plan of at most {workers} workers; give a larger number.")
     return dataclasses.replace(study, grids=kept)
@@ -231,10 +298,14 @@ def parse(text: str, *, name: str = "study", where: str = "the study") -> Study:
         name=head.get("name", name),
         task=table.get("task", {}),
         plan=table.get("plan", {}),
-        grids=tuple(_factors(grid) for grid in grids),
-        repeats=head.get("repeats", 3),
-        limit_s=head.get("limit_s"),
+        grids=tuple(_grid(grid) for grid in grids),
+        **{k: v for k, v in head.items() if k != "name"},
     )
+
+
+def _grid(table: Mapping[str, Any]) -> Grid:
+    head = {k: v for k, v in table.items() if k in GRID_HEAD}
+    return Grid(_factors({k: v for k, v in table.items() if k not in GRID_HEAD}), **head)
 
 
 def _factors(grid: Mapping[str, Any]) -> dict[str, tuple[Value, ...]]:

@@ -30,12 +30,14 @@ def default(most: int | None = None) -> Study:
     cores as torch does stands beside them, because that is what a user has without this library.
     """
     cores, workers = futex.cores(), _workers(most)
-    grids: list[Grid] = [{"plan.strategy": tuple(strategies), "plan.workers": workers}]
+    grids = [Grid({"plan.strategy": tuple(strategies), "plan.workers": workers})]
     if len(workers) > 1:
         transports = ("threads", "gloo")
-        grids.append({"plan.strategy": ("synchronous",), "plan.transport": transports, "plan.workers": workers[1:]})
+        grids.append(
+            Grid({"plan.strategy": ("synchronous",), "plan.transport": transports, "plan.workers": workers[1:]})
+        )
     if cores > 1:
-        grids.append({"plan.strategy": ("synchronous",), "plan.workers": (1,), "plan.threads": (cores,)})
+        grids.append(Grid({"plan.strategy": ("synchronous",), "plan.workers": (1,), "plan.threads": (cores,)}))
     return Study(
         "default",
         task={
@@ -58,6 +60,6 @@ def quick(most: int | None = None) -> Study:
         "quick",
         task={"model": "perceptron", "data": "digits", "optimizer": "sgd(lr=0.1)", "batch_size": 100, "epochs": 20},
         plan={"threads": 1},
-        grids=({"plan.strategy": ("synchronous", "replica_average"), "plan.workers": _workers(most)},),
+        grids=(Grid({"plan.strategy": ("synchronous", "replica_average"), "plan.workers": _workers(most)}),),
         repeats=1,
     )

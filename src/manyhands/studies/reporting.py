@@ -78,7 +78,7 @@ class StudyResult:
 def made_of(study: Study, folder: Path, rows: Iterable[Row]) -> StudyResult:
     """The result of the rows that belong to ``study``; a folder may hold more."""
     cells = {cell.id: cell for cell in study.cells()}
-    own = tuple(row for row in rows if row.cell in cells and row.repeat <= study.repeats)
+    own = tuple(row for row in rows if row.cell in cells and row.repeat <= cells[row.cell].repeats)
     summary = summarize(list(cells.values()), own)
     return StudyResult(study, folder, own, summary, tuple(findings.findings(summary)), table(summary))
 

@@ -26,13 +26,13 @@ from typing import Any, Literal, get_type_hints
 
 from manyhands.contract import Measurement, Spread, StepParts
 from manyhands.errors import BadInput, ManyhandsError
-from manyhands.studies.grid import Cell, Study
+from manyhands.studies.grid import Cell, Measure, Study
 from manyhands.training.metrics import json_text
 
 STUDY, ROWS, LINES, RUNS, LOCK = "study.toml", "rows.sqlite", "rows.jsonl", "runs", ".lock"
 
 #: Of the table's form; another number, another form.
-VERSION = 1
+VERSION = 2
 
 Status = Literal["done", "refused", "failed"]
 
@@ -56,8 +56,14 @@ class Row:
     started_at: str
     seconds: float  # from start to end: workers started, data loaded, model evaluated
     load_average: float  # of the minute before the start
+    measure: Measure = "train"
     reason: str = ""
     traceback: str = ""
+    disturbance: float | None = None  # the calibration loop about this run over the study's quickest, see calibration
+    noisy: bool = False  # that is beyond the bound, also when the run was repeated
+    attempts: int = 1
+    history: list[dict[str, Any]] = field(default_factory=list)  # a record an evaluation, see training.loop.record
+    noise: dict[str, float] | None = None  # of a noise cell, see gradient_noise.Noise
     measurement: Measurement | None = field(default=None)
 
     def as_dict(self) -> dict[str, Any]:
@@ -79,7 +85,14 @@ def _measured() -> dict[str, tuple[tuple[str, ...], Any]]:
 
 def _sql_type(hint: Any) -> str:
     text = str(hint)
-    return "REAL" if "float" in text else "INTEGER" if "int" in text else "TEXT"
+    if _is_json(hint):
+        return "TEXT"
+    return "REAL" if "float" in text else "INTEGER" if "int" in text or "bool" in text else "TEXT"
+
+
+def _is_json(hint: Any) -> bool:
+    """Whether a column holds a table or a list, as JSON."""
+    return "dict" in str(hint)
 
 
 # Names of columns come from our own classes; values go in as parameters only.
@@ -242,15 +255,18 @@ def _flat(row: Row) -> dict[str, Any]:
     measured = table.pop("measurement")
     for column, (path, _) in _MEASURED.items():
         table[column] = None if measured is None else functools.reduce(operator.getitem, path, measured)
-    return {k: json.dumps(v) if isinstance(v, Mapping) else v for k, v in table.items()}
+    return {k: json.dumps(v) if isinstance(v, Mapping | list) else v for k, v in table.items()}
+
+
+def _read(value: Any, hint: Any) -> Any:
+    if value is None:
+        return None
+    return json.loads(value) if _is_json(hint) else bool(value) if hint is bool else value
 
 
 def _row(values: tuple[Any, ...]) -> Row:
     """What `_flat` was made of."""
-    table = {
-        name: json.loads(value) if "dict" in str(hint) and value is not None else value
-        for (name, hint), value in zip(_COLUMNS.items(), values, strict=True)
-    }
+    table = {name: _read(value, hint) for (name, hint), value in zip(_COLUMNS.items(), values, strict=True)}
     measured: dict[str, Any] = {}
     for column, (path, _) in _MEASURED.items():
         value = table.pop(column)
@@ -258,7 +274,7 @@ def _row(values: tuple[Any, ...]) -> Row:
             measured[path[0]] = value
         else:
             measured.setdefault(path[0], {})[path[1]] = value
-    if table["status"] != "done":
+    if measured["steps"] is None:
         return Row(**table)
     measured |= {"step_s": Spread(**measured["step_s"]), "step_parts_s": StepParts(**measured["step_parts_s"])}
     return Row(**table, measurement=Measurement(**measured))

@@ -109,9 +109,10 @@ class Rounds:
         return True
 
 
-def order(cells: Sequence[Cell], repeats: int) -> Iterator[tuple[int, Cell]]:
-    """(repeat, cell): all cells once, then all again."""
-    return ((repeat, cell) for repeat in range(1, repeats + 1) for cell in cells)
+def order(cells: Sequence[Cell]) -> Iterator[tuple[int, Cell]]:
+    """(repeat, cell): all cells once, then all again that are to be measured again."""
+    most = max((cell.repeats for cell in cells), default=0)
+    return ((repeat, cell) for repeat in range(1, most + 1) for cell in cells if repeat <= cell.repeats)
 
 
 def _measure(rows: Rows, study: Study, *, data_dir: str | os.PathLike[str] | None, console: Console | None) -> None:
@@ -127,7 +128,7 @@ def _measure(rows: Rows, study: Study, *, data_dir: str | os.PathLike[str] | Non
             except BadInput as e:
                 rows.add(started.row("refused", reason=str(e)))
         done = rows.done()
-        runs = order([cell for cell in cells if cell.id in able], study.repeats)
+        runs = order([cell for cell in cells if cell.id in able])
         left = [(repeat, cell) for repeat, cell in runs if (cell.id, repeat) not in done]
         rounds = Rounds(study.limit_s)
         with StudyProgress(len(left), console) as progress:
@@ -143,16 +144,26 @@ def _measure(rows: Rows, study: Study, *, data_dir: str | os.PathLike[str] | Non
                 task, plan = able[cell.id]
                 what = f"{called(cell, plan.workers, plan.threads, plan.transport)}, repeat {repeat}"
                 progress.starts(what)
-                row = _run(rows, Started.now(study.name, cell, repeat), task, plan, data_dir=data_dir)
+                row = _run(
+                    rows, Started.now(study.name, cell, repeat), task, plan, evaluate=study.evaluate, data_dir=data_dir
+                )
                 rows.add(row)
                 progress.ends(what, row)
 
 
-def _run(rows: Rows, started: Started, task: Task, plan: Plan, *, data_dir: str | os.PathLike[str] | None) -> Row:
+def _run(
+    rows: Rows,
+    started: Started,
+    task: Task,
+    plan: Plan,
+    *,
+    evaluate: str | int,
+    data_dir: str | os.PathLike[str] | None,
+) -> Row:
     out = rows.run_folder(started.cell, started.repeat)
     try:
         result = verbs.train(
-            task, plan, out=out, data_dir=data_dir, evaluate="end", checkpoint_steps=LAST_ONLY, progress=False
+            task, plan, out=out, data_dir=data_dir, evaluate=evaluate, checkpoint_steps=LAST_ONLY, progress=False
         )
     except BadInput as e:
         return started.row("refused", plan=plan, reason=str(e))
@@ -161,7 +172,7 @@ def _run(rows: Rows, started: Started, task: Task, plan: Plan, *, data_dir: str 
         return started.row(
             "failed", plan=plan, reason=str(e) or type(e).__name__, traceback=own or traceback.format_exc()
         )
-    return started.row("done", plan=plan, measurement=result.summary)
+    return started.row("done", plan=plan, measurement=result.summary, history=result.history)
 
 
 def _folder(study: Study, out: str | os.PathLike[str] | None) -> Path:
