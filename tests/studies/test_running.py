@@ -9,7 +9,7 @@ from rich.console import Console
 
 from manyhands import studies, verbs
 from manyhands.errors import BadInput, WorkerFailed
-from manyhands.studies.grid import Cell
+from manyhands.studies.grid import Cell, find
 from manyhands.studies.reporting import report
 from manyhands.studies.rows import read
 from manyhands.studies.running import Rounds, order

@@ -24,6 +24,7 @@ turning fastest, and a cell that comes up twice counts once. Beside its factors 
 
     name = "time against nodes"             # by which an analysis finds its cells
     repeats = 1                             # other than the study's
+    evaluate = "epoch"                      # likewise
     measure = "noise"                       # not a training but the noise of its update (see gradient_noise)
 
 ``evaluate`` in ``[study]`` is when runs are evaluated: "end" (the default), "epoch", "never" or every so many steps.
@@ -62,7 +63,7 @@ PER_WORKER = "batch_per_worker"
 TASK_KEYS = (*(f.name for f in dataclasses.fields(Task)), PER_WORKER)
 PLAN_KEYS = tuple(f.name for f in dataclasses.fields(Plan))
 HEAD = ("name", "repeats", "limit_s", "evaluate", "analysis")
-GRID_HEAD = ("name", "repeats", "measure")
+GRID_HEAD = ("name", "repeats", "measure", "evaluate")
 FACTORS = (*(f"plan.{k}" for k in PLAN_KEYS), *(f"task.{k}" for k in TASK_KEYS))
 
 #: Two ways to say one thing: a factor of one kind takes the place of the other in ``[task]``.
@@ -77,6 +78,7 @@ class Grid:
     name: str = ""  # by which an analysis finds its cells; several grids may share one
     repeats: int | None = None  # None: as often as the study says
     measure: Measure = "train"
+    evaluate: str | int | None = None  # None: as the study says
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ class Cell:
     measure: Measure = "train"
     repeats: int = field(default=1, compare=False)
     grids: tuple[str, ...] = field(default=(), compare=False)  # names of the grids it belongs to
+    evaluate: str | int = field(default="end", compare=False)
 
     @property
     def id(self) -> str:
@@ -149,15 +152,14 @@ class Study:
             )
         _check("[task]", self.task, TASK_KEYS, self.task.values())
         _check("[plan]", self.plan, PLAN_KEYS, self.plan.values())
-        if self.evaluate not in ("end", "epoch", "never") and not is_whole(self.evaluate, 1):
-            raise BadInput(
-                f"evaluate={self.evaluate!r} in [study]: it is end, epoch, never, or a whole number of steps from 1."
-            )
+        _check_evaluate("[study]", self.evaluate)
         if self.analysis not in analyses:
             raise UnknownName("analysis", str(self.analysis), analyses)
         for grid in self.grids:
             if grid.repeats is not None and not is_whole(grid.repeats, 1):
                 raise BadInput(f"repeats={grid.repeats!r} in [grid]: it is a whole number from 1. E.g. repeats = 3.")
+            if grid.evaluate is not None:
+                _check_evaluate("[grid]", grid.evaluate)
             if type(grid.name) is not str:
                 raise BadInput(f'name={grid.name!r} in [grid]: it is a text. E.g. name = "speed".')
             if grid.measure not in MEASURES:
@@ -183,6 +185,7 @@ class Study:
                     grid.measure,
                     self.repeats if grid.repeats is None else grid.repeats,
                     names,
+                    self.evaluate if grid.evaluate is None else grid.evaluate,
                 )
                 found[cell.id] = _joined(found[cell.id], cell) if cell.id in found else cell
         return list(found.values())
@@ -203,13 +206,24 @@ class Study:
         return tomli_w.dumps({k: v for k, v in tables.items() if v})
 
 
+def _check_evaluate(where: str, evaluate: object) -> None:
+    if evaluate not in ("end", "epoch", "never") and not is_whole(evaluate, 1):
+        raise BadInput(f"evaluate={evaluate!r} in {where}: it is end, epoch, never, or a whole number of steps from 1.")
+
+
+def _often(evaluate: str | int) -> tuple[int, int]:
+    """Sorts evaluations by what they tell: never, end, epoch, every so many steps."""
+    return (3, -evaluate) if isinstance(evaluate, int) else (("never", "end", "epoch").index(evaluate), 0)
+
+
 def _joined(first: Cell, again: Cell) -> Cell:
-    """One cell for two grids: measured as often as the more demanding of them asks."""
+    """One cell for two grids: measured and evaluated as often as the more demanding of them asks."""
     return dataclasses.replace(
         first,
         factors=tuple(dict.fromkeys((*first.factors, *again.factors))),
         repeats=max(first.repeats, again.repeats),
         grids=tuple(dict.fromkeys((*first.grids, *again.grids))),
+        evaluate=max(first.evaluate, again.evaluate, key=_often),
     )
 
 
