@@ -20,7 +20,7 @@ from torch.utils.data import TensorDataset
 from manyhands.calling import call as called
 from manyhands.data import datasets, mnist
 from manyhands.data.dataset import Arrays, Collated, Dataset, Splits
-from manyhands.data.digits import digits
+from manyhands.data.digits import TRAIN, digits
 from manyhands.errors import BadInput, UnknownName
 from manyhands.grammar import Call, parse_call
 
@@ -60,10 +60,13 @@ def load(spec: DataSpec, *, folder: Path | None = None) -> Splits:
 
 
 def auto(*, folder: Path | None = None, limit: int | None = None) -> Splits:
-    """MNIST if its files are at hand, never downloading; else the embedded digits. ``source`` says which and why."""
+    """MNIST if its files are at hand, never downloading; else the embedded digits. ``source`` says which and why.
+
+    Where there are fewer than ``limit``, all are taken.
+    """
     if mnist.at_hand(folder) is not None:
         return mnist.mnist(folder=folder, limit=limit)
-    found = digits(limit=limit)
+    found = digits(limit=limit if limit is None else min(limit, TRAIN))
     return dataclasses.replace(found, source=f"{found.source}, because MNIST is not at hand")
 
 

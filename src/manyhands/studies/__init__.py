@@ -24,6 +24,7 @@ studies = Catalogue(
     {
         "default": "manyhands.studies.presets:default",
         "quick": "manyhands.studies.presets:quick",
+        "xin-ma": "manyhands.studies.xin_ma.design:xin_ma",
     },
 )
 
@@ -32,6 +33,7 @@ analyses = Catalogue(
     "analysis",
     {
         "general": "manyhands.studies.general:analyse",
+        "xin-ma": "manyhands.studies.xin_ma.report:analyse",
     },
 )
 
