@@ -16,6 +16,11 @@ from manyhands.errors import BadInput
 FILE = Path(module.__file__).with_name("digits.npz")
 
 
+def test_more_samples_than_memory_holds_are_refused():
+    with pytest.raises(BadInput, match="do not fit into memory"):
+        load("synthetic(samples=3000000000000)")
+
+
 def nearest_mean_accuracy(splits: Splits) -> float:
     """Of the simplest classifier there is: the class whose training mean is nearest."""
     assert isinstance(splits.train, Arrays)

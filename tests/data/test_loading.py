@@ -120,6 +120,22 @@ def test_options_and_the_folder_reach_a_factory_that_names_them(tmp_path: Path):
     assert len(load(f"{HERE}:in_folder(folder='{tmp_path}')").train) == 12
 
 
+@pytest.mark.parametrize(
+    ("x", "y", "says"),
+    [
+        (torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), "is empty"),
+        (torch.zeros(3, 4), torch.tensor([0, 1, -5]), "a target is -5"),
+    ],
+)
+def test_samples_nobody_can_learn_from_are_refused(x, y, says):
+    with pytest.raises(BadInput, match=says):
+        load((x, y))
+
+
+def test_a_target_to_be_ignored_is_no_class():
+    assert load((torch.zeros(3, 4), torch.tensor([0, 1, -100]))).classes == 2
+
+
 def test_inputs_that_are_no_single_tensor_have_no_shape_and_floats_no_classes():
     found = load(({"a": X, "b": (X, X)}, torch.rand(12, 3)))
     assert (found.inputs, found.classes) == (None, None)

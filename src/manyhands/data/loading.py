@@ -26,6 +26,9 @@ from manyhands.grammar import Call, parse_call
 
 log = logging.getLogger(__name__)
 
+#: The target that torch's losses leave out by default; no class.
+IGNORED = -100
+
 DataSpec = str | Callable[..., Any] | Splits | tuple[Any, Any] | Dataset
 
 _WORKS = (
@@ -103,7 +106,10 @@ def as_dataset(found: Any, name: str = "given") -> Dataset:
     if isinstance(found, TensorDataset) and len(found.tensors) == 2:
         found = found.tensors
     if _is_samples(found):
-        return Arrays(_as_tensors(found[0]), _as_tensors(found[1]))
+        arrays = Arrays(_as_tensors(found[0]), _as_tensors(found[1]))
+        if len(arrays) == 0:
+            raise BadInput(f"data {name}: a data set is empty; there is nothing to learn from.")
+        return arrays
     if not _is_dataset(found):
         raise BadInput(f"data {name} is a {_described(found)}, which is no data set. {_WORKS}")
     if len(found) == 0:
@@ -158,6 +164,12 @@ def _classes(found: Any, *parts: Dataset | None) -> int | None:
         target = part.target if isinstance(part, Arrays) else None
         if not isinstance(target, Tensor) or target.is_floating_point() or target.dtype is torch.bool:
             return None
+        lowest = int(torch.where(target == IGNORED, 0, target).min())
+        if lowest < 0:
+            raise BadInput(
+                f"data: a target is {lowest}; a whole-number target is a class, counted from 0 ({IGNORED} marks what "
+                "is to be ignored). For regression give targets in floating point."
+            )
         highest = max(highest, int(target.max()))
     return highest + 1 if highest >= 0 else None
 

@@ -58,9 +58,15 @@ def synthetic(
         return Arrays(torch.from_numpy(x).view(n, *inputs), torch.from_numpy(labels))
 
     shape = "×".join(map(str, inputs))
+    try:
+        train, held_out = draw(samples), draw(test)
+    except MemoryError:
+        raise BadInput(
+            f"data synthetic: {samples:,} + {test:,} samples of {shape} do not fit into memory. Take fewer or smaller."
+        ) from None
     return Splits(
-        draw(samples),
-        draw(test),
+        train,
+        held_out,
         inputs=tuple(inputs),
         classes=classes,
         name="synthetic",
