@@ -156,7 +156,7 @@ def _noise(size: Size) -> Iterator[Grid]:
 def _learning(size: Size) -> Iterator[Grid]:
     """What the slides' CNN can do when it is trained out; the learning rate falls over the run."""
     task = {
-        "optimizer": "sgd(lr=0.1, momentum=0.9)",
+        "optimizer": "sgd(lr=0.05, momentum=0.9)",
         "schedule": "cosine",
         "epochs": size.learning_epochs,
         "seed": (0, 1),

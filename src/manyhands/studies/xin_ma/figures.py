@@ -211,7 +211,7 @@ def learning(found: Sequence[Trial]) -> Chart | None:
         "epochs",
         "test accuracy, %",
         series,
-        note=f"Two nodes, batch {CENTRE_BATCH}, momentum 0.9, learning rate 0.1 falling along a cosine. Means of two "
+        note=f"Two nodes, batch {CENTRE_BATCH}, momentum 0.9, learning rate 0.05 falling along a cosine. Means of two "
         "seeds, from the lower to the higher.",
     )
 
