@@ -431,6 +431,13 @@ def test_threads_see_one_copy_of_common_memory():
     assert len(set(results)) == 1
 
 
+@both_worlds
+def test_common_memory_is_not_kept_after_the_run(world):
+    again = world(2)
+    assert again.run(lambda comm: comm.is_common(comm.allocate(5, common=True))) == [True, True]
+    assert again.common == {}
+
+
 def test_the_sum_of_common_memory_counts_every_rank():
     """All ranks hand in the same tensor: the running sum must not read itself."""
 

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from manyhands.communication.topology import Mesh
 from manyhands.communication.transports.mpi import MpiCommunicator
-from manyhands.errors import BadInput, DeadlineExceeded, PeerLost
+from manyhands.errors import BadInput, CommunicationError, DeadlineExceeded, PeerLost
 from tests import guards
 
 ROOT = Path(__file__).parent.parent.parent
@@ -159,6 +160,34 @@ def be_late(comm: MpiCommunicator) -> None:
 @needs_mpiexec
 def test_a_late_rank_is_named_at_the_deadline():
     assert_well(run(be_late, 3))
+
+
+def split_often(comm: MpiCommunicator) -> None:
+    for n in range(2500):  # MPICH has 2048 groups
+        group = comm.split(0)
+        if n % 2:
+            group.split(0).close()
+        group.close()
+        group.close()
+    with pytest.raises(CommunicationError, match=f"rank {comm.rank} has left this group: it was closed"):
+        group.barrier()
+    inner = comm.split(0).split(0)
+    for extent in (1, comm.size) * 1200:
+        comm.mesh = Mesh(data=comm.size // extent, tensor=extent)
+        comm.over(frozenset({"data"}))
+    comm.release(comm.mark())
+    with pytest.raises(CommunicationError, match=f"rank {comm.rank}, split: "):
+        [comm.split(0) for _ in range(2500)]
+    comm.close()
+    with pytest.raises(CommunicationError, match="was closed"):
+        inner.barrier()
+    comm.split(0).barrier()  # there is room again
+    comm.barrier()
+
+
+@needs_mpiexec
+def test_closed_groups_are_given_back_and_too_many_are_an_error_of_ours():
+    assert_well(run(split_often, 2))
 
 
 def test_without_mpi_it_says_what_to_install(monkeypatch):

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import time
 from abc import ABC, abstractmethod
 from collections import defaultdict
@@ -30,9 +31,10 @@ from torch import Tensor
 
 from manyhands.communication.reduction import check_veto, slices
 from manyhands.communication.topology import Mesh
-from manyhands.errors import BadInput
+from manyhands.errors import BadInput, CommunicationError
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64)
+#: What is summed. Moving (gather, broadcast, messages) is for whatever the transport's engine knows.
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -91,7 +93,9 @@ class Counters:
     """What a rank has communicated so far, by purpose (``step``, ``consensus``, ``control``) and operation."""
 
     tallies: dict[str, dict[str, Tally]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(Tally)))
-    moved_B: int = 0  # bytes really written to other ranks or to common memory, where the transport knows
+    #: Bytes really copied to where other ranks see them, or fetched from there instead, where the transport knows;
+    #: summands that are read where they lie are not moved.
+    moved_B: int = 0
     wait_s: float = 0.0  # time spent waiting for peers
     communicate_s: float = 0.0  # time inside operations, waiting excluded
 
@@ -132,10 +136,23 @@ class Communicator(ABC):
         self.rank = rank
         self.size = size
         self.timeout_s = timeout_s
-        self.mesh = Mesh(data=size)
         self.servers: Communicator | None = None
         self.context = Context()
-        self._groups: dict[frozenset[str], Communicator] = {}
+        self._mesh = Mesh(data=size)
+        self._groups: dict[frozenset[str], Communicator] | None = None  # of this mesh; None: not made yet
+        self._made: list[Communicator] = []  # groups that `over` has made, of this mesh or the last, to be closed
+
+    @property
+    def mesh(self) -> Mesh:
+        """The axes along which the ranks are arranged. All ranks set the same; groups of the last mesh then end."""
+        return self._mesh
+
+    @mesh.setter
+    def mesh(self, mesh: Mesh) -> None:
+        if mesh.size != self.size:
+            raise BadInput(f"{mesh} on {self.size} ranks: it is for {mesh.size}. A mesh arranges all ranks of a group.")
+        self._mesh = mesh
+        self._groups = None
 
     @property
     def counters(self) -> Counters:
@@ -168,17 +185,32 @@ class Communicator(ABC):
         """Whether ``x`` lies in memory that all ranks see as one copy."""
         return False
 
+    def mark(self) -> int:
+        """This moment, for `release`. Collective; of the communicator of all ranks only."""
+        return 0
+
+    def release(self, mark: int) -> None:
+        """Give back the memory and the groups made since ``mark``. Collective; may be repeated for the same mark.
+
+        For ranks that do one job after another. Memory on which some rank still has a tensor (or a group) stays until
+        a later release finds it dropped. The mesh becomes ``data=size`` again, and groups got from `over` end.
+        """
+        self.mesh = Mesh(data=self.size)
+        if self.size > 1:
+            self._barrier()  # the others may be in one of the groups yet
+        self._close_made()
+
     # -- collectives -----------------------------------------------------------------------------------------------
 
     def all_reduce(self, x: Tensor, *, weight: float | None = None) -> Work:
         """``x ← Σ_p x_p`` on every rank, or the weighted mean ``Σ w_p x_p / Σ w_p`` where weights are given.
 
         ``x`` must not be touched before ``wait()``. Either every rank gives a weight or none does. A weight of 0
-        excludes a rank whatever its ``x`` holds; if all are 0 the result is 0; one that is infinite is a veto, upon
+        excludes a rank whatever its ``x`` holds; if all are 0 the result is 0; one that is not finite is a veto, upon
         which every rank raises `Vetoed` in this call or in ``wait()``. One rank's ``x`` is untouched bit for
         bit. The weight itself rides along and is not counted as payload.
         """
-        _check_mean(x, weight)
+        _check_sum(x, weight)
         self._count("all_reduce", x, 2 * (self.size - 1))
         if self.size == 1:
             check_veto([weight])
@@ -191,7 +223,7 @@ class Communicator(ABC):
         ``x[lo:hi]`` then holds the result; the rest of ``x`` is undefined. Peers may still be reading ``x`` when this
         returns: outside ``[lo, hi)`` it must not be written before the next collective of this group.
         """
-        _check_mean(x, weight)
+        _check_sum(x, weight)
         self._count("reduce_scatter", x, self.size - 1)
         if self.size == 1:
             check_veto([weight])
@@ -239,7 +271,10 @@ class Communicator(ABC):
         return self._send(_flat(x), to, tag)
 
     def recv(self, like: Tensor, frm: int | None = None, tag: int = 0) -> Received:
-        """Receive into ``like`` from rank ``frm``, or from anyone (the sender is told)."""
+        """Receive into ``like`` from rank ``frm``, or from anyone (the sender is told).
+
+        A message of another length than ``like``'s is an error; what `GlooCommunicator` makes of it is said there.
+        """
         if frm is not None:
             self._peer(frm)
         return Received(self._recv(_flat(like), frm, tag).source, like)
@@ -253,22 +288,47 @@ class Communicator(ABC):
         return group
 
     def over(self, axes: frozenset[str]) -> Communicator:
-        """The ranks that differ from this one only along ``axes`` of the mesh. Collective on first use."""
-        if all(self.mesh[a] == 1 or a in axes for a in self.mesh):
-            return self
-        if axes not in self._groups:
-            group = self.split(self.mesh.color(self.rank, axes))
-            group.mesh = Mesh((a, self.mesh[a]) for a in self.mesh if a in axes)
-            self._groups[axes] = group
-        return self._groups[axes]
+        """The ranks that differ from this one only along ``axes`` of the mesh; kept until another mesh is set.
+
+        The first use after a mesh is set is collective if the mesh has several axes: it makes all groups there are, so
+        that ranks may ask for whichever they need, in any order.
+        """
+        if self._groups is None:
+            self._groups = self._make_groups()
+        key = frozenset(a for a in axes if self._mesh[a] > 1)
+        if key not in self._groups:  # along no axis: this rank
+            alone = self._groups[key] = self._alone()
+            alone.context, alone.mesh = self.context, Mesh()
+            self._made.append(alone)
+        return self._groups[key]
+
+    def _make_groups(self) -> dict[frozenset[str], Communicator]:
+        mesh = self._mesh
+        long = [a for a in mesh if mesh[a] > 1]
+        groups: dict[frozenset[str], Communicator] = {frozenset(long): self}
+        made: list[Communicator] = []
+        for count in range(1, len(long)):
+            for axes in map(frozenset, itertools.combinations(long, count)):
+                group = groups[axes] = self.split(mesh.color(self.rank, axes))
+                group.mesh = Mesh((a, mesh[a]) for a in mesh if a in axes)
+                # What differs along fewer axes yet is the same ranks, seen from here or from there.
+                group._groups = {a: g for a, g in groups.items() if a <= axes}
+                made.append(group)
+                self._close_made()  # no rank is in a group of the last mesh any more: all have split
+        self._made += made
+        return groups
+
+    def _close_made(self) -> None:
+        while self._made:
+            self._made.pop().close()
 
     def fail(self) -> None:
         """Tell the peers that this rank has failed, where there is a way to; they stop waiting for it."""
         return
 
     def close(self) -> None:
-        """Give back what this end holds. Not collective; safe to call twice."""
-        return
+        """Give back what this end and its groups hold. Not collective; safe to call twice."""
+        self._close_made()
 
     # -- counting --------------------------------------------------------------------------------------------------
 
@@ -340,8 +400,23 @@ class Communicator(ABC):
     @abstractmethod
     def _split(self, color: int) -> Communicator: ...
 
+    @abstractmethod
+    def _alone(self) -> Communicator:
+        """The group of this rank only, made without the others; also where size is 1."""
 
-def _check_mean(x: Tensor, weight: float | None) -> None:
+
+def wrong_length(rank: int, source: int, tag: int, sent_B: int, like: Tensor) -> CommunicationError:
+    """The error of a message that does not fit ``like``; ranks are those of the world."""
+    return CommunicationError(
+        f"rank {rank} received {sent_B} bytes from rank {source} (tag {tag}) into a tensor of {like.numel()} × "
+        f"{like.element_size()} bytes: a message is received into a tensor of its own length and dtype"
+    )
+
+
+def _check_sum(x: Tensor, weight: float | None) -> None:
+    if x.dtype not in DTYPES:
+        known = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+        raise BadInput(f"a sum of {x.dtype}: sums are of {known}. Convert it, or view complex numbers as real ones.")
     if weight is not None and not x.dtype.is_floating_point:
         raise BadInput(f"a weighted mean of {x.dtype}: whole numbers can only be summed (leave the weight out).")
 

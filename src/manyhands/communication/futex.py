@@ -9,6 +9,7 @@ Cost on one machine: about 1 µs for a call that does not sleep.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import platform
@@ -57,11 +58,13 @@ def give_way() -> int:
     return fence()
 
 
-def leave_core(core: int, allowed: set[int]) -> None:
-    """Move this process to another of the ``allowed`` cores, now; it may run on all of them afterwards."""
-    if len(allowed) > 1:
-        os.sched_setaffinity(0, allowed - {core})
-        os.sched_setaffinity(0, allowed)
+def leave_core(core: int) -> None:
+    """Move this thread to another of the cores it may run on, now; it may run on all of them afterwards."""
+    with contextlib.suppress(OSError):  # whoever changes our affinity meanwhile knows better: it was only a hint
+        allowed = os.sched_getaffinity(0)
+        if len(allowed) > 1:
+            os.sched_setaffinity(0, allowed - {core})
+            os.sched_setaffinity(0, allowed)
 
 
 def wait(address: int, expected: int, seconds: float) -> None:

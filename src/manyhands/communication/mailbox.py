@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,9 +22,10 @@ import torch
 from torch import Tensor
 
 from manyhands.communication import futex
+from manyhands.communication.communicator import wrong_length
 from manyhands.communication.segment import Region, Segment
 from manyhands.communication.shared_barrier import LINE_WORDS, NAP_S, SPIN_S
-from manyhands.errors import BadInput, DeadlineExceeded, PeerLost
+from manyhands.errors import DeadlineExceeded, PeerLost
 
 HEADER_B = 16
 RING_HEADER_B = 2 * LINE_WORDS * 8
@@ -40,9 +42,10 @@ def bytes_needed(size: int) -> int:
 
 
 @dataclass
-class _Outgoing:
+class Outgoing:
     """A message on its way into a ring."""
 
+    to: int
     header: bytes
     body: memoryview
     sent: int = 0  # of header and body together
@@ -66,22 +69,13 @@ class _Box:
     header: bytearray = field(default_factory=bytearray)
 
 
-class Sending:
-    """The `Work` of a message that did not fit into the ring at once."""
-
-    def __init__(self, mailbox: Mailbox, to: int, message: _Outgoing) -> None:
-        self._mailbox, self._to, self._message = mailbox, to, message
-
-    def wait(self) -> None:
-        """Return when the last byte is in the ring: the tensor may be changed again."""
-        self._mailbox.wait_until_sent(self._to, self._message)
-
-
 class Mailbox:
-    """One rank's end of all rings of its group."""
+    """One rank's end of all rings of its group; ``names`` are the members' ranks in the world."""
 
-    def __init__(self, region: Region, segment: Segment, rank: int, size: int, *, timeout_s: float) -> None:
-        self.rank, self.size, self.timeout_s = rank, size, timeout_s
+    def __init__(self, region: Region, segment: Segment, rank: int, names: Sequence[int], *, timeout_s: float) -> None:
+        self.rank, self.size, self.timeout_s = rank, (size := len(names)), timeout_s
+        self._names = names
+        self._served = size - 1  # whose message a receive from anyone took last
         self.wait_s = 0.0
         self._segment = segment
         self._words = region.words()
@@ -89,21 +83,21 @@ class Mailbox:
         self._capacity = ring_B(size)
         self._rings_B = size * LINE_WORDS * 8
         self._region = region
-        self._outgoing: dict[int, deque[_Outgoing]] = {}
+        self._outgoing: dict[int, deque[Outgoing]] = {}
         self._boxes = [_Box() for _ in range(size)]
         self._spins = size <= futex.cores()
 
     # -- sending ---------------------------------------------------------------------------------------------------
 
-    def send(self, x: Tensor, to: int, tag: int) -> Sending | None:
-        """Start sending; None when all of it is in the ring already."""
+    def send(self, x: Tensor, to: int, tag: int) -> Outgoing | None:
+        """Start sending; None when all of it is in the ring already, else what `wait_until_sent` takes."""
         body = x.view(torch.uint8).numpy().data if x.numel() else memoryview(b"")
         header = tag.to_bytes(8, "little", signed=True) + len(body).to_bytes(8, "little")
-        message = _Outgoing(header, body)
+        message = Outgoing(to, header, body)
         queue = self._outgoing.setdefault(to, deque())
         queue.append(message)
         self._push(to, queue)
-        return Sending(self, to, message) if message.sent < HEADER_B + len(body) else None
+        return message if message.sent < HEADER_B + len(body) else None
 
     def progress(self) -> bool:
         """Push what still waits to be sent; returns whether some is left."""
@@ -112,17 +106,18 @@ class Mailbox:
                 self._push(to, queue)
         return any(self._outgoing.values())
 
-    def wait_until_sent(self, to: int, message: _Outgoing) -> None:
-        """Block until ``message`` has left."""
+    def wait_until_sent(self, message: Outgoing, step: int | None) -> None:
+        """Block until the last byte of ``message`` is in the ring: its tensor may be changed again."""
         total = HEADER_B + len(message.body)
 
         def sent() -> bool:
             self.progress()
             return message.sent >= total
 
-        self._wait(sent, f"rank {to} to receive", "send", None)
+        if not sent():
+            self._wait(sent, f"rank {self._names[message.to]} to receive", "send", step)
 
-    def _push(self, to: int, queue: deque[_Outgoing]) -> None:
+    def _push(self, to: int, queue: deque[Outgoing]) -> None:
         base = self._ring(self.rank, to)
         words, head, tail = self._words, base // 8, base // 8 + LINE_WORDS
         moved = False
@@ -150,8 +145,12 @@ class Mailbox:
     # -- receiving -------------------------------------------------------------------------------------------------
 
     def recv(self, like: Tensor, frm: int | None, tag: int, step: int | None) -> int:
-        """Fill ``like`` with the oldest message of ``tag`` from ``frm`` (or from anyone); returns the sender."""
-        sources = range(self.size) if frm is None else (frm,)
+        """Fill ``like`` with the oldest message of ``tag`` from ``frm``; returns the sender.
+
+        From anyone (None): ranks take turns, beginning after the one served last, so that none starves.
+        """
+        first = self._served + 1
+        sources = (*range(first, self.size), *range(first)) if frm is None else (frm,)
         found: list[tuple[int, Tensor]] = []
 
         def arrived() -> bool:
@@ -167,14 +166,13 @@ class Mailbox:
             return False
 
         if not arrived():
-            who = "anyone" if frm is None else f"rank {frm}"
+            who = "anyone" if frm is None else f"rank {self._names[frm]}"
             self._wait(arrived, who, f"recv(from {who}, tag {tag})", step)
         source, body = found[0]
-        if body.numel() != like.numel() * like.element_size():
-            raise BadInput(
-                f"rank {self.rank} received {body.numel()} bytes from rank {source} (tag {tag}) into a tensor of "
-                f"{like.numel()} × {like.element_size()} bytes: sizes and dtypes of both ends must agree."
-            )
+        if frm is None:
+            self._served = source
+        if body.numel() != like.nbytes:
+            raise wrong_length(self._names[self.rank], self._names[source], tag, body.numel(), like)
         if like.numel():
             like.copy_(body.view(like.dtype))
         return source
@@ -228,12 +226,14 @@ class Mailbox:
             futex.fence()
             if ready():
                 break
-            failed = self._segment.failed
-            if failed is not None and failed != self.rank:
-                raise PeerLost(self.rank, failed, step, doing)
+            failed, me = self._segment.failed, self._names[self.rank]
             elapsed = clock() - t0
+            if failed is not None and failed != me:
+                self.wait_s += elapsed
+                raise PeerLost(me, failed, step, doing)
             if elapsed > self.timeout_s:
-                raise DeadlineExceeded(self.rank, who, step, elapsed, doing)
+                self.wait_s += elapsed
+                raise DeadlineExceeded(me, who, step, elapsed, doing)
             if self._spins and elapsed < SPIN_S:
                 continue
             futex.wait(self._region.address + bell * 8, seen, nap)

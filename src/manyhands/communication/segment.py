@@ -2,22 +2,31 @@
 
 The launcher makes it with ``memfd_create`` and hands the descriptor down. It grows by regions: one member of a group
 reserves a region (bump allocation under a record lock) and the others map it by its offset. Pages cost memory only
-once touched, so generous regions are free.
+once touched, so generous regions are free. It shrinks as a stack does: whoever knows that nobody maps anything beyond
+an offset hands back all that lies there (`truncate`).
 
 Header words (64 bit): 0 = first free byte, 1 = rank + 1 of the first rank known to have failed (0 = all is well).
 """
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import mmap
 import os
+import sys
+import weakref
 
 import torch
 from torch import Tensor
 
 PAGE_B = mmap.PAGESIZE
 _FREE, _FAILED = 0, 1
+_KEEP_SIZE, _PUNCH_HOLE = 1, 2  # linux/falloc.h
+
+if sys.platform == "linux":
+    _fallocate = ctypes.CDLL(None, use_errno=True).fallocate
+    _fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 
 
 class Segment:
@@ -27,6 +36,7 @@ class Segment:
         self.fd = fd
         self._header = mmap.mmap(fd, PAGE_B)
         self._words = memoryview(self._header).cast("Q")
+        self._mapped: list[tuple[int, weakref.ref[mmap.mmap]]] = []  # where each region that we mapped ends
 
     @classmethod
     def create(cls) -> Segment:
@@ -43,7 +53,8 @@ class Segment:
         try:
             offset = self._words[_FREE]
             end = offset + -(-max(size_B, 1) // PAGE_B) * PAGE_B
-            os.ftruncate(self.fd, end)
+            if os.fstat(self.fd).st_size < end:
+                os.ftruncate(self.fd, end)
             self._words[_FREE] = end
             return offset
         finally:
@@ -51,7 +62,26 @@ class Segment:
 
     def map(self, offset: int, size_B: int) -> Region:
         """Map ``size_B`` bytes from ``offset`` on; every process that maps them sees the same bytes."""
-        return Region(mmap.mmap(self.fd, -(-max(size_B, 1) // PAGE_B) * PAGE_B, offset=offset), size_B)
+        memory = mmap.mmap(self.fd, -(-max(size_B, 1) // PAGE_B) * PAGE_B, offset=offset)
+        self._mapped.append((offset + len(memory), weakref.ref(memory)))
+        return Region(memory, offset, size_B)
+
+    @property
+    def end(self) -> int:
+        """Where the next region will begin."""
+        return self._words[_FREE]
+
+    def mapped_until(self, offset: int) -> int:
+        """Where the last region ends that lives in this process, tensors on it included; at least ``offset``."""
+        self._mapped = [(end, memory) for end, memory in self._mapped if memory() is not None]
+        return max([offset, *(end for end, _ in self._mapped)])
+
+    def truncate(self, offset: int) -> None:
+        """Give everything from ``offset`` on back to the system. No process may map any of it any more."""
+        end, self._words[_FREE] = self._words[_FREE], offset
+        # Not ftruncate: it would make a mapping that somebody forgot about deadly. What a kernel refuses stays in use.
+        if end > offset and _fallocate(self.fd, _KEEP_SIZE | _PUNCH_HOLE, offset, end - offset) != 0:
+            self._words[_FREE] = end
 
     @property
     def failed(self) -> int | None:
@@ -75,8 +105,9 @@ class Segment:
 class Region:
     """Mapped bytes, as tensors, as 64-bit words and by address."""
 
-    def __init__(self, memory: mmap.mmap, size_B: int) -> None:
+    def __init__(self, memory: mmap.mmap, offset: int, size_B: int) -> None:
         self.memory = memory
+        self.offset = offset
         self.size_B = size_B
         self.bytes = torch.frombuffer(memory, dtype=torch.uint8, count=max(size_B, 1))
         self.address = self.bytes.data_ptr()

@@ -51,8 +51,8 @@ class World(ABC):
         self.timeout_s = timeout_s
         self.everyone = Group(tuple(range(size)))
         self.failure: tuple[int | None, str] | None = None
-        # Common memory by the address of its storage. It is kept as long as the world: an address is told apart only
-        # while nothing else can take it.
+        # Common memory by the address of its storage. It is kept until `run` ends: an address is told apart only while
+        # nothing else can take it.
         self.common: dict[int, tuple[Tensor, frozenset[int]]] = {}
 
     @abstractmethod
@@ -145,6 +145,7 @@ class World(ABC):
         else:
             for thread in threads:
                 thread.join()
+            self.common.clear()
         if failed is None:
             return [results[rank] for rank in range(self.size)]
         rank, error, step = failed
@@ -246,6 +247,9 @@ class InProcessCommunicator(Communicator):
 
         group, index = self._meet("split", None, color, make)
         return self.world.join(group, index)
+
+    def _alone(self) -> Communicator:
+        return self.world.join(Group((self.world_rank,), f" of {name_ranks([self.world_rank])}"), 0)
 
     # -- messages --------------------------------------------------------------------------------------------------
 

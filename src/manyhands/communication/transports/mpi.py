@@ -17,14 +17,14 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from manyhands.communication.communicator import Received, Work
+from manyhands.communication.communicator import Received, Work, wrong_length
 from manyhands.communication.reduction import coefficients, slices
 from manyhands.communication.transports.engine import EngineCommunicator
 from manyhands.errors import BadInput, CommunicationError
@@ -40,6 +40,7 @@ class MpiCommunicator(EngineCommunicator):
     """One MPI process's end of a communicator. Operations progress only while some rank's call waits."""
 
     transport: ClassVar[str] = "mpi"
+    _world: MpiCommunicator
 
     def __init__(
         self,
@@ -50,7 +51,10 @@ class MpiCommunicator(EngineCommunicator):
         within: tuple[MpiCommunicator, Sequence[int]] | None = None,
     ) -> None:
         super().__init__(mpi_comm.rank, mpi_comm.size, timeout_s=timeout_s, within=within)
-        self._mpi, self._comm, self._control = _mpi(), mpi_comm, control
+        self._mpi, self._engine, self._control = _mpi(), mpi_comm, control
+        self._parent = None if within is None else within[0]
+        self._split_off: list[MpiCommunicator] = []
+        self._failed = False
         self._sums = {
             torch.float32: self._mpi.FLOAT,
             torch.float64: self._mpi.DOUBLE,
@@ -130,8 +134,11 @@ class MpiCommunicator(EngineCommunicator):
         self._check_tag(tag)
         status = self._mpi.Status()
         request = self._comm.Irecv(self._raw(like), self._mpi.ANY_SOURCE if frm is None else frm, tag)
-        self._await(request, "recv", frm, status)
-        return Received(status.Get_source(), like)
+        self._await(request, "recv", frm, status)  # a longer one is MPI's own error
+        source, sent_B = status.Get_source(), status.Get_count(self._mpi.BYTE)
+        if sent_B != like.nbytes:
+            raise wrong_length(self._names[self.rank], self._names[source], tag, sent_B, like)
+        return Received(source, like)
 
     def _check_tag(self, tag: int) -> None:
         if not 0 <= tag <= self._highest_tag:
@@ -145,11 +152,41 @@ class MpiCommunicator(EngineCommunicator):
         self._await(self._comm.Iallgather(self._numbers(mine), self._numbers(colors)), "split")
         members = [r for r, c in enumerate(colors.tolist()) if c == color]
         # MPI wants a color from 0; the lowest member's rank serves.
-        group = self._comm.Split(members[0], self.rank)
-        return MpiCommunicator(group, self._control, timeout_s=self.timeout_s, within=(self, members))
+        return self._group(lambda: self._comm.Split(members[0], self.rank), members)
+
+    def _alone(self) -> MpiCommunicator:
+        return self._group(self._mpi.COMM_SELF.Dup, [self.rank])
+
+    def _group(self, make: Callable[[], Any], members: list[int]) -> MpiCommunicator:
+        with self._translating("split"):
+            engine = make()
+        group = MpiCommunicator(engine, self._control, timeout_s=self.timeout_s, within=(self, members))
+        self._split_off.append(group)
+        return group
+
+    def close(self) -> None:
+        """Free the groups split from this one, and this one if it was split itself. Collective over each group.
+
+        MPI has only so many (MPICH: 2048) and takes none back unasked.
+        """
+        super().close()
+        while self._split_off:
+            self._split_off[-1].close()
+        if self._parent is not None and self in self._parent._split_off:
+            self._parent._split_off.remove(self)
+            if not self._world._failed:
+                self._engine.Free()
+            self._engine = None
+
+    @property
+    def _comm(self) -> Any:
+        if self._engine is None:
+            raise CommunicationError(f"rank {self._names[self.rank]} has left this group: it was closed")
+        return self._engine
 
     def fail(self) -> None:
         """Tell all ranks of the world, whose waits then end with `PeerLost`."""
+        self._world._failed = True
         for rank in range(self._control.size):
             if rank != self._control.rank:
                 self._control.Isend([b"", self._mpi.BYTE], rank, FAILED_TAG)
@@ -158,9 +195,14 @@ class MpiCommunicator(EngineCommunicator):
 
     def _await(self, request: Any, doing: str, peer: int | None = None, status: Any = None) -> None:
         """Return when ``request`` is done, or raise what is known about why it is not."""
+        with self._translating(doing, peer), self._spending(doing):
+            self._poll(request, doing, peer, status)
+
+    @contextlib.contextmanager
+    def _translating(self, doing: str, peer: int | None = None) -> Iterator[None]:
+        """Turn MPI's exceptions into ours."""
         try:
-            with self._spending(doing):
-                self._poll(request, doing, peer, status)
+            yield
         except self._mpi.Exception as e:
             if "PROC_FAILED" in e.Get_error_string().upper():
                 raise self._lost(doing, peer) from e

@@ -15,18 +15,24 @@ Linux on x86-64. Results are bit-identical from run to run and to `threads` and 
 
 from __future__ import annotations
 
+import bisect
+import contextlib
+import gc
+import math
 import time
-from collections.abc import Sequence
+import weakref
+from collections.abc import Iterator, Sequence
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from manyhands.communication.communicator import DONE, Communicator, Received, Work
-from manyhands.communication.mailbox import Mailbox, bytes_needed
+from manyhands.communication.mailbox import Mailbox, Outgoing, bytes_needed
 from manyhands.communication.reduction import coefficients, reduce_into, slices
 from manyhands.communication.segment import PAGE_B, Region, Segment
 from manyhands.communication.shared_barrier import LINE_WORDS, SharedBarrier, words_needed
+from manyhands.errors import BadInput
 
 #: Bytes of one staging buffer of one rank; larger tensors go through in chunks.
 STAGING_B = 4 * 2**20
@@ -35,6 +41,46 @@ ONE_SHOT_B = 16 * 1024
 #: Slots are this much more than whole pages apart: equal offsets modulo the page make a store to one slot look like
 #: a conflict with a load from another ("4K aliasing", Intel Optimization Manual).
 SLOT_SHIFT_B = 21 * 64
+#: So many slices of symmetric memory are remembered with their counterparts; a training step uses a handful.
+CACHED = 1024
+_NAN, _INFINITY = math.nan, math.inf
+
+# What a rank comes to a barrier for, in a word: operation (bits 0–3), dtype (4–10), an adverb (11), the root (12–23),
+# the number of elements (from 24). Ranks that disagree are told so; it costs 0.1 to 0.3 µs.
+_OPERATIONS = (
+    "barrier",
+    "split",
+    "mark",
+    "release",
+    "allocate",
+    "all_reduce",
+    "reduce_scatter",
+    "all_gather",
+    "all_to_all",
+    "broadcast",
+)
+_BARRIER, _SPLIT, _MARK, _RELEASE = range(4)
+_ALLOCATE, _ALL_REDUCE, _REDUCE_SCATTER, _ALL_GATHER, _ALL_TO_ALL, _BROADCAST = range(4, 10)
+_DTYPES = sorted({d for d in vars(torch).values() if isinstance(d, torch.dtype)}, key=str)
+_DTYPE = {dtype: code << 4 for code, dtype in enumerate(_DTYPES)}
+_WEIGHTED = _COMMON = 1 << 11
+_ROOT = 1 << 12
+_NUMEL = 1 << 24
+
+
+def _payload(x: Tensor) -> int:
+    """The word's part that says what is communicated."""
+    return _DTYPE[x.dtype] + x.numel() * _NUMEL
+
+
+def _describe(what: int) -> str:
+    """``all_reduce(3 float32, weighted)``."""
+    name, dtype = _OPERATIONS[what % 16], _DTYPES[what // 16 % 128]
+    if what % 16 < _ALLOCATE:
+        return name
+    how = ", weighted" if name != "allocate" else ", common"
+    root = f", from rank {what // _ROOT % 2**12}" if name == "broadcast" else ""
+    return f"{name}({what // _NUMEL} {str(dtype).removeprefix('torch.')}{how if what & _WEIGHTED else ''}{root})"
 
 
 class _Control(NamedTuple):
@@ -57,7 +103,7 @@ class _Symmetric(NamedTuple):
     """A tensor of this rank's and, at the same place in theirs, everybody's."""
 
     common: bool
-    mine: Tensor
+    payload: int  # `_payload` of it
     slots: list[Tensor]
     slices: list[list[Tensor]]  # [slice][rank]
 
@@ -70,6 +116,18 @@ class _Allocation(NamedTuple):
     stride_B: int
 
 
+class _Leaving:
+    """The `Work` of a message that did not fit into the ring at once."""
+
+    def __init__(self, comm: SharedCommunicator, message: Outgoing) -> None:
+        self._comm, self._message = comm, message
+
+    def wait(self) -> None:
+        comm = self._comm
+        with comm._exchanging(comm._mail):
+            comm._mail.wait_until_sent(self._message, comm.step)
+
+
 class SharedCommunicator(Communicator):
     """One process's end of a group on one host."""
 
@@ -77,20 +135,32 @@ class SharedCommunicator(Communicator):
     shares_memory: ClassVar[bool] = True
     counts_moved: ClassVar[bool] = True
 
-    def __init__(self, segment: Segment, control_offset: int, rank: int, size: int, *, timeout_s: float = 60.0) -> None:
+    def __init__(
+        self,
+        segment: Segment,
+        control_offset: int,
+        rank: int,
+        size: int,
+        *,
+        timeout_s: float = 60.0,
+        within: tuple[SharedCommunicator, Sequence[int]] | None = None,
+    ) -> None:
         self._segment = segment
+        self._within = within
+        #: The world's rank of each rank of this group.
+        self._names: Sequence[int] = range(size) if within is None else [within[0]._names[r] for r in within[1]]
         self._layout = _Control.of(size)
         self._control = segment.map(control_offset, self._layout.end)
         self._doubles = self._control.doubles()
         self._words = self._control.words()
         super().__init__(rank, size, timeout_s=timeout_s)
-        self._enter = SharedBarrier(self._control, segment, rank, size, timeout_s=timeout_s)
+        self._enter = SharedBarrier(self._control, segment, rank, self._names, timeout_s=timeout_s, describe=_describe)
         self._mailbox: Mailbox | None = None
         self._mail_region = (control_offset + self._layout.mailbox, bytes_needed(size))
         self._turn = 0  # which of the two exchange words is next
         self._staging_turn = 0
-        self._allocations: list[_Allocation] = []
-        self._symmetric: dict[tuple[int, int, torch.dtype], _Symmetric | None] = {}
+        self._allocations: list[_Allocation] = []  # by address
+        self._symmetric: dict[tuple[int, int, torch.dtype], _Symmetric] = {}
         self._staging: Region | None = None
 
     @staticmethod
@@ -107,24 +177,24 @@ class SharedCommunicator(Communicator):
 
     def fail(self) -> None:
         """Peers that wait for this rank raise `PeerLost` at their next look-up."""
-        self._segment.report_failure(self.rank)
+        self._segment.report_failure(self._names[self.rank])
 
     # -- state that others may see -----------------------------------------------------------------------------
 
     def _publish_step(self, step: int | None) -> None:
         self._words[self._layout.steps // 8 + self.rank] = 0 if step is None else step + 1
 
-    def _meet(self, doing: str) -> None:
+    def _meet(self, doing: str, what: int) -> None:
         mailbox = self._mailbox
-        self._enter(self.context.step, doing, mailbox.progress if mailbox is not None else None)
+        self._enter(what, self.context.step, doing, mailbox.progress if mailbox is not None else None)
 
-    def _exchange(self, value: float | None, doing: str) -> list[float | None]:
-        """Everybody's number (None travels as NaN); one barrier."""
+    def _exchange(self, value: float | None, doing: str, what: int) -> list[float | None]:
+        """Everybody's number; one barrier. None travels as NaN, and what is not a number as infinity: a veto, too."""
         self._turn ^= 1
         base = self._layout.exchange // 8 + self._turn * self.size * LINE_WORDS
         doubles = self._doubles
-        doubles[base + self.rank * LINE_WORDS] = float("nan") if value is None else value
-        self._meet(doing)
+        doubles[base + self.rank * LINE_WORDS] = _NAN if value is None else value if value == value else _INFINITY
+        self._meet(doing, what)
         numbers = [doubles[base + p * LINE_WORDS] for p in range(self.size)]
         return [None if x != x else x for x in numbers]
 
@@ -134,18 +204,52 @@ class SharedCommunicator(Communicator):
         used_B = max(numel * dtype.itemsize, 1)
         stride_B = 0 if common else -(-used_B // PAGE_B) * PAGE_B + SLOT_SHIFT_B
         total_B = used_B + stride_B * (self.size - 1)
-        region = self._reserve(total_B, "allocate")
+        what = _ALLOCATE + _DTYPE[dtype] + (_COMMON if common else 0) + numel * _NUMEL
+        region = self._reserve(total_B, "allocate", what)
         start = stride_B * self.rank
         first = region.address + start
-        self._allocations.append(_Allocation(first, first + used_B, common, region, stride_B))
-        self._symmetric.clear()
+        bisect.insort(self._allocations, _Allocation(first, first + used_B, common, region, stride_B))
         return region.tensor(start, numel, dtype)
 
-    def _reserve(self, size_B: int, doing: str) -> Region:
+    def _reserve(self, size_B: int, doing: str, what: int) -> Region:
         offset = float(self._segment.reserve(size_B)) if self.rank == 0 else None
-        agreed = self._exchange(offset, doing)[0]
+        agreed = self._exchange(offset, doing, what)[0]
         assert agreed is not None
         return self._segment.map(int(agreed), size_B)
+
+    def mark(self) -> int:
+        """Where the memory file ends now."""
+        if self._within is not None:
+            raise BadInput("mark and release: they are for the communicator of all ranks, not for a group.")
+        return int(self._exchange(float(self._segment.end), "mark", _MARK)[0] or 0)
+
+    def release(self, mark: int) -> None:
+        """Give back all memory reserved since ``mark`` but what lies before the last region still in use somewhere."""
+        if self._within is not None:
+            raise BadInput("mark and release: they are for the communicator of all ranks, not for a group.")
+        super().release(mark)
+        self._symmetric.clear()
+        if self._staging is not None and self._staging.offset >= mark:
+            self._staging = None
+        # Only weak references are kept while we look which regions somebody else holds, through a tensor or a group.
+        later = [
+            (weakref.ref(a.region.memory), a.region.offset, a.region.size_B, a[:3], a.stride_B)
+            for a in self._allocations
+            if a.region.offset >= mark
+        ]
+        self._allocations = [a for a in self._allocations if a.region.offset < mark]
+        end = self._segment.mapped_until(mark)
+        if end > mark:
+            gc.collect()
+            end = self._segment.mapped_until(mark)
+        end = max(int(e or 0) for e in self._exchange(float(end), "release", _RELEASE))
+        for weak, offset, size_B, place, stride_B in later:
+            memory = weak()
+            if memory is not None:
+                bisect.insort(self._allocations, _Allocation(*place, Region(memory, offset, size_B), stride_B))
+        if self.rank == 0:
+            self._segment.truncate(end)
+        self._meet("release", _RELEASE)
 
     def is_common(self, x: Tensor) -> bool:
         """Whether ``x`` lies in the one copy that all ranks see."""
@@ -159,21 +263,26 @@ class SharedCommunicator(Communicator):
             return self._symmetric[key]
         except KeyError:
             pass
-        found = None
-        end = key[0] + x.numel() * x.element_size()
-        for a in self._allocations:
-            if a.first <= key[0] and end <= a.last and x.numel():
-                at = key[0] - a.first
-                slots = [a.region.tensor(a.stride_B * p + at, x.numel(), x.dtype) for p in range(self.size)]
-                bounds = slices(x.numel(), self.size)
-                found = _Symmetric(a.common, slots[self.rank], slots, [[s[lo:hi] for s in slots] for lo, hi in bounds])
-        self._symmetric[key] = found
+        # The only one that can hold it is the last that begins no later.
+        i = bisect.bisect_right(self._allocations, (key[0], math.inf)) - 1
+        if i >= 0 and key[1] and key[0] + x.nbytes <= self._allocations[i].last:
+            a = self._allocations[i]
+            at, common = key[0] - a.first, a.common
+            slots = [a.region.tensor(a.stride_B * p + at, key[1], x.dtype) for p in range(self.size)]
+        elif self._within is not None and (wider := self._within[0]._find(x)) is not None:
+            common, slots = wider.common, [wider.slots[r] for r in self._within[1]]
+        else:
+            return None
+        if len(self._symmetric) >= CACHED:
+            self._symmetric.clear()
+        parts = [[s[lo:hi] for s in slots] for lo, hi in slices(key[1], self.size)]
+        found = self._symmetric[key] = _Symmetric(common, _payload(x), slots, parts)
         return found
 
-    def _stage(self, dtype: torch.dtype, numel: int) -> list[Tensor]:
+    def _stage(self, dtype: torch.dtype, numel: int, doing: str, what: int) -> list[Tensor]:
         """Everybody's staging buffer of this turn, as ``numel`` elements."""
         if self._staging is None:
-            self._staging = self._reserve(2 * self.size * (STAGING_B + SLOT_SHIFT_B), "staging")
+            self._staging = self._reserve(2 * self.size * (STAGING_B + SLOT_SHIFT_B), doing, what)
         step_B = STAGING_B + SLOT_SHIFT_B
         self._staging_turn ^= 1
         base = self._staging_turn * self.size * step_B
@@ -184,13 +293,20 @@ class SharedCommunicator(Communicator):
     def _all_reduce(self, x: Tensor, weight: float | None) -> Work:
         t0, waited = time.perf_counter(), self._enter.wait_s
         symmetric = self._find(x)
-        if symmetric is not None and not symmetric.common and x.numel() * x.element_size() > ONE_SHOT_B:
-            factors = coefficients(self._exchange(weight, "all_reduce"))
+        what = (
+            _ALL_REDUCE
+            + (_payload(x) if symmetric is None else symmetric.payload)
+            + (0 if weight is None else _WEIGHTED)
+        )
+        if symmetric is not None and symmetric.common:
+            self._reduce_common(symmetric.slices[self.rank], weight, "all_reduce", what)
+            self._meet("all_reduce", what)
+        elif symmetric is not None and x.numel() * x.element_size() > ONE_SHOT_B:
+            factors = coefficients(self._exchange(weight, "all_reduce", what))
             self._reduce_everywhere(symmetric.slices[self.rank], factors)
-            self._meet("all_reduce")
-            self.counters.moved_B += (self.size - 1) * symmetric.slices[self.rank][0].nbytes
+            self._meet("all_reduce", what)
         else:
-            self._staged_all_reduce(x, weight)
+            self._staged_all_reduce(x, weight, "all_reduce", what)
         self._account(t0, waited)
         return DONE
 
@@ -200,74 +316,93 @@ class SharedCommunicator(Communicator):
         for p, part in enumerate(parts):
             if p != self.rank:
                 part.copy_(mine)
+        self.counters.moved_B += (self.size - 1) * mine.nbytes
 
-    def _staged_all_reduce(self, x: Tensor, weight: float | None) -> None:
+    def _reduce_common(self, parts: list[Tensor], weight: float | None, doing: str, what: int) -> None:
+        """This rank's slice of the one copy, which is every rank's summand, becomes their sum."""
+        factors = coefficients(self._exchange(weight, doing, what))
+        scratch = torch.empty_like(parts[0])  # a running sum would read itself
+        reduce_into(scratch, parts, factors)
+        parts[0].copy_(scratch)
+        self.counters.moved_B += scratch.nbytes
+
+    def _staged_all_reduce(self, x: Tensor, weight: float | None, doing: str, what: int) -> None:
         chunk = STAGING_B // x.element_size()
         for at in range(0, max(x.numel(), 1), chunk):
             part = x[at : at + chunk]
-            stage = self._stage(x.dtype, part.numel())
+            stage = self._stage(x.dtype, part.numel(), doing, what)
             stage[self.rank].copy_(part)
-            factors = coefficients(self._exchange(weight, "all_reduce"))
+            self.counters.moved_B += part.nbytes
+            factors = coefficients(self._exchange(weight, doing, what))
             if part.nbytes <= ONE_SHOT_B:
                 reduce_into(part, [s if p != self.rank else part for p, s in enumerate(stage)], factors)
             else:
                 lo, hi = slices(part.numel(), self.size)[self.rank]
                 self._reduce_everywhere([s[lo:hi] for s in stage], factors)
-                self._meet("all_reduce")
+                self._meet(doing, what)
                 part.copy_(stage[self.rank])
-            self.counters.moved_B += part.nbytes
 
     def _reduce_scatter(self, x: Tensor, weight: float | None) -> None:
         t0, waited = time.perf_counter(), self._enter.wait_s
         symmetric = self._find(x)
-        if symmetric is not None and not symmetric.common:
-            factors = coefficients(self._exchange(weight, "reduce_scatter"))
+        what = (
+            _REDUCE_SCATTER
+            + (_payload(x) if symmetric is None else symmetric.payload)
+            + (0 if weight is None else _WEIGHTED)
+        )
+        if symmetric is None:
+            self._staged_all_reduce(x, weight, "reduce_scatter", what)
+        elif symmetric.common:
+            self._reduce_common(symmetric.slices[self.rank], weight, "reduce_scatter", what)
+        else:
+            factors = coefficients(self._exchange(weight, "reduce_scatter", what))
             parts = symmetric.slices[self.rank]
             reduce_into(parts[self.rank], parts, factors)
-        else:
-            self._staged_all_reduce(x, weight)
         self._account(t0, waited)
 
     def _all_gather(self, x: Tensor, bounds: Sequence[tuple[int, int]]) -> Work:
         t0, waited = time.perf_counter(), self._enter.wait_s
         symmetric = self._find(x)
+        what = _ALL_GATHER + (_payload(x) if symmetric is None else symmetric.payload)
         if symmetric is not None and symmetric.common:
-            self._meet("all_gather")
+            self._meet("all_gather", what)
         elif symmetric is not None:
-            self._meet("all_gather")
+            self._meet("all_gather", what)
             for p, (lo, hi) in enumerate(bounds):
                 if p != self.rank and hi > lo:
                     x[lo:hi].copy_(symmetric.slots[p][lo:hi])
-            self._meet("all_gather")
+                    self.counters.moved_B += (hi - lo) * x.element_size()
+            self._meet("all_gather", what)
         else:
-            self._staged_all_gather(x, bounds)
+            self._staged_all_gather(x, bounds, what)
         self._account(t0, waited)
         return DONE
 
-    def _staged_all_gather(self, x: Tensor, bounds: Sequence[tuple[int, int]]) -> None:
+    def _staged_all_gather(self, x: Tensor, bounds: Sequence[tuple[int, int]], what: int) -> None:
         chunk = STAGING_B // x.element_size()
         longest = max(hi - lo for lo, hi in bounds)
         for at in range(0, max(longest, 1), chunk):
-            stage = self._stage(x.dtype, min(chunk, longest - at))
+            stage = self._stage(x.dtype, min(chunk, longest - at), "all_gather", what)
             ranges = [(min(lo + at, hi), min(lo + at + chunk, hi)) for lo, hi in bounds]
             lo, hi = ranges[self.rank]
             stage[self.rank][: hi - lo].copy_(x[lo:hi])
-            self._meet("all_gather")
+            self.counters.moved_B += (hi - lo) * x.element_size()
+            self._meet("all_gather", what)
             for p, (lo, hi) in enumerate(ranges):
                 if p != self.rank:
                     x[lo:hi].copy_(stage[p][: hi - lo])
-            self.counters.moved_B += (hi - lo) * x.element_size()
 
     def _all_to_all(self, x: Tensor) -> Tensor:
         t0, waited = time.perf_counter(), self._enter.wait_s
+        what = _ALL_TO_ALL + _payload(x)
         result = torch.empty_like(x)
         outgoing, incoming = x.view(self.size, -1), result.view(self.size, -1)
         chunk = max(STAGING_B // x.element_size() // self.size, 1)
         for at in range(0, max(outgoing.shape[1], 1), chunk):
             part = outgoing[:, at : at + chunk]
-            stage = [s.view(self.size, -1) for s in self._stage(x.dtype, part.numel())]
+            stage = [s.view(self.size, -1) for s in self._stage(x.dtype, part.numel(), "all_to_all", what)]
             stage[self.rank].copy_(part)
-            self._meet("all_to_all")
+            self._meet("all_to_all", what)
             for p in range(self.size):
                 incoming[p, at : at + chunk].copy_(stage[p][self.rank])
             self.counters.moved_B += part.nbytes
@@ -276,18 +411,19 @@ class SharedCommunicator(Communicator):
 
     def _broadcast(self, x: Tensor, root: int) -> Work:
         t0, waited = time.perf_counter(), self._enter.wait_s
+        what = _BROADCAST + _payload(x) + _ROOT * root
         if self.is_common(x):
-            self._meet("broadcast")
+            self._meet("broadcast", what)
             self._account(t0, waited)
             return DONE
         chunk = STAGING_B // x.element_size()
         for at in range(0, max(x.numel(), 1), chunk):
             part = x[at : at + chunk]
-            stage = self._stage(x.dtype, part.numel())[root]
+            stage = self._stage(x.dtype, part.numel(), "broadcast", what)[root]
             if self.rank == root:
                 stage.copy_(part)
                 self.counters.moved_B += part.nbytes
-            self._meet("broadcast")
+            self._meet("broadcast", what)
             if self.rank != root:
                 part.copy_(stage)
         self._account(t0, waited)
@@ -295,7 +431,7 @@ class SharedCommunicator(Communicator):
 
     def _barrier(self) -> None:
         t0, waited = time.perf_counter(), self._enter.wait_s
-        self._meet("barrier")
+        self._meet("barrier", _BARRIER)
         self._account(t0, waited)
 
     def _account(self, t0: float, waited_before: float) -> None:
@@ -309,7 +445,7 @@ class SharedCommunicator(Communicator):
     def _mail(self) -> Mailbox:
         if self._mailbox is None:
             region = self._segment.map(*self._mail_region)
-            self._mailbox = Mailbox(region, self._segment, self.rank, self.size, timeout_s=self.timeout_s)
+            self._mailbox = Mailbox(region, self._segment, self.rank, self._names, timeout_s=self.timeout_s)
         return self._mailbox
 
     def _send(self, x: Tensor, to: int, tag: int) -> Work:
@@ -317,27 +453,41 @@ class SharedCommunicator(Communicator):
         pending = self._mail.send(x, to, tag)
         self.counters.moved_B += x.nbytes
         self.counters.communicate_s += time.perf_counter() - t0
-        return DONE if pending is None else pending
+        return DONE if pending is None else _Leaving(self, pending)
 
     def _recv(self, like: Tensor, frm: int | None, tag: int) -> Received:
-        t0, waited = time.perf_counter(), self._mail.wait_s
-        source = self._mail.recv(like, frm, tag, self.step)
-        waited = self._mail.wait_s - waited
-        self.counters.wait_s += waited
-        self.counters.communicate_s += time.perf_counter() - t0 - waited
+        mail = self._mail
+        with self._exchanging(mail):
+            source = mail.recv(like, frm, tag, self.step)
         return Received(source, like)
+
+    @contextlib.contextmanager
+    def _exchanging(self, mail: Mailbox) -> Iterator[None]:
+        """Account the time inside as ``mail`` divides it, also where it ends in an error."""
+        t0, waited = time.perf_counter(), mail.wait_s
+        try:
+            yield
+        finally:
+            waited = mail.wait_s - waited
+            self.counters.wait_s += waited
+            self.counters.communicate_s += time.perf_counter() - t0 - waited
 
     # -- groups ------------------------------------------------------------------------------------------------
 
     def _split(self, color: int) -> Communicator:
-        colors = [int(c or 0) for c in self._exchange(float(color), "split")]
+        colors = [int(c or 0) for c in self._exchange(float(color), "split", _SPLIT)]
         members = [p for p in range(self.size) if colors[p] == color]
         offset = None
         if members[0] == self.rank:
             offset = float(self._segment.reserve(self.control_B(len(members))))
-        offsets = self._exchange(offset, "split")
+        offsets = self._exchange(offset, "split", _SPLIT)
         place = offsets[members[0]]
         assert place is not None
-        return SharedCommunicator(
-            self._segment, int(place), members.index(self.rank), len(members), timeout_s=self.timeout_s
-        )
+        return self._group(int(place), members)
+
+    def _alone(self) -> Communicator:
+        return self._group(self._segment.reserve(self.control_B(1)), [self.rank])
+
+    def _group(self, control_offset: int, members: list[int]) -> Communicator:
+        rank, size, within = members.index(self.rank), len(members), (self, members)
+        return SharedCommunicator(self._segment, control_offset, rank, size, timeout_s=self.timeout_s, within=within)
