@@ -16,7 +16,17 @@ from manyhands.consistency.synchronous import Synchronous
 from manyhands.contract import Strategy
 from manyhands.errors import BadInput, InvalidPlan, Problem, UnknownName
 from manyhands.partition import partitions
-from manyhands.plan import ALLOCATORS, BUFFER_POLICIES, DEVICES, PRECISIONS, Facts, Plan, resolve, strategy_from
+from manyhands.plan import (
+    ALLOCATORS,
+    BUFFER_POLICIES,
+    DEVICES,
+    PRECISIONS,
+    SHARE_MEMORY,
+    Facts,
+    Plan,
+    resolve,
+    strategy_from,
+)
 from manyhands.task import Task, from_table
 
 MACHINE = Facts(cores=4, batch_size=100)
@@ -144,7 +154,9 @@ def test_threads_are_the_cores_over_the_workers():
         (Plan(workers=2), {}, "shared"),
         (Plan(workers=2), {"shared_memory": False}, "gloo"),
         (Plan(workers=2), {"gpus": 2}, "nccl"),
-        (Plan(workers=2), {"gpus": 1}, "gloo"),
+        (Plan(workers=2), {"gpus": 1}, "shared"),
+        (Plan(workers=2, device="cuda"), {"gpus": 1}, "gloo"),
+        (Plan(workers=1), {"gpus": 1}, "single"),
         (Plan(workers=2, device="cpu"), {"gpus": 2}, "shared"),
         (Plan(), {"launched": 2, "launcher": "torchrun"}, "gloo"),
         (Plan(), {"launched": 2, "launcher": "mpi"}, "mpi"),
@@ -187,6 +199,9 @@ def test_shard_says_the_same_as_update():
         (Plan(workers=2), {"elementwise": False}, "whole tensors"),
         (Plan(workers=2), {"shared_memory": False}, "gets gloo"),
         (Plan(workers=2, transport="mpi"), {}, "listeners on all interfaces"),
+        (Plan(workers=2), {"gpus": 1}, "2 workers on 1 GPUs train on the CPU"),
+        (Plan(workers=2, transport="gloo"), {"gpus": 2}, "2 workers on 2 GPUs train on the CPU"),
+        (Plan(workers=2, device="cuda"), {"gpus": 1}, "not been tested on GPUs"),
     ],
 )
 def test_what_a_user_should_know_is_said_once(plan, facts, said):
@@ -219,6 +234,10 @@ PROBLEMS = [
     (Plan(transport="simulated"), {}, "transport=simulated"),
     (Plan(transport="single", workers=2), {}, "transport=single with 2 workers"),
     (Plan(transport="shared", device="cuda"), {"gpus": 4}, "transport=shared on cuda"),
+    (Plan(transport="threads", device="cuda", workers=2), {"gpus": 4}, "transport=threads on cuda"),
+    (Plan(transport="mpi", device="cuda", workers=2), {"gpus": 4}, "transport=mpi on cuda"),
+    (Plan(device="cuda"), {"gpus": 4, "launched": 2, "launcher": "mpi"}, "transport=mpi on cuda"),
+    (Plan(transport="nccl", device="cpu", workers=2), {"gpus": 4}, "transport=nccl on cpu"),
     (Plan(transport="shared"), {"shared_memory": False}, "transport=shared"),
     (Plan(transport="nccl", workers=2), {"gpus": 1}, "transport=nccl with 2 workers on 1 GPUs"),
     (Plan(transport="shared"), {"launched": 2, "launcher": "torchrun"}, "transport=shared under torchrun"),
@@ -239,7 +258,11 @@ PROBLEMS = [
     (Plan(pipeline="gpipe"), {}, "pipeline='gpipe'"),
     (Plan(recompute=True), {}, "recompute=True"),
     (Plan(shard=3), {}, "shard=3"),
+    (Plan(shard=True), {}, "shard=True"),
+    (Plan(shard="1"), {}, "shard='1'"),
     (Plan(shard=1, strategy="slice_update"), {}, "shard=1 with slice_update"),
+    (Plan(shard=0, strategy="slice_update"), {}, "shard=0 with slice_update"),
+    (Plan(shard=1, strategy="replica_average"), {}, "shard=1 with replica_average"),
     (Plan(shard=0, strategy=Synchronous(update="sharded")), {}, "shard=0 with synchronous(update='sharded')"),
     (Plan(strategy=Synchronous(update="sharded"), workers=2), {"elementwise": False}, "looks at whole tensors"),
     (Plan(strategy="slice_update", workers=2), {"elementwise": False}, "slice_update with an optimizer"),
@@ -317,6 +340,44 @@ def test_an_unknown_name_offers_the_nearest(make, near):
         make()
 
 
+def test_unknown_names_stand_among_the_other_problems():
+    found = problems(Plan(transport="share", device="gpu", workers=0), {})
+    said = [str(p) for p in found]
+    assert [s.partition("=")[0] for s in said] == ["workers", "device", "transport"]
+    assert "Did you mean 'shared'?" in said[2]
+
+
+def test_a_shard_that_is_refused_says_why():
+    (shared,) = problems(Plan(shard=0, strategy="slice_update"), {})
+    assert "always shared" in shared.rule
+    assert decided(Plan(shard=0, strategy="replica_average")).strategy == strategy_from("replica_average")
+
+
+@pytest.mark.parametrize(
+    ("plan", "gpus", "device"),
+    [
+        (Plan(workers=1), 1, "cuda"),
+        (Plan(workers=2), 2, "cuda"),
+        (Plan(workers=2), 1, "cpu"),
+        (Plan(workers=2, transport="shared"), 2, "cpu"),
+        (Plan(workers=2, transport="gloo"), 2, "cpu"),
+        (Plan(workers=2, transport="threads"), 2, "cpu"),
+        (Plan(workers=2, transport="mpi"), 2, "cpu"),
+        (Plan(workers=2, transport="nccl"), 2, "cuda"),
+        (Plan(transport="single"), 2, "cuda"),
+        (Plan(workers=2), 0, "cpu"),
+    ],
+)
+def test_the_device_of_auto(plan, gpus, device):
+    made = decided(plan, gpus=gpus)
+    assert made.device == device
+    assert decided(made, gpus=gpus) == made
+
+
+def test_the_transports_that_share_memory_are_those_whose_classes_say_so():
+    assert {name for name in transports if transports.load(name).shares_memory} == {*SHARE_MEMORY, "simulated"}
+
+
 @pytest.mark.parametrize(
     "strategy",
     ["", "synchronous(", "synchronous(update='half')", "3", 3, None, "no.such.module:Thing", "math:pi", "os:getcwd"],
@@ -326,7 +387,9 @@ def test_what_is_no_strategy_is_bad_input(strategy):
         Plan(strategy=strategy)
 
 
-@pytest.mark.parametrize("mesh", ["data", "data=", "data=x", "data=0", "data=2,data=2", "=2", "data=2;tensor=2"])
+@pytest.mark.parametrize(
+    "mesh", ["data", "data=", "data=x", "data=0", "data=2,data=2", "=2", "data=2;tensor=2", "data=²", 3, {"data": 2}]
+)
 def test_what_is_no_mesh_is_bad_input(mesh):
     with pytest.raises(BadInput):
         Plan(mesh=mesh)

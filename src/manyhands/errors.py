@@ -6,7 +6,7 @@
     │   ├── InvalidPlan          all problems of a plan at once
     │   └── DamagedFile          a data file or checkpoint fails its checksum or is cut short
     ├── WorkerFailed             a worker raised; carries its rank, step and own traceback (exit 1)
-    ├── NonFiniteLoss            every worker stopped at the same step, last good state kept (exit 1)
+    ├── NonFiniteLoss            every worker stopped at the same step, last good state named (exit 1)
     └── CommunicationError
         ├── PeerLost             another rank died or reported failure while we waited for it
         ├── Vetoed               a rank gave a weight that is not finite: it refuses this exchange for everybody
@@ -85,16 +85,22 @@ class WorkerFailed(ManyhandsError):
 
 
 class NonFiniteLoss(ManyhandsError):
-    """The loss became NaN or infinite; every worker stopped at the same step."""
+    """The loss (or ``what`` else) became NaN or infinite; every worker stopped at the same step.
 
-    def __init__(self, step: int | None, kept: str = "") -> None:
-        self.step, self.kept = step, kept
-        where = f" The last good state is kept in {kept}." if kept else ""
+    ``spoilt``: the parameters had become so before, by a gradient that was not finite though its loss was.
+    """
+
+    def __init__(self, step: int | None, kept: str = "", *, what: str = "loss", spoilt: bool = False) -> None:
+        self.step, self.kept, self.what, self.spoilt = step, kept, what, spoilt
         when = f" at step {step}" if step is not None else ""
-        super().__init__(
-            f"The loss is not finite{when}. Every worker stopped there and none applied that update.{where} "
-            "A smaller learning rate or a gradient clip (--clip 1.0) usually helps."
-        )
+        said = [f"The {what} is not finite{when}. Every worker stopped there and none applied that update."]
+        if spoilt:
+            said.append("The parameters are not finite either: an earlier gradient was not, though its loss was.")
+            said.append(f"The newest good state is {kept}." if kept else "No checkpoint of a good state exists.")
+        elif kept:
+            said.append(f"The last good state is kept in {kept}.")
+        said.append("A smaller learning rate or a gradient clip (--clip 1.0) usually helps.")
+        super().__init__(" ".join(said))
 
 
 class CommunicationError(ManyhandsError):

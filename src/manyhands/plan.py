@@ -25,6 +25,8 @@ BUFFER_POLICIES = ("average", "rank0", "local")
 PRECISIONS = ("float32", "bfloat16")
 DEVICES = ("auto", "cpu", "cuda")
 ALLOCATORS = ("tuned", "plain")
+#: The transports whose class says ``shares_memory``; asking the classes would load torch.
+SHARE_MEMORY = ("single", "threads", "shared")
 
 
 def strategy_from(value: str | Strategy) -> Strategy:
@@ -47,6 +49,13 @@ def strategy_from(value: str | Strategy) -> Strategy:
         raise BadInput(f"strategy {value}: {e}.") from None
     assert isinstance(made, Strategy)
     return made
+
+
+def _mesh_from(text: str) -> Mesh:
+    try:
+        return parse_mesh(text)
+    except ValueError:
+        raise BadInput(f"mesh {text!r}: the form is axis=extent,axis=extent, e.g. data=2.") from None
 
 
 @dataclass(frozen=True)
@@ -81,7 +90,12 @@ class Plan:
     def __post_init__(self) -> None:
         object.__setattr__(self, "strategy", strategy_from(self.strategy))
         if isinstance(self.mesh, str):
-            object.__setattr__(self, "mesh", parse_mesh(self.mesh))
+            object.__setattr__(self, "mesh", _mesh_from(self.mesh))
+        elif self.mesh is not None and not isinstance(self.mesh, Mesh):
+            raise BadInput(
+                f"mesh {self.mesh!r} is a {type(self.mesh).__name__}; it is text such as 'data=2' or a Mesh, "
+                "e.g. Mesh(data=2)."
+            )
 
     def __str__(self) -> str:
         changed = [
@@ -125,11 +139,12 @@ class Resolved:
 
 
 def resolve(plan: Plan, facts: Facts) -> Resolved:
-    """Decide every ``auto`` and raise `InvalidPlan` with *all* problems."""
+    """Decide every ``auto`` and raise `InvalidPlan` with *all* problems (`UnknownName` if the only one is a name)."""
     found: list[Problem] = []
     notes: list[str] = []
     workers = _workers(plan, facts, found)
-    device = _device(plan, facts, found)
+    unknown = _unknown_names(plan, found)
+    device = _device(plan, facts, workers, found, notes)
     transport = _transport(plan, facts, workers, device, found, notes)
     mesh = _mesh(plan, workers, found)
     _numbers(plan, found)
@@ -139,13 +154,15 @@ def resolve(plan: Plan, facts: Facts) -> Resolved:
     setting = Setting(
         workers=workers,
         transport=transport,
-        shares_memory=transport in ("single", "threads", "shared"),
+        shares_memory=transport in SHARE_MEMORY,
         elementwise=facts.elementwise,
         stateless=facts.stateless,
         clip=facts.clip,
     )
     strategy = _sharded(plan, found)
     found.extend(strategy.problems(setting))
+    if len(found) == len(unknown) == 1:
+        raise unknown[0]
     if found:
         raise InvalidPlan(found)
     decided = strategy.resolve(setting)
@@ -200,9 +217,20 @@ def _workers(plan: Plan, facts: Facts, found: list[Problem]) -> int:
     return 1 if plan.transport == "single" else facts.cores
 
 
-def _device(plan: Plan, facts: Facts, found: list[Problem]) -> str:
-    if plan.device not in DEVICES:
-        raise UnknownName("device", plan.device, DEVICES)
+def _unknown_names(plan: Plan, found: list[Problem]) -> list[UnknownName]:
+    unknown = []
+    for kind, name, choices in (
+        ("device", plan.device, DEVICES),
+        ("transport", plan.transport, (*transports, "auto")),
+    ):
+        if name not in choices:
+            unknown.append(UnknownName(kind, str(name), choices))
+            found.append(Problem(f"{kind}={name!r}", str(unknown[-1]), f"E.g. {kind}=auto."))
+    return unknown
+
+
+def _device(plan: Plan, facts: Facts, workers: int, found: list[Problem], notes: list[str]) -> str:
+    """NCCL, with a GPU for every worker, and a worker that is alone compute on GPUs unasked; others when told to."""
     if plan.device == "cuda" and not facts.gpus:
         found.append(
             Problem(
@@ -211,16 +239,24 @@ def _device(plan: Plan, facts: Facts, found: list[Problem]) -> str:
                 "Use device=cpu; `manyhands doctor` shows what torch sees.",
             )
         )
+    if not facts.gpus or plan.device not in DEVICES:
         return "cpu"
-    if plan.device == "auto":
-        return "cuda" if facts.gpus and plan.transport not in ("threads", "shared") else "cpu"
-    return plan.device
+    if plan.device != "auto":
+        return plan.device
+    if plan.transport in ("single", "nccl"):
+        return "cuda"
+    enough = facts.launcher != "mpi" if facts.launched is not None else workers <= facts.gpus
+    if plan.transport == "auto" and (workers == 1 or enough):
+        return "cuda"
+    notes.append(
+        f"{workers} workers on {facts.gpus} GPUs train on the CPU: GPUs are used by transport=nccl, which wants one "
+        "for every worker, and by a worker that is alone"
+    )
+    return "cpu"
 
 
 def _transport(plan: Plan, facts: Facts, workers: int, device: str, found: list[Problem], notes: list[str]) -> str:
     asked = plan.transport
-    if asked != "auto" and asked not in transports:
-        raise UnknownName("transport", asked, [*transports, "auto"])
     if asked == "simulated":
         found.append(
             Problem(
@@ -229,8 +265,36 @@ def _transport(plan: Plan, facts: Facts, workers: int, device: str, found: list[
                 "Use auto; simulated is what `simulate` and the tests run on.",
             )
         )
-    if facts.launched is not None:
-        return _launched_transport(asked, facts, device, found)
+    transport = (
+        _chosen_transport(asked, facts, workers, device, found, notes)
+        if facts.launched is None
+        else _launched_transport(asked, facts, device, found)
+    )
+    _check_place(transport, plan, device, found, notes)
+    return transport
+
+
+def _check_place(transport: str, plan: Plan, device: str, found: list[Problem], notes: list[str]) -> None:
+    """Whether the transport moves what lies on the device."""
+    if device == "cuda" and transport in ("shared", "threads", "mpi"):
+        found.append(
+            Problem(
+                f"transport={transport} on cuda",
+                "its memory is the host's.",
+                "Use device=cpu, or transport=nccl with a GPU for every worker.",
+            )
+        )
+    if device == "cuda" and transport == "gloo":
+        notes.append("gloo carries what lies on GPUs through the host's memory; that has not been tested on GPUs yet")
+    if plan.device == "cpu" and transport == "nccl":
+        found.append(
+            Problem("transport=nccl on cpu", "NCCL exchanges what lies on GPUs.", "Use device=cuda, or transport=auto.")
+        )
+
+
+def _chosen_transport(
+    asked: str, facts: Facts, workers: int, device: str, found: list[Problem], notes: list[str]
+) -> str:
     if asked == "auto":
         if workers == 1:
             return "single"
@@ -246,12 +310,6 @@ def _transport(plan: Plan, facts: Facts, workers: int, device: str, found: list[
                 f"transport=single with {workers} workers", "single is one worker.", "Use workers=1, or transport=auto."
             )
         )
-    if asked == "shared" and device == "cuda":
-        found.append(
-            Problem(
-                "transport=shared on cuda", "its memory is the host's.", "Use device=cpu, or transport=nccl or gloo."
-            )
-        )
     if asked == "shared" and not facts.shared_memory:
         found.append(Problem("transport=shared", "it needs Linux on x86-64.", "Use transport=gloo."))
     if asked == "nccl" and workers > facts.gpus:
@@ -259,7 +317,7 @@ def _transport(plan: Plan, facts: Facts, workers: int, device: str, found: list[
             Problem(
                 f"transport=nccl with {workers} workers on {facts.gpus} GPUs",
                 "NCCL wants a GPU for every worker.",
-                "Use transport=gloo (several workers may share a GPU), or fewer workers.",
+                "Use fewer workers, or device=cpu and transport=auto.",
             )
         )
     if asked == "mpi":
@@ -272,7 +330,7 @@ def _launched_transport(asked: str, facts: Facts, device: str, found: list[Probl
     if asked == "auto":
         return natural if facts.launched != 1 else "single"
     works = ("mpi",) if facts.launcher == "mpi" else ("gloo", "nccl")
-    if asked not in works and not (asked == "single" and facts.launched == 1):
+    if asked in transports and asked not in works and not (asked == "single" and facts.launched == 1):
         found.append(
             Problem(
                 f"transport={asked} under {facts.launcher}",
@@ -340,20 +398,12 @@ def _sharded(plan: Plan, found: list[Problem]) -> Strategy:
     assert isinstance(strategy, Strategy)
     if plan.shard is None:
         return strategy
-    synchronous = import_object(strategies["synchronous"])
-    if plan.shard not in (0, 1):
+    if not is_whole(plan.shard, 0) or plan.shard > 1:
         found.append(
             Problem(f"shard={plan.shard!r}", "0 (nothing shared) and 1 (optimizer state shared) exist.", "Use shard=1.")
         )
-    elif not isinstance(strategy, synchronous):
-        found.append(
-            Problem(
-                f"shard={plan.shard} with {strategy}",
-                "sharing optimizer state is part of synchronous.",
-                "Use strategy=synchronous.",
-            )
-        )
-    else:
+        return strategy
+    if isinstance(strategy, import_object(strategies["synchronous"])):
         update = "sharded" if plan.shard else "replicated"
         if strategy.update not in ("auto", update):
             found.append(
@@ -361,4 +411,15 @@ def _sharded(plan: Plan, found: list[Problem]) -> Strategy:
             )
         made: Strategy = dataclasses.replace(strategy, update=update)
         return made
+    if strategy.parameters == "common":
+        rule = f"every worker of {strategy.name} updates a slice, so optimizer state is always shared."
+        found.append(Problem(f"shard={plan.shard} with {strategy}", rule, "Leave shard out."))
+    elif plan.shard:
+        found.append(
+            Problem(
+                f"shard=1 with {strategy}",
+                "sharing optimizer state is part of synchronous.",
+                "Use strategy=synchronous.",
+            )
+        )
     return strategy

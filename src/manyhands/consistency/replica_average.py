@@ -14,6 +14,7 @@ worker's state follows its own gradients) and is an approximation, as it is with
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -21,8 +22,8 @@ from torch import Tensor
 
 from manyhands.communication.communicator import Communicator, reference_B
 from manyhands.communication.reduction import coefficients, reduce_into
-from manyhands.consistency.agreement import gather_weights
-from manyhands.consistency.clipping import clip_
+from manyhands.consistency.agreement import agree_on_unused, gather_weights
+from manyhands.consistency.clipping import clip_, clip_own_
 from manyhands.contract import Batch, Reference, Replica, Setting, Strategy, Traffic, Worker
 
 
@@ -62,6 +63,7 @@ class ReplicaAverageWorker(Worker):
         super().__init__(replica, comm)
         self._averages_parameters = what == "parameters"
         self._groups = [comm.over(piece.replicated_over) for piece in replica.pieces]
+        self._members = [_members(comm, piece.replicated_over) for piece in replica.pieces]
         # One writer a row, so one copy of the matrix serves all workers where memory is shared.
         self._rows = [
             group.allocate(group.size * piece.flat.numel(), piece.flat.dtype, common=True).view(group.size, -1)
@@ -72,16 +74,19 @@ class ReplicaAverageWorker(Worker):
         """One step; see the file's head."""
         replica = self.replica
         loss, count = replica.gradients(batch)
-        weights = gather_weights(self.comm, loss, count)
-        bounds = [(0, piece.flat.numel()) for piece in replica.pieces]
+        if replica.watching:
+            agree_on_unused(replica, self.comm)
         if self._averages_parameters:
+            finite = not count or clip_own_(replica)
+            what = "loss" if replica.clip is None else "loss or the gradient"
+            weights = gather_weights(self.comm, loss, count if finite else math.inf, what=what)
             if count:
-                clip_(replica, self.comm, bounds, sliced=False)
                 self._apply()
             self._average([piece.flat for piece in replica.pieces], weights)
         else:
+            weights = gather_weights(self.comm, loss, count)
             self._average([piece.grad for piece in replica.pieces], weights)
-            clip_(replica, self.comm, bounds, sliced=False)
+            clip_(replica, self.comm, [(0, piece.flat.numel()) for piece in replica.pieces], sliced=False)
             self._apply()
         return loss
 
@@ -92,8 +97,13 @@ class ReplicaAverageWorker(Worker):
     def _average(self, vectors: list[Tensor], weights: list[float]) -> None:
         if self.comm.size == 1:
             return
-        for vector, rows, group in zip(vectors, self._rows, self._groups, strict=True):
+        for vector, rows, group, members in zip(vectors, self._rows, self._groups, self._members, strict=True):
             n = vector.numel()
             rows[group.rank].copy_(vector)
             group.all_gather(rows, [(p * n, (p + 1) * n) for p in range(group.size)]).wait()
-            reduce_into(vector, list(rows), coefficients(weights))
+            reduce_into(vector, list(rows), coefficients([weights[rank] for rank in members]))
+
+
+def _members(comm: Communicator, axes: frozenset[str]) -> list[int]:
+    """The ranks of ``comm.over(axes)``, in that group's order."""
+    return [r for r in range(comm.size) if comm.mesh.color(r, axes) == comm.mesh.color(comm.rank, axes)]

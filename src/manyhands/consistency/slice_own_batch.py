@@ -18,7 +18,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from manyhands.communication.communicator import Communicator
-from manyhands.consistency.agreement import gather_weights
+from manyhands.consistency.agreement import agree_on_unused, gather_weights
 from manyhands.consistency.clipping import clip_
 from manyhands.consistency.slicing import Slicing, SlicingWorker
 from manyhands.contract import Batch, Replica, Setting, Worker
@@ -46,6 +46,8 @@ class SliceOwnBatchWorker(SlicingWorker):
         """One step; see the file's head."""
         replica = self.replica
         loss, count = replica.gradients(batch)
+        if replica.watching:
+            agree_on_unused(replica, self.comm)
         gather_weights(self.comm, loss, count)
         clip_(replica, self.comm, self._bounds, sliced=True)
         for piece, group, (lo, hi) in zip(replica.pieces, self._groups, self._bounds, strict=True):

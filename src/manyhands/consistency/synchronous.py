@@ -8,7 +8,8 @@
                  (ZeRO stage 1, Rajbhandari et al. 2020, arXiv:1910.02054; U3 of the 2018 course project's family).
                  On shared memory θ exists once and the all-gather is a barrier.
     replicated   all-reduce ḡ; every worker updates everything. Where exchanges go on beside backward, gradients leave
-                 in buckets as they become final (Li et al. 2020, arXiv:2006.15704).
+                 in buckets as they become final (Li et al. 2020, arXiv:2006.15704); they count as one all-reduce a
+                 piece, and once more, as they are, under the purpose ``buckets``.
 
 Micro-batches (gradient accumulation, *bunch mode* in Färber & Asanović 1997) are the replica's business: one exchange
 per step however many.
@@ -25,7 +26,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from manyhands.communication.communicator import Communicator, Work, reference_B
-from manyhands.consistency.agreement import weight_of
+from manyhands.consistency.agreement import agree_on_unused, weight_of
 from manyhands.consistency.clipping import clip_
 from manyhands.contract import Batch, Reference, Replica, Setting, Strategy, Traffic, Worker
 from manyhands.errors import NonFiniteLoss, Problem, Vetoed
@@ -102,6 +103,8 @@ class ShardedWorker(Worker):
         """One step; see the file's head."""
         replica = self.replica
         loss, count = replica.gradients(batch)
+        if replica.watching:
+            agree_on_unused(replica, self.comm)
         weight = weight_of(loss, count)
         try:
             bounds = [group.reduce_scatter(piece.grad, weight=weight) for piece, group in self._pieces]
@@ -134,9 +137,14 @@ class ReplicatedWorker(Worker):
 
         try:
             if self._overlap:
-                loss, _ = replica.gradients(batch, ready=exchange)
+                with self.comm.counting("buckets"):
+                    loss, _ = replica.gradients(batch, ready=exchange)
+                self._count_pieces()
             else:
                 loss, count = replica.gradients(batch)
+            if replica.watching:
+                agree_on_unused(replica, self.comm)
+            if not self._overlap:
                 for i, piece in enumerate(replica.pieces):
                     exchange(i, 0, piece.grad.numel(), loss, count)
             for work in works:
@@ -149,3 +157,12 @@ class ReplicatedWorker(Worker):
         for piece, (lo, hi) in zip(replica.pieces, bounds, strict=True):
             replica.apply(piece, lo, hi)
         return loss
+
+    def _count_pieces(self) -> None:
+        """Payload is what the plan declares, one all-reduce a piece; in how many buckets it left is counted apart."""
+        comm = self.comm
+        tally = comm.counters.tallies[comm.context.purpose]["all_reduce"]
+        for piece, group in zip(self.replica.pieces, self._groups, strict=True):
+            tally.calls += 1
+            tally.messages += 2 * (group.size - 1)
+            tally.sent_B += reference_B("all_reduce", piece.grad.nbytes, group.size)

@@ -1,10 +1,11 @@
-"""What partition and consistency have in common: types only.
+"""What partition and consistency have in common: types, and how a tensor of any dtype is carried.
 
 A *partition* makes a `Replica` (where the network is cut); a *consistency* strategy gets a replica and a communicator
 and makes a `Worker` (when replicas agree). They never see each other.
 """
 
 from manyhands.catalogue import Reference
+from manyhands.contract.carrying import carried, put_down
 from manyhands.contract.measurement import Measurement, Spread, StepParts
 from manyhands.contract.replica import Batch, Piece, Ready, Replica, StateSlice
 from manyhands.contract.strategy import Parameters, Setting, Strategy, Traffic, Worker
@@ -24,4 +25,6 @@ __all__ = [
     "Strategy",
     "Traffic",
     "Worker",
+    "carried",
+    "put_down",
 ]

@@ -1,8 +1,8 @@
-"""What a strategy sees of a worker's model and optimizer: a sequence of pieces, and three verbs on them."""
+"""What a strategy sees of a worker's model and optimizer: a sequence of pieces, and a few verbs on them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -57,16 +57,21 @@ class Replica(Protocol):
     """A worker's model and optimizer, whole or cut. Made by ``partition``; all compute goes through it."""
 
     pieces: list[Piece]
-    #: The model's buffers (BatchNorm statistics and the like), in the order of ``named_buffers``.
-    buffers: list[Tensor]
+    #: Whether there may be parameters that no worker's backward has reached so far; see `reached`.
+    watching: bool
     #: Global-norm limit of the task, or None.
     clip: float | None
     #: Time spent so far in `gradients` and in `apply`.
     compute_s: float
     update_s: float
 
+    @property
+    def buffers(self) -> list[Tensor]:
+        """The model's buffers (BatchNorm statistics and the like) as they are now, in ``named_buffers``' order."""
+        ...
+
     def gradients(self, batch: Batch, ready: Ready | None = None) -> tuple[Tensor, float]:
-        """Forward and backward over one share; the gradients lie in the pieces, overwriting what was there.
+        """Forward and backward over one share; the gradients lie in the pieces, overwriting what was there. Local.
 
         Returns ``(loss, count)``: the local mean loss (0-dim, detached) and the weight with which loss and gradient
         enter the mean over workers (samples, or what the loss counted). A loss that is a *sum* over samples has count
@@ -78,8 +83,28 @@ class Replica(Protocol):
         """
         ...
 
+    def reached(self) -> dict[int, Tensor]:
+        """By piece, for those that are not settled: a number per parameter, 1 where a backward has reached it.
+
+        torch leaves a parameter alone that never had a gradient. What this worker's own backward did not reach is left
+        out of `apply` and `norm`; workers that must update alike add these vectors over the ranks that hold the piece
+        and `settle` the sums, after `gradients` and while `watching`.
+        """
+        ...
+
+    def settle(self, reached: Mapping[int, Tensor]) -> None:
+        """What is 0 in a `reached` (or a sum of them) stays as it is; a piece without a 0 is watched no longer."""
+        ...
+
     def apply(self, piece: Piece, lo: int, hi: int) -> None:
-        """Optimizer update of ``piece.flat[lo:hi]`` from ``piece.grad[lo:hi]``, L2 term included (once)."""
+        """Optimizer update of ``piece.flat[lo:hi]`` from ``piece.grad[lo:hi]``, L2 term included (once).
+
+        Bounds may change from call to call; the optimizer's state follows, cut and joined where that can be done.
+        """
+        ...
+
+    def add_l2(self, bounds: Sequence[tuple[int, int]]) -> None:
+        """Add the loss's L2 term to ``pieces[i].grad[lo:hi]`` now, so that `norm` sees it; `apply` then does not."""
         ...
 
     def norm(self, bounds: Sequence[tuple[int, int]]) -> Tensor:

@@ -95,7 +95,7 @@ class Worker(ABC):
     def step(self, batch: Batch) -> Tensor:
         """One training step on this worker's share; returns the local loss (0-dim). May communicate.
 
-        Calls ``replica.gradients`` exactly once.
+        Calls ``replica.gradients`` exactly once; workers that update alike settle what it has reached.
         """
 
     def consensus(self) -> Parameters:

@@ -5,6 +5,9 @@ parameters become views, so backward writes each gradient where the exchange nee
 parameters: a convolution in channels-last memory stays so.
 
 Cost beyond the model: nothing; parameters in common memory exist once for all workers.
+
+A gradient that something puts in the place of its view would be computed and never used, so it is refused: at once in
+the first steps, which are watched, later within as many steps as there are parameters.
 """
 
 from __future__ import annotations
@@ -13,17 +16,18 @@ import contextlib
 import itertools
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from manyhands.communication.communicator import Communicator
-from manyhands.contract import Batch, Piece, Ready, StateSlice
+from manyhands.contract import Batch, Piece, Ready, StateSlice, carried, put_down
+from manyhands.errors import BadInput
 from manyhands.partition.backward import backward
 from manyhands.partition.buckets import Announcer
-from manyhands.partition.update import SliceUpdate, Span, strides_of
+from manyhands.partition.update import LOST, SliceUpdate, Span, strides_of
 
 log = logging.getLogger(__name__)
 
@@ -37,8 +41,11 @@ class DataReplica:
     """A whole model with its optimizer, its parameters in ``comm``'s symmetric memory.
 
     ``common=True``: one copy of the parameters may serve all workers (the strategy keeps them equal). Collective:
-    every worker starts with rank 0's parameters and buffers. ``shares``: into how many a batch is divided (default: one
-    a worker), by which a sum over samples is scaled.
+    every worker starts with rank 0's parameters and buffers. ``shares``: into how many a batch is divided (default: the
+    mesh's data axis), by which a sum over samples is scaled.
+
+    Trainable parameters that the optimizer does not have stay as they are, and their gradients are dropped. A buffer
+    whose elements share memory (``expand``) becomes a copy of its own, since nobody can write to it.
     """
 
     def __init__(
@@ -58,9 +65,9 @@ class DataReplica:
         self.clip = clip
         self.compute_s = self.update_s = 0.0
         self.pieces: list[Piece] = []
-        self.buffers: list[Tensor] = list(model.buffers())
+        self.watching = True
         self._comm = comm
-        self._shares = comm.size if shares is None else shares
+        self._shares = comm.mesh["data"] if shares is None else shares
         self._micro_batches = micro_batches
         self._l2 = float(getattr(loss, "l2", 0.0))
         self._decayed = False  # this step's gradients hold the L2 term already
@@ -68,27 +75,44 @@ class DataReplica:
         self._groups: list[int] = []
         self._updates: dict[tuple[int, int, int], SliceUpdate] = {}
         self._saved_state: Sequence[StateSlice] = ()
+        self._lost: set[tuple[str, str]] = set()  # optimizer state that no checkpoint can hold, named once
         self._index: dict[int, int] = {}
-        self._all_in_use = False
-        self._in_use: set[str] = set()  # parameters that some worker's backward has reached; the same on all
+        self._in_use: set[str] = set()  # parameters that a backward has reached, here or (once settled) anywhere
+        self._unsettled: set[int] = set()  # pieces in which there may be others
+        self._warned = False
+        self._left_out: list[torch.nn.Parameter] = []
         self._announcer: Announcer | None = None
         self._autocast: Callable[[], Any] = lambda: _NOTHING
         if precision == "bfloat16":
             device = next((p.device.type for p in model.parameters()), "cpu")
             self._autocast = lambda: torch.autocast(device, dtype=torch.bfloat16)
+        _separate_elements(model)
+        self._buffers = _places_of_buffers(model)
         self._lay_out(common)
+        self._start_alike()
+        if not self.pieces:
+            raise BadInput("The optimizer has no trainable parameter; there is nothing to learn.")
+        self._views = [(s.parameter, s.parameter.grad) for group in self._spans for s in group]
+        self._turns = itertools.cycle(self._views)
+
+    @property
+    def buffers(self) -> list[Tensor]:
+        """See `contract.Replica.buffers`: a forward may have put other tensors in their places."""
+        if not self._buffers:
+            return []
+        return [b for place, name in self._buffers if (b := place.get(name)) is not None]
 
     def _lay_out(self, common: bool) -> None:
         names = {id(p): name for name, p in self.model.named_parameters()}
-        chunks: dict[tuple[int, torch.dtype], list[torch.nn.Parameter]] = {}
+        chunks: dict[tuple[int, torch.dtype, torch.device], list[torch.nn.Parameter]] = {}
         for g, group in enumerate(self.optimizer.param_groups):
             for p in group["params"]:
                 if p.requires_grad:
-                    chunks.setdefault((g, p.dtype), []).append(p)
-        for (g, dtype), parameters in chunks.items():
+                    chunks.setdefault((g, p.dtype, p.device), []).append(p)
+        for (g, dtype, device), parameters in chunks.items():
             numel = sum(p.numel() for p in parameters)
-            flat = self._comm.allocate(numel, dtype, common=common)
-            grad = self._comm.allocate(numel, dtype)
+            flat = self._allocate(numel, dtype, device, common=common)
+            grad = self._allocate(numel, dtype, device, common=False)
             spans: list[Span] = []
             at = 0
             writes = self._comm.rank == 0 or not self._comm.is_common(flat)
@@ -103,15 +127,37 @@ class DataReplica:
                 at += p.numel()
             self._comm.broadcast(flat).wait()
             self._index[id(flat)] = len(self.pieces)
+            self._unsettled.add(len(self.pieces))
             self.pieces.append(Piece(flat, grad, frozenset({"data"}), name=f"group{g}.{str(dtype)[6:]}"))
             self._spans.append(spans)
             self._groups.append(g)
-        frozen = [p.data for p in self.model.parameters() if not p.requires_grad]
-        for tensor in itertools.chain(frozen, self.buffers):
-            # Whole numbers and truth values of every width travel as int64, which all transports move.
-            carried = tensor.contiguous() if tensor.dtype.is_floating_point else tensor.to(torch.int64).contiguous()
-            self._comm.broadcast(carried).wait()
-            tensor.copy_(carried)
+
+    def _allocate(self, numel: int, dtype: torch.dtype, device: torch.device, *, common: bool) -> Tensor:
+        """Memory that collectives work on, where the model is."""
+        memory = self._comm.allocate(numel, dtype, common=common)
+        if memory.device == device:
+            return memory
+        if self._comm.size > 1 and self._comm.transport != "gloo":  # which carries it through the host's memory
+            raise BadInput(
+                f"A model on {device} with transport={self._comm.transport}: its workers exchange what lies on "
+                f"{memory.device}. Use device=cpu, or transport=nccl for CUDA devices."
+            )
+        return torch.zeros(numel, dtype=dtype, device=device)
+
+    def _start_alike(self) -> None:
+        """What lies in no piece becomes rank 0's, too: frozen parameters, those nobody updates, and buffers."""
+        laid = {id(s.parameter) for group in self._spans for s in group}
+        others = [(name, p) for name, p in self.model.named_parameters() if id(p) not in laid]
+        self._left_out = [p for _, p in others if p.requires_grad]
+        if self._left_out and self._comm.rank == 0:
+            names = ", ".join(name for name, p in others if p.requires_grad)
+            log.warning("trainable parameters that the optimizer does not have stay as they are: %s", names)
+        if self._comm.size == 1:
+            return
+        for name, tensor in itertools.chain(others, self.model.named_buffers()):
+            shared = carried(tensor, f"{type(self.model).__name__}'s {name}")
+            self._comm.broadcast(shared).wait()
+            tensor.data.copy_(put_down(shared, tensor))
 
     # -- gradients -------------------------------------------------------------------------------------------------
 
@@ -121,13 +167,18 @@ class DataReplica:
         for piece in self.pieces:
             piece.grad.zero_()
         self._decayed = False
+        parameter, grad = next(self._turns)
+        if parameter.grad is not grad:
+            self._refuse_replaced(parameter)
+        if self._left_out:
+            for parameter in self._left_out:
+                parameter.grad = None
         announcer = None
         if ready is not None:
             announcer = self._announcer = self._announcer or Announcer(self.pieces, self._spans)
             announcer.begin(ready)
-        with _NOTHING if self._all_in_use else self._watch_for_unused():
+        with self._watch() if self.watching else _NOTHING:
             loss, count = self._passes(batch, _nothing if announcer is None else announcer.last_pass)
-            # Before the watch asks around: collectives match by order, also where a share reaches no parameter.
             if announcer is not None:
                 announcer.finish(loss, count)
         self.compute_s += time.perf_counter() - t0
@@ -189,28 +240,56 @@ class DataReplica:
         return total * self._shares if self._shares > 1 else total
 
     @contextlib.contextmanager
-    def _watch_for_unused(self) -> Iterator[None]:
-        """Find the parameters that no worker's backward has reached so far; in every step while there are any."""
-        spans = [s for group in self._spans for s in group]
-        reached: set[str] = set()
+    def _watch(self) -> Iterator[None]:
+        """Find the parameters that no backward has reached so far, and gradients that lie where no exchange finds them.
+
+        In every step while there are unused parameters.
+        """
         watch: Callable[[Span], Any] = lambda s: s.parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]  # noqa: E731
-            lambda _: reached.add(s.name)
+            lambda _: self._in_use.add(s.name)
         )
+        spans = [s for group in self._spans for s in group]
         hooks = [watch(s) for s in spans]
-        yield
-        for hook in hooks:
-            hook.remove()
-        seen = torch.tensor([float(s.name in reached or s.name in self._in_use) for s in spans])
-        with self._comm.counting("control"):
-            self._comm.all_reduce(seen).wait()
-        for s, workers in zip(spans, seen.tolist(), strict=True):
-            s.unused = workers == 0
-        unused = [s.name for s in spans if s.unused]
-        first = not self._in_use
-        self._in_use.update(s.name for s in spans if not s.unused)
-        self._all_in_use = not unused
-        if unused and first and self._comm.rank == 0:
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for s, (parameter, view) in zip(spans, self._views, strict=True):
+            if parameter.grad is not view:
+                self._refuse_replaced(parameter)
+            s.unused = s.name not in self._in_use
+        self._buffers = _places_of_buffers(self.model)  # a first forward may have made some
+
+    def _refuse_replaced(self, parameter: Tensor) -> None:
+        name = next(s.name for group in self._spans for s in group if s.parameter is parameter)
+        raise BadInput(
+            f"Parameter {name} has another gradient than the view it was given: something replaced its .grad, "
+            "such as zero_grad() in a forward or a hook that sets it to None. Gradients are added into one vector, "
+            "which every step sets to zero by itself. Leave .grad in place."
+        )
+
+    def reached(self) -> dict[int, Tensor]:
+        """See `contract.Replica.reached`."""
+        return {
+            i: torch.tensor([float(s.name in self._in_use) for s in self._spans[i]]) for i in sorted(self._unsettled)
+        }
+
+    def settle(self, reached: Mapping[int, Tensor]) -> None:
+        """See `contract.Replica.settle`."""
+        unused = []
+        for i, seen in reached.items():
+            for s, workers in zip(self._spans[i], seen.tolist(), strict=True):
+                s.unused = workers == 0
+            self._in_use.update(s.name for s in self._spans[i] if not s.unused)
+            names = [s.name for s in self._spans[i] if s.unused]
+            if not names:
+                self._unsettled.discard(i)
+            unused += names
+        self.watching = bool(self._unsettled)
+        if unused and not self._warned and self._comm.rank == 0:
             log.warning("parameters that no worker's loss depends on stay as they are: %s", ", ".join(unused))
+        self._warned = True
 
     # -- update ----------------------------------------------------------------------------------------------------
 
@@ -221,7 +300,7 @@ class DataReplica:
         t0 = time.perf_counter()
         i = self._index[id(piece.flat)]
         if self._l2 and not self._decayed:
-            piece.grad[lo:hi].add_(piece.flat[lo:hi], alpha=self._l2)
+            self._add_l2(i, lo, hi)
         self._update(i, lo, hi)()
         self.update_s += time.perf_counter() - t0
 
@@ -229,38 +308,95 @@ class DataReplica:
         try:
             return self._updates[i, lo, hi]
         except KeyError:
-            update = SliceUpdate(self.optimizer, self._groups[i], self.pieces[i], self._spans[i], lo, hi)
-            update.load(self._saved_state)
-            self._updates[i, lo, hi] = update
-            return update
+            return self._carve(i, lo, hi)
+
+    def _make(self, i: int, lo: int, hi: int) -> SliceUpdate:
+        return SliceUpdate(self.optimizer, self._groups[i], self.pieces[i], self._spans[i], lo, hi)
+
+    def _carve(self, i: int, lo: int, hi: int) -> SliceUpdate:
+        """An update for new bounds. State of older ones that overlap moves into it; what they keep becomes their own.
+
+        Raises where the state of a parameter's elements cannot go on as one: some of them have had updates here and
+        others have not (or another number of them), which no strategy means to do.
+        """
+        update = self._make(i, lo, hi)
+        update.load(self._saved_state)
+        old = {at: u for at, u in self._updates.items() if at[0] == i and at[1] < hi and lo < at[2]}
+        states = {at: u.state() for at, u in old.items()}
+        self._check_joins(i, lo, hi, list(old), [s for state in states.values() for s in state])
+        for (_, a, b), state in states.items():
+            update.load(state)
+            del self._updates[i, a, b]
+            for rest in ((a, lo), (hi, b)):
+                if rest[0] < rest[1]:
+                    kept = self._updates[i, rest[0], rest[1]] = self._make(i, *rest)
+                    kept.load(state)
+        self._updates[i, lo, hi] = update
+        return update
+
+    def _check_joins(
+        self, i: int, lo: int, hi: int, old: Sequence[tuple[int, int, int]], state: Sequence[StateSlice]
+    ) -> None:
+        whole: dict[tuple[str, str], Tensor] = {}
+        keeps = {s.parameter for s in state if s.lo >= 0}
+        for s in self._spans[i]:
+            start, stop = s.within(lo, hi)
+            updated = sum(max(0, min(stop, b) - max(start, a)) for _, a, b in old)
+            assert s.name not in keeps or updated in (0, stop - start) or start >= stop, (
+                f"{s.name}: elements with optimizer state and elements without are to be updated as one slice"
+            )
+        for part in state:
+            if part.lo == -1:
+                first = whole.setdefault((part.parameter, part.key), part.values)
+                assert torch.equal(first, part.values), (
+                    f"{part.parameter}: slices of unlike {part.key} cannot be joined"
+                )
+
+    def add_l2(self, bounds: Sequence[tuple[int, int]]) -> None:
+        """See `contract.Replica.add_l2`."""
+        if self._l2 and not self._decayed:
+            for i, (lo, hi) in enumerate(bounds):
+                self._add_l2(i, lo, hi)
+            self._decayed = True
+
+    def _add_l2(self, i: int, lo: int, hi: int) -> None:
+        piece = self.pieces[i]
+        # What no update touches has no part in the norm either.
+        runs = [s.within(lo, hi) for s in self._spans[i] if not s.unused] if self.watching else [(lo, hi)]
+        for start, stop in runs:
+            if start < stop:
+                piece.grad[start:stop].add_(piece.flat[start:stop], alpha=self._l2)
 
     def norm(self, bounds: Sequence[tuple[int, int]]) -> Tensor:
         """See `contract.Replica.norm`."""
-        if self._l2 and not self._decayed:  # the norm is that of the whole objective's gradient
-            for piece, (lo, hi) in zip(self.pieces, bounds, strict=True):
-                piece.grad[lo:hi].add_(piece.flat[lo:hi], alpha=self._l2)
-            self._decayed = True
         parts: dict[int, Tensor] = {}
         for piece, spans, (lo, hi) in zip(self.pieces, self._spans, bounds, strict=True):
             for s in spans:
                 start, stop = s.within(lo, hi)
                 # torch leaves out what has no gradient; one zero more would round the sum of squares otherwise.
-                if start < stop and not (s.unused and not bool(piece.grad[start:stop].any())):
+                if start < stop and not s.unused:
                     whole = s.parameter.grad if (start, stop) == (s.start, s.stop) else None
                     parts[id(s.parameter)] = piece.grad[start:stop] if whole is None else whole
-        ordered = [parts[id(p)] for p in self.model.parameters() if id(p) in parts]
+        ordered = [parts.pop(id(p)) for p in self.model.parameters() if id(p) in parts]
+        ordered += parts.values()  # of the optimizer's parameters those that are not the model's, such as a loss's
         return torch.nn.utils.get_total_norm(ordered) if ordered else torch.zeros(())
 
     def optimizer_state(self) -> list[StateSlice]:
         """See `contract.Replica.optimizer_state`."""
-        return [x for update in self._updates.values() for x in update.state()]
+        state = [x for update in self._updates.values() for x in update.state()]
+        lost = {(s.parameter, s.key.removesuffix(LOST)) for s in state if s.key.endswith(LOST)} - self._lost
+        if lost:
+            self._lost |= lost
+            said = ", ".join(f"{key} of {parameter}" for parameter, key in sorted(lost))
+            log.warning("no checkpoint of this run can be taken up: it cannot hold the optimizer's %s", said)
+        return state
 
     def load_optimizer_state(self, state: Sequence[StateSlice]) -> None:
         """See `contract.Replica.load_optimizer_state`."""
         self._saved_state = tuple(state)
         self._updates.clear()
         if state:
-            self._all_in_use = False
+            self.watching, self._unsettled = True, set(range(len(self.pieces)))
             self._in_use = {s.parameter for s in state}
 
     # -- the model, for evaluation and export ----------------------------------------------------------------------
@@ -268,21 +404,50 @@ class DataReplica:
     @contextlib.contextmanager
     def using(self, parameters: Sequence[Tensor], buffers: Sequence[Tensor] = ()) -> Any:
         """The model with other parameters (a consensus) and buffers for a while; this worker's own come back."""
+        mine = self.buffers
+        places = [(place, name, place.get(name)) for place, name in self._buffers]
         pairs = [
-            (mine, other)
-            for mine, other in zip(
-                [*(p.flat for p in self.pieces), *self.buffers], [*parameters, *(buffers or self.buffers)], strict=True
+            (own, other)
+            for own, other in zip(
+                [*(p.flat for p in self.pieces), *mine], [*parameters, *(buffers or mine)], strict=True
             )
-            if mine.data_ptr() != other.data_ptr()
+            if own.data_ptr() != other.data_ptr()
         ]
-        kept = [mine.clone() for mine, _ in pairs]
-        for mine, other in pairs:
-            mine.copy_(other)
+        kept = [own.detach().clone() for own, _ in pairs]
+        with torch.no_grad():
+            for own, other in pairs:
+                own.copy_(other)
         try:
             yield self.model
         finally:
-            for (mine, _), own in zip(pairs, kept, strict=True):
-                mine.copy_(own)
+            for place, name, tensor in places:
+                place[name] = tensor
+            with torch.no_grad():
+                for (own, _), value in zip(pairs, kept, strict=True):
+                    own.copy_(value)
+
+
+def _places_of_buffers(model: torch.nn.Module) -> list[tuple[dict[str, Any], str]]:
+    """Where the model's buffers are found, in ``named_buffers``' order."""
+    seen: set[int] = set()
+    result = []
+    for module in model.modules():
+        for name, b in module._buffers.items():
+            if b is not None and id(b) not in seen:
+                seen.add(id(b))
+                result.append((module._buffers, name))
+    return result
+
+
+def _separate_elements(model: torch.nn.Module) -> None:
+    """Buffers made by ``expand`` become contiguous copies: nothing could be written to them, average or restored."""
+    made: dict[int, Tensor] = {}
+    for module in model.modules():
+        for name, b in module._buffers.items():
+            if b is None or b.layout is not torch.strided:
+                continue
+            if any(st == 0 and n > 1 for st, n in zip(b.stride(), b.shape, strict=True)):
+                module._buffers[name] = made.setdefault(id(b), b.contiguous())
 
 
 def _nothing(loss: Tensor, count: float) -> None:

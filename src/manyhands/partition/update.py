@@ -15,8 +15,9 @@ A parameter whose gradient nobody has computed so far is skipped, as torch skips
 from __future__ import annotations
 
 import copy
+import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,10 @@ import torch
 from torch import Tensor
 
 from manyhands.contract import Piece, StateSlice
+from manyhands.errors import BadInput
+
+#: Ends of keys: a value as JSON (its tensors follow, numbered), one that cannot be stored, a number of an older file.
+PACKED, LOST, _NUMBER = ":packed", ":lost", ":number"
 
 
 @dataclass(eq=False)
@@ -168,10 +173,10 @@ class SliceUpdate:
                 if isinstance(value, Tensor) and value.shape == part.shape and value.dim() > 0:
                     values = _in_memory_order(value, part)
                     result.append(StateSlice(s.name, key, start - s.start, stop - s.start, values))
-                elif isinstance(value, Tensor):
+                elif isinstance(value, Tensor) and value.dim() == 0:
                     result.append(StateSlice(s.name, key, -1, -1, value))
-                elif isinstance(value, bool | int | float):
-                    result.append(StateSlice(s.name, f"{key}:number", -1, -1, torch.tensor(value, dtype=torch.float64)))
+                else:
+                    result.extend(StateSlice(s.name, k, -1, -1, x) for k, x in _packed(key, value).items())
         return result
 
     def load(self, state: Sequence[StateSlice]) -> None:
@@ -183,19 +188,33 @@ class SliceUpdate:
             start, stop = s.within(self.lo, self.hi)
             if by_name[s.name]:
                 s.unused = False
+            packed = {saved.key: saved.values for saved in by_name[s.name]}
             for saved in by_name[s.name]:
-                if saved.lo == -1:
+                if saved.key.endswith(LOST):
+                    raise BadInput(
+                        f"The optimizer's {saved.key.removesuffix(LOST)} of parameter {s.name} could not be stored, so "
+                        "that an exact resume is not possible. State of tensors, numbers, text, lists, tuples and "
+                        "dicts can be."
+                    )
+                if saved.lo == -1 or PACKED in saved.key:
                     if not self._plain:
-                        assert self._clone is not None
-                        key, number = saved.key.removesuffix(":number"), saved.key.endswith(":number")
-                        value = saved.values.item() if number else saved.values.clone()
-                        self._clone.state[self._parts[i]][key] = value
+                        self._load_whole(i, saved.key, packed)
                     continue
                 lo, hi = max(start, s.start + saved.lo), min(stop, s.start + saved.hi)
                 if lo >= hi:
                     continue
                 values = saved.values.reshape(-1)[lo - s.start - saved.lo : hi - s.start - saved.lo]
                 self._load_values(i, s, saved.key, lo - start, hi - start, values)
+
+    def _load_whole(self, i: int, key: str, values: Mapping[str, Tensor]) -> None:
+        assert self._clone is not None
+        state = self._clone.state[self._parts[i]]
+        if key.endswith(PACKED):
+            state[key.removesuffix(PACKED)] = _unpacked(key, values, self._parts[i].device)
+        elif key.endswith(_NUMBER):
+            state[key.removesuffix(_NUMBER)] = values[key].item()
+        elif PACKED not in key:
+            state[key] = values[key].clone()
 
     def _load_values(self, i: int, s: Span, key: str, lo: int, hi: int, values: Tensor) -> None:
         start, _ = s.within(self.lo, self.hi)
@@ -211,6 +230,50 @@ class SliceUpdate:
         if key not in state:
             state[key] = torch.zeros_like(part, dtype=values.dtype, memory_format=torch.preserve_format)
         _in_memory_order(state[key], part)[lo:hi] = values
+
+
+def _packed(key: str, value: Any) -> dict[str, Tensor]:
+    """A state that is no tensor of its parameter's shape (numbers, LBFGS's lists of steps) as tensors by key."""
+    tensors: list[Tensor] = []
+    try:
+        text = json.dumps(_jsonable(value, tensors)).encode()
+    except (TypeError, RecursionError):
+        return {f"{key}{LOST}": torch.ones(())}
+    return {
+        f"{key}{PACKED}": torch.frombuffer(bytearray(text), dtype=torch.uint8),
+        **{f"{key}{PACKED}.{n}": x for n, x in enumerate(tensors)},
+    }
+
+
+def _jsonable(value: Any, tensors: list[Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        tensors.append(value)
+        return {"tensor": len(tensors) - 1}
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if type(value) is list:
+        return [_jsonable(v, tensors) for v in value]
+    if type(value) is tuple:
+        return {"tuple": [_jsonable(v, tensors) for v in value]}
+    if type(value) is dict and all(type(k) in (bool, int, float, str) or k is None for k in value):
+        return {"dict": [[k, _jsonable(v, tensors)] for k, v in value.items()]}
+    raise TypeError(type(value).__name__)
+
+
+def _unpacked(key: str, values: Mapping[str, Tensor], device: torch.device) -> Any:
+    def made(value: Any) -> Any:
+        if isinstance(value, list):
+            return [made(v) for v in value]
+        if not isinstance(value, dict):
+            return value
+        if "tensor" in value:
+            x = values[f"{key}.{value['tensor']}"].clone()
+            return x.to(device) if x.dim() else x
+        if "tuple" in value:
+            return tuple(made(v) for v in value["tuple"])
+        return {k: made(v) for k, v in value["dict"]}
+
+    return made(json.loads(bytes(values[key].tolist())))
 
 
 def _no_closure() -> Any:
@@ -247,7 +310,7 @@ def _in_memory_order(value: Tensor, like: Tensor) -> Tensor:
     """``value`` as one dim in the memory order of ``like``; a view where their strides agree."""
     if value.stride() == like.stride():
         return value.as_strided((value.numel(),), (1,), value.storage_offset())
-    flat = torch.empty(value.numel(), dtype=value.dtype)
+    flat = torch.empty(value.numel(), dtype=value.dtype, device=value.device)
     flat.as_strided(like.shape, strides_of(like)).copy_(value)
     return flat
 
@@ -256,7 +319,7 @@ def _cut(value: Any, span: Span, start: int, stop: int, part: Tensor) -> Any:
     """The part of an optimizer's initial state (Adagrad has one) that belongs to a slice of its parameter."""
     if not isinstance(value, Tensor) or value.shape != span.parameter.shape or value.dim() == 0:
         return copy.copy(value) if not isinstance(value, Tensor) else value.clone()
-    flat = torch.empty(value.numel(), dtype=value.dtype)
+    flat = torch.empty(value.numel(), dtype=value.dtype, device=value.device)
     flat.as_strided(value.shape, strides_of(span.parameter)).copy_(value)
     piece = flat[start - span.start : stop - span.start].clone()
     return _shaped(piece, span.parameter) if part.shape == span.parameter.shape else piece
