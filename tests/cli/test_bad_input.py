@@ -85,7 +85,7 @@ SAID = {
     (*SMALL, "--threads", "-1"): "threads=-1",
     (*SMALL, "--micro-batches", "0"): "micro_batches=0",
     (*SMALL, "--timeout", "0"): "timeout_s=0.0",
-    (*SMALL, "--evaluate", "always"): "epoch, end or never",
+    (*SMALL, "--evaluate", "always"): "it is epoch, end, never, or",
     (*SMALL, "--checkpoint-steps", "0"): "checkpoint_steps=0",
     (*SMALL, "--keep", "0"): "keep=0",
     (*SMALL, "--resume"): "resume without out",

@@ -31,8 +31,10 @@ def study(grid=None, **fields):
     return Study(**{"name": "test", "task": TINY, "plan": {"threads": 1}, "grids": grids, "repeats": 2, **fields})
 
 
-def cell(strategy="synchronous", workers=1, factors=("plan.strategy", "plan.workers"), task=None, **plan):
-    return Cell({**TINY, **(task or {})}, {"strategy": strategy, "workers": workers, **plan}, factors)
+def cell(
+    strategy="synchronous", workers=1, factors=("plan.strategy", "plan.workers"), task=None, measure="train", **plan
+):
+    return Cell({**TINY, **(task or {})}, {"strategy": strategy, "workers": workers, **plan}, factors, measure)
 
 
 def measurement(workers=1, step_s=0.010, **fields):
@@ -84,6 +86,15 @@ def row(of, repeat=1, measured=None, *, status="done", cores=2, threads=1, reaso
         load_average=load,
         reason=reason,
         measurement=done if status == "done" else None,
+    )
+
+
+def noise_row(of, repeat=1, **fields):
+    """The row of a cell that measures its update's noise."""
+    noise = {"batch": 50, "workers": of.plan["workers"], "draws": 64, "parameters": 650, "variance": 0.4, **fields}
+    done = row(of, repeat)
+    return dataclasses.replace(
+        done, measure="noise", noise={"mean_square": 0.5, "square_of_mean": 0.1, **noise}, measurement=None
     )
 
 

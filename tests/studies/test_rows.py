@@ -6,9 +6,9 @@ import sqlite3
 
 import pytest
 
-from manyhands.errors import BadInput
+from manyhands.errors import BadInput, ManyhandsError
 from manyhands.studies.rows import LINES, ROWS, STUDY, Rows, read
-from tests.studies.made import cell, measurement, row, study
+from tests.studies.made import cell, measurement, noise_row, row, study
 
 ONE, TWO = cell(workers=1), cell(workers=2)
 
@@ -19,6 +19,8 @@ def test_rows_read_back_as_they_were(tmp_path):
         row(TWO, repeat=2, measured=measurement(2, test_accuracy=None, train_loss=None)),
         row(TWO, status="refused", reason="it cannot be"),
         dataclasses.replace(row(ONE, repeat=2, status="failed", reason="it broke"), traceback="Traceback …"),
+        dataclasses.replace(row(ONE, repeat=3), disturbance=1.75, noisy=True, attempts=2, history=[{"train_s": 0.5}]),
+        noise_row(cell(measure="noise")),
     ]
     with Rows(tmp_path, study()) as rows:
         for one in written:
@@ -66,15 +68,6 @@ def test_a_second_writer_is_refused_and_told_who_writes(tmp_path):
     Rows(tmp_path, study()).close()
 
 
-def test_a_run_begins_in_an_empty_folder_and_leaves_its_neighbours(tmp_path):
-    with Rows(tmp_path, study()) as rows:
-        for repeat in (1, 2):
-            rows.run_folder(ONE, repeat).mkdir(parents=True)
-            (rows.run_folder(ONE, 3).parent / str(repeat) / "left").mkdir(parents=True)
-        assert not rows.run_folder(ONE, 2).exists()
-        assert (rows.run_folder(ONE, 2).parent / "1" / "left").exists()
-
-
 @pytest.mark.parametrize("content", [b"not a database at all" * 100, None])
 def test_a_foreign_file_is_refused(tmp_path, content):
     if content is None:
@@ -89,6 +82,48 @@ def test_a_foreign_file_is_refused(tmp_path, content):
         read(tmp_path)
     (tmp_path / ROWS).unlink()
     Rows(tmp_path, study()).close()  # the refusal let go of the folder
+
+
+def test_rows_of_another_version_are_refused_and_left_as_they_are(tmp_path):
+    Rows(tmp_path, study()).close()
+    with sqlite3.connect(tmp_path / ROWS) as db:
+        db.execute("PRAGMA user_version = 1")
+    db.close()
+    before = (tmp_path / ROWS).read_bytes()
+    for opening in (lambda: Rows(tmp_path, study()), lambda: read(tmp_path)):
+        with pytest.raises(
+            BadInput, match=r"another version of manyhands \(form 1, this is 2\).*Choose another folder"
+        ):
+            opening()
+    assert (tmp_path / ROWS).read_bytes() == before
+
+
+def test_on_a_full_disk_the_rows_so_far_are_kept(tmp_path):
+    with Rows(tmp_path, study()) as rows:
+        rows.add(row(ONE))
+        # sqlite's own limit answers as a full disk does
+        rows._db.execute(f"PRAGMA max_page_count = {rows._db.execute('PRAGMA page_count').fetchone()[0]}")
+        with pytest.raises(ManyhandsError, match=r"full.*rows so far are kept; free some space and go on with out="):
+            rows.add(dataclasses.replace(row(TWO), traceback="x" * 100_000))
+    assert read(tmp_path) == [row(ONE)]
+    with Rows(tmp_path, study()) as rows:
+        rows.add(row(TWO))
+    assert read(tmp_path) == [row(ONE), row(TWO)]
+
+
+def test_a_disk_that_fills_up_before_the_line_keeps_the_row(tmp_path, monkeypatch):
+    with Rows(tmp_path, study()) as rows:
+
+        def full(*_, **__):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr("builtins.open", full)
+        with pytest.raises(ManyhandsError, match="No space left"):
+            rows.add(row(ONE))
+        monkeypatch.undo()
+    assert read(tmp_path) == [row(ONE)]
+    Rows(tmp_path, study()).close()
+    assert len((tmp_path / LINES).read_text().splitlines()) == 1
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path):

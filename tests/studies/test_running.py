@@ -8,10 +8,12 @@ import pytest
 from rich.console import Console
 
 from manyhands import studies, verbs
-from manyhands.errors import BadInput, WorkerFailed
-from manyhands.studies.grid import Cell, find
-from manyhands.studies.reporting import report
-from manyhands.studies.rows import read
+from manyhands.errors import BadInput, ManyhandsError, WorkerFailed
+from manyhands.studies import calibration
+from manyhands.studies.grid import Cell, Grid, Study, find
+from manyhands.studies.progress import TimeLeft
+from manyhands.studies.reporting import REPORT, report
+from manyhands.studies.rows import Rows, read
 from manyhands.studies.running import Rounds, order
 from tests.studies.made import TINY, measurement, study
 
@@ -28,13 +30,14 @@ def trained(monkeypatch):
     calls = Trained()
     calls.at = {}
 
-    def train(task, plan, *, out, **_):
-        calls.append((plan.strategy.name, plan.workers, out))
+    def train(task, plan, **_):
+        calls.append((plan.strategy.name, plan.workers))
         if len(calls) in calls.at:
             raise calls.at[len(calls)]
-        return verbs.Result(None, plan, measurement(plan.workers), [], out)
+        return verbs.Result(None, plan, measurement(plan.workers), [], None)
 
     monkeypatch.setattr(verbs, "train", train)
+    monkeypatch.setattr(calibration, "loop_s", lambda: 1.0)
     return calls
 
 
@@ -45,9 +48,8 @@ def test_repeats_take_turns():
 
 def test_rows_come_in_rounds(tmp_path, trained):
     result = studies.run(study(GRID), out=tmp_path)
-    assert [x[:2] for x in trained] == 2 * list(itertools.product(GRID["plan.strategy"], GRID["plan.workers"]))
+    assert trained == 2 * list(itertools.product(GRID["plan.strategy"], GRID["plan.workers"]))
     assert [row.repeat for row in result.rows] == [1, 1, 1, 1, 2, 2, 2, 2]
-    assert len({x[2] for x in trained}) == 8
     assert result.exit_code == 0
 
 
@@ -57,7 +59,7 @@ def test_a_study_that_was_ended_goes_on_where_it_was(tmp_path, trained, killed_a
     with pytest.raises(KeyboardInterrupt):
         studies.run(study(GRID), out=tmp_path)
     assert len(read(tmp_path)) == killed_at - 1
-    assert (tmp_path / "table.md").is_file()
+    assert (tmp_path / REPORT).is_file()
     trained.clear()
     trained.at = {}
     result = studies.run(study(GRID), out=tmp_path)
@@ -128,12 +130,56 @@ def test_what_is_left_out_for_time_is_said_and_can_be_had(tmp_path, trained, cap
     assert len(studies.run(hasty, out=tmp_path).rows) == 8
 
 
-def test_a_run_that_was_cut_leaves_nothing_in_the_way(tmp_path, trained):
-    one = study(repeats=1)
-    left = tmp_path / "runs" / one.cells()[0].id / "1" / "checkpoints"
-    left.mkdir(parents=True)
-    studies.run(one, out=tmp_path)
-    assert not left.exists()
+def test_again_runs_everything_anew_and_replaces_the_rows(tmp_path, trained):
+    first = studies.run(study(GRID, repeats=1), out=tmp_path)
+    trained.clear()
+    trained.at = {3: KeyboardInterrupt()}
+    with pytest.raises(KeyboardInterrupt):
+        studies.run(study(GRID, repeats=1), out=tmp_path, again=True)
+    assert len(read(tmp_path)) == 4  # an old row stays until its new one is there
+    trained.clear()
+    trained.at = {}
+    result = studies.run(study(GRID, repeats=1), out=tmp_path, again=True)
+    assert len(trained) == len(result.rows) == 4
+    assert [r.cell for r in result.rows] == [r.cell for r in first.rows]
+
+
+def test_a_task_takes_the_place_of_the_studys_own(tmp_path, trained):
+    one = study({"plan.workers": [1]}, repeats=1)
+    (row,) = studies.run(one, out=tmp_path, task={"steps": 7, "model": "perceptron"}).rows
+    assert row.task == {**{k: v for k, v in TINY.items() if k != "epochs"}, "model": "perceptron", "steps": 7}
+    assert find(tmp_path / "study.toml").task == row.task
+
+
+def test_a_disk_that_is_full_ends_the_study_and_it_goes_on_later(tmp_path, trained, monkeypatch):
+    add = Rows.add
+
+    def full(self, row):
+        if len(trained) == 3:
+            raise ManyhandsError("the study's folder cannot be written")
+        add(self, row)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Rows, "add", full)
+        with pytest.raises(ManyhandsError):
+            studies.run(study(GRID, repeats=1), out=tmp_path)
+    assert len(read(tmp_path)) == 2
+    trained.clear()
+    assert len(studies.run(study(GRID, repeats=1), out=tmp_path).rows) == 4
+    assert len(trained) == 2
+
+
+def test_a_noise_cell_measures_noise(tmp_path):
+    noise = Study("noise", TINY, {"threads": 1}, (Grid({"plan.workers": (1, 2)}, measure="noise"),), repeats=1)
+    result = studies.run(noise, out=tmp_path)
+    assert [row.status for row in result.rows] == ["done", "done"]
+    one, two = (row.noise for row in result.rows)
+    assert (one["workers"], two["workers"], two["batch"], two["parameters"]) == (1, 2, 50, 650)
+    assert one["variance"] == pytest.approx(two["variance"], rel=1e-5)
+    assert all(row.measurement is None and row.disturbance is None for row in result.rows)
+    assert result.exit_code == 0
+    json.dumps(result.as_dict())
+    assert report(tmp_path).rows == result.rows
 
 
 def test_without_a_folder_each_start_has_its_own(tmp_path, trained, monkeypatch):
@@ -151,10 +197,10 @@ def test_under_a_launcher_it_is_refused(tmp_path, monkeypatch):
 
 
 def test_a_note_about_a_plan_is_said_once(tmp_path, monkeypatch, caplog):
-    def train(task, plan, *, out, **_):
+    def train(task, plan, **_):
         for note in verbs.resolved(task, plan).notes:
             verbs.log.warning("%s", note)
-        return verbs.Result(None, plan, measurement(plan.workers), [], out)
+        return verbs.Result(None, plan, measurement(plan.workers), [], None)
 
     monkeypatch.setattr(verbs, "train", train)
     studies.run(study({"plan.workers": [64], "task.seed": [0, 1, 2]}), out=tmp_path)
@@ -176,6 +222,28 @@ def test_progress_names_what_runs(tmp_path, trained, terminal):
         assert "1 failed" in out.getvalue()
 
 
+def test_progress_tells_cells_apart_by_what_varies(tmp_path, trained):
+    grids = (Grid({"task.model": ("logistic", "perceptron"), "task.seed": (1,), "plan.workers": (1,)}, "speed"),)
+    out = io.StringIO()
+    one = Study("names", TINY, {"threads": 1}, grids, repeats=1)
+    studies.run(one, out=tmp_path, console=Console(file=out, width=120))
+    first, second = out.getvalue().splitlines()
+    assert "synchronous with 1 worker, model=logistic, repeat 1: " in first
+    assert "synchronous with 1 worker, model=perceptron, repeat 1: " in second
+
+
+def test_the_time_left_is_that_of_each_cell_so_far():
+    times = iter([0, 0, 10, 10, 10, 10, 14, 14, 15])
+    left = TimeLeft(["a", "b", "c", "a", "b", "c"], lambda: next(times))
+    left.starts()
+    assert left.seconds() is None
+    left.ends("a")  # took 10 s
+    assert left.seconds() == 5 * 10
+    left.starts()
+    left.ends("b")  # took 4 s
+    assert left.seconds() == 2 * 7 + 10 + 4 - 1  # c is not known, and 1 s of it is over
+
+
 def test_two_cells_end_to_end(tmp_path):
     one = study({"plan.workers": [1, 2]}, repeats=1)
     result = studies.run(one, out=tmp_path)
@@ -184,14 +252,16 @@ def test_two_cells_end_to_end(tmp_path):
     assert (single.transport, shared.transport) == ("single", "shared")
     assert single.measurement.test_accuracy == shared.measurement.test_accuracy > 0.3
     assert shared.measurement.sent_B_per_step == 650 * 4
-    assert (tmp_path / "runs" / shared.cell / "1" / "summary.json").is_file()
+    assert [record["step"] for record in shared.history] == [4, 8, 12, 16, 20]
+    assert shared.history[-1]["train_loss"] == shared.measurement.train_loss
+    assert not (tmp_path / "runs").exists()
     assert find(tmp_path / "study.toml") == one
     assert "synchronous        2  shared" in result.table
     json.dumps(result.as_dict())
-    (tmp_path / "table.md").unlink()
+    (tmp_path / REPORT).unlink()
     assert report(tmp_path).summary == result.summary
-    assert "| synchronous | 2 | shared |" in (tmp_path / "table.md").read_text()
-    assert result.lines()[-1] == f"Report: {tmp_path / 'table.md'}"
+    assert (tmp_path / REPORT).is_file()
+    assert result.lines()[-1] == f"Report: {tmp_path / REPORT}"
 
 
 def test_a_model_that_breaks_is_a_failed_row_with_its_traceback(tmp_path):

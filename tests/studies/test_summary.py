@@ -1,9 +1,12 @@
 """From rows to lines: medians over repeats, and a base that is chosen as said."""
 
+import dataclasses
+
 import pytest
 
 from manyhands.studies.summary import summarize
-from tests.studies.made import cell, measurement, row, slower
+from manyhands.studies.table import table
+from tests.studies.made import cell, measurement, noise_row, row, slower
 
 ONE, TWO = cell(workers=1), cell(workers=2)
 
@@ -97,3 +100,47 @@ def test_a_refused_cell_is_a_line_without_figures():
 def test_bytes_of_a_sample_are_those_of_all_workers():
     (line,) = lines_of((TWO, row(TWO)))
     assert line.sent_B_per_sample == 2600 * 2 / 100
+
+
+def test_step_time_and_speed_up_have_intervals():
+    rows = []
+    for repeat, (one_s, two_s) in enumerate([(0.010, 0.006), (0.011, 0.005), (0.012, 0.008)], 1):
+        rows += [(ONE, row(ONE, repeat, measurement(1, one_s))), (TWO, row(TWO, repeat, measurement(2, two_s)))]
+    one, two = lines_of(*rows)
+    assert one.step_interval.value == one.step_s.median == 0.011
+    assert (one.step_interval.low, one.step_interval.high) == (0.010, 0.012)
+    assert two.speed_up_interval.value == two.speed_up == pytest.approx(10 / 6)
+    assert two.speed_up_interval.low == pytest.approx(12 / 8)
+    assert two.speed_up_interval.high == pytest.approx(11 / 5)
+
+
+def test_one_repeat_has_no_interval():
+    (line,) = lines_of((ONE, row(ONE)))
+    assert line.step_interval.value == 0.010
+    assert (line.step_interval.low, line.step_interval.high) == (None, None)
+
+
+def test_bytes_moved_and_memory_are_medians_too():
+    runs = [measurement(2, moved_B_per_step=b, peak_memory_B=m) for b, m in [(10.0, 3), (30.0, 1), (None, 2)]]
+    (line,) = lines_of(*((TWO, row(TWO, i, m)) for i, m in enumerate(runs, 1)))
+    assert (line.moved_B_per_step, line.peak_memory_B) == (20.0, 2)
+
+
+def test_noisy_runs_are_counted_and_the_worst_disturbance_told():
+    rows = [
+        (ONE, dataclasses.replace(row(ONE, i), disturbance=d, noisy=d > 1.5)) for i, d in enumerate([1.1, 2.0, 1.7])
+    ]
+    (line,) = lines_of(*rows)
+    assert (line.noisy, line.disturbance) == (2, 2.0)
+    (unwatched,) = lines_of((ONE, row(ONE)))
+    assert (unwatched.noisy, unwatched.disturbance) == (0, None)
+
+
+def test_a_noise_cell_is_a_done_line_without_times_and_not_in_the_table():
+    noise = cell(measure="noise")
+    found = lines_of((noise, noise_row(noise)), (noise, noise_row(noise, 2, variance=0.5)), (ONE, row(ONE)))
+    line = found[0]
+    assert (line.status, line.repeats, line.failures) == ("done", 2, 0)
+    assert (line.step_s, line.samples_per_s, line.speed_up, line.efficiency) == (None, None, None, None)
+    assert [each["variance"] for each in line.noise] == [0.4, 0.5]
+    assert len(table(found).body) == 1

@@ -1,4 +1,4 @@
-"""What a person reads: the table in its three forms, and the sentences below it, from rows that are known."""
+"""What a person reads: the table in its two forms, and the sentences below it, from rows that are known."""
 
 import io
 
@@ -7,11 +7,9 @@ from rich.console import Console
 
 from manyhands.contract import StepParts
 from manyhands.studies.findings import findings
-from manyhands.studies.grid import Study
-from manyhands.studies.page import page
 from manyhands.studies.summary import summarize
 from manyhands.studies.table import in_bytes, table
-from tests.studies.made import cell, measurement, row, study
+from tests.studies.made import cell, measurement, row
 
 ONE, TWO, FOUR = (cell(workers=n) for n in (1, 2, 4))
 
@@ -49,13 +47,6 @@ def test_the_remarks_say_which_base():
     own = cell("slice_update", 2)
     foreign = lines_of((ONE, row(ONE)), (own, row(own)))
     assert any("slice_update: synchronous's, having none of its own" in x for x in table(foreign).remarks)
-
-
-def test_markdown_has_a_cell_for_each_title_and_no_stray_bars():
-    odd = cell("pkg:odd(x='a|b')", 1)
-    text = table(lines_of((odd, row(odd)))).markdown()
-    rows = [line for line in text.splitlines() if line.startswith("|")]
-    assert len({line.replace("\\|", "").count("|") for line in rows}) == 1
 
 
 def test_a_terminal_gets_a_drawn_table_and_a_pipe_gets_plain_text():
@@ -161,15 +152,6 @@ def test_a_disturbed_machine_is_said_first():
 def test_nothing_measured_is_a_table_all_the_same():
     assert table(()).plain().startswith("strategy")
     assert findings(()) == []
-
-
-def test_the_page_has_findings_table_machine_versions_and_command():
-    lines = some()
-    text = page(study(), table(lines), findings(lines), [row(ONE), row(TWO)], command="manyhands study x --out y")
-    for part in ("# Study: test", "- Fastest:", "| synchronous | 2 |", "`2.13.0`", "here, a processor, 2 cores"):
-        assert part in text
-    assert "- command: `manyhands study x --out y`" in text
-    assert page(Study("empty"), table(()), [], [], command="x").startswith("# Study: empty")
 
 
 @pytest.mark.parametrize(

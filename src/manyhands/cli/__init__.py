@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from manyhands.cli import options
-from manyhands.errors import InvalidPlan, ManyhandsError, UnknownName, WorkerFailed
+from manyhands.errors import BadInput, InvalidPlan, ManyhandsError, UnknownName, WorkerFailed
 from manyhands.training.interruption import terminating
 
 
@@ -51,9 +51,25 @@ def study(said: argparse.Namespace) -> Answer:
 
     from manyhands import studies
 
+    task = _given(said, *options.STUDY_TASK)
+    asked = {**_given(said, "workers", "repeats", "quick"), "task": task}
+    if "dry_run" in said:
+        return _dry_run(said, asked)
+    if "again" in said and "out" not in said:
+        raise BadInput("--again without --out: say in which study's folder to run everything anew, --out DIR.")
     console = None if "no_progress" in said else Console(stderr=True)
-    result = studies.run(said.name, console=console, **_given(said, "out", "data_dir", "repeats"))
+    result = studies.run(said.name, console=console, **asked, **_given(said, "out", "data_dir", "again"))
     return Answer(result.as_dict(), result.lines, result.exit_code)
+
+
+def _dry_run(said: argparse.Namespace, asked: Mapping[str, Any]) -> Answer:
+    """What a study would do."""
+    from manyhands.studies import estimate, rows, running
+
+    held = "out" in said and "again" not in said and (said.out / rows.ROWS).is_file()
+    done = {(row.cell, row.repeat) for row in rows.read(said.out) if row.status == "done"} if held else set()
+    found = estimate.estimate(running.asked(said.name, **asked), done=done, **_given(said, "data_dir"))
+    return Answer(found.as_dict(), found.lines, found.exit_code)
 
 
 def report(said: argparse.Namespace) -> Answer:
@@ -61,6 +77,10 @@ def report(said: argparse.Namespace) -> Answer:
     from manyhands.studies import reporting
 
     result = reporting.report(said.folder)
+    for path in getattr(said, "exports", ()):
+        from manyhands.studies import export
+
+        export.export(result.rows, path)
     return Answer(result.as_dict(), result.lines)
 
 

@@ -60,6 +60,9 @@ def _base(given: dict[str, Any]) -> tuple[Path, dict[str, Any], dict[str, Any]]:
         task, plan = read(own)
         if environment.launched() is not None:
             plan = {k: v for k, v in plan.items() if k not in LAUNCHERS}
+        elif given.get("workers", plan.get("workers")) != plan.get("workers"):
+            # That file says what was decided for its number of workers; for another one it is decided anew.
+            plan = {k: v for k, v in plan.items() if k not in ("transport", "threads")}
         return own, task, plan
     return (file, *read(file)) if file is not None else (Path("the command line"), {}, {})
 

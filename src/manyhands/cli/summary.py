@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from manyhands.studies.table import in_bytes as size
 from manyhands.task import Task, described
 from manyhands.verbs import Result
 
@@ -49,15 +50,3 @@ def seconds(value: float) -> str:
         if value >= factor:
             return f"{value / factor:.3g} {unit}" if value < 1000 else f"{value:,.0f} s"
     return "0 s" if value <= 0 else "under 1 µs"
-
-
-def size(value: float) -> str:
-    """A number of bytes with three digits and a decimal unit.
-
-    >>> size(0), size(15040), size(270082048)
-    ('0 B', '15 kB', '270 MB')
-    """
-    for factor, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if value >= factor:
-            return f"{value / factor:.3g} {unit}"
-    return f"{value:.3g} B"

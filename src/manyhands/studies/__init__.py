@@ -24,6 +24,8 @@ studies = Catalogue(
     {
         "default": "manyhands.studies.presets:default",
         "quick": "manyhands.studies.presets:quick",
+        "compare": "manyhands.studies.presets:compare",
+        "scaling": "manyhands.studies.presets:scaling",
         "xin-ma": "manyhands.studies.xin_ma.design:xin_ma",
     },
 )
@@ -33,6 +35,7 @@ analyses = Catalogue(
     "analysis",
     {
         "general": "manyhands.studies.general:analyse",
+        "compare": "manyhands.studies.compare:analyse",
         "xin-ma": "manyhands.studies.xin_ma.report:analyse",
     },
 )

@@ -70,6 +70,16 @@ class Verdict:
 
 
 @dataclass(frozen=True)
+class Listing:
+    """A table of an analysis, as text by row and column; the first column names, the others stand on the right."""
+
+    title: str
+    head: tuple[str, ...]
+    body: tuple[tuple[str, ...], ...]
+    note: str = ""  # what a reader must know to read it rightly
+
+
+@dataclass(frozen=True)
 class Analysis:
     """What stands in a report beside the table."""
 
@@ -78,6 +88,7 @@ class Analysis:
     verdicts: tuple[Verdict, ...] = ()
     command: str = ""  # what the study recommends to run
     notes: tuple[str, ...] = ()  # further findings, in full
+    tables: tuple[Listing, ...] = ()
 
 
 #: From a study, its rows and a line a cell to what they say; pure.

@@ -35,6 +35,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import inspect
 import itertools
 import json
 import os
@@ -234,8 +235,14 @@ def _table(grid: Grid) -> dict[str, Any]:
 
 
 def _over(base: Mapping[str, Value], said: Mapping[str, Value]) -> dict[str, Value]:
-    replaced = {k for pair in ALTERNATIVES if pair & said.keys() for k in pair}
+    replaced = _with_alternatives(said)
     return {k: v for k, v in base.items() if k not in replaced} | dict(said)
+
+
+def _with_alternatives(said: Iterable[str]) -> set[str]:
+    """Keys of ``[task]`` that give way to ``said``."""
+    keys = set(said)
+    return keys.union(*(pair for pair in ALTERNATIVES if pair & keys))
 
 
 def _check(where: str, table: Mapping[str, Any], known: Iterable[str], values: Iterable[Any]) -> None:
@@ -248,17 +255,46 @@ def _check(where: str, table: Mapping[str, Any], known: Iterable[str], values: I
             raise BadInput(f"{where} holds {value!r}: a value is a text, a number, true or false.")
 
 
-def find(name_or_file: str | os.PathLike[str] | Study | None = None, *, workers: int | None = None) -> Study:
-    """The study of that name, or in that TOML file; without either the default one. ``workers``: at most so many."""
+def find(
+    name_or_file: str | os.PathLike[str] | Study | None = None,
+    *,
+    workers: int | None = None,
+    quick: bool = False,
+    task: Mapping[str, Value] | None = None,
+) -> Study:
+    """The study of that name, or in that TOML file; without either the default one.
+
+    ``workers``: at most so many. ``quick``: the preset's short form. ``task`` goes before what the study says of the
+    task, key by key, also where a grid varies it.
+    """
     if workers is not None and not is_whole(workers, 1):
         raise BadInput(f"workers={workers!r}: the largest number of workers is a whole number from 1.")
-    if isinstance(name_or_file, Study):
-        return _at_most(name_or_file, workers)
-    asked = "default" if name_or_file is None else os.fspath(name_or_file)
-    if asked in studies:
-        made = studies.load(asked)(workers)
-        assert isinstance(made, Study)
-        return made
+    study = _found(name_or_file, workers, quick=quick, task=task or {})
+    if not task:
+        return study
+    said = {f"task.{key}" for key in _with_alternatives(task)}
+    grids = (
+        dataclasses.replace(grid, factors={k: v for k, v in grid.factors.items() if k not in said})
+        for grid in study.grids
+    )
+    return dataclasses.replace(study, task=_over(study.task, task), grids=tuple(grids))
+
+
+def _found(
+    name_or_file: str | os.PathLike[str] | Study | None,
+    workers: int | None,
+    *,
+    quick: bool,
+    task: Mapping[str, Value],
+) -> Study:
+    asked = "default" if name_or_file is None else name_or_file
+    if isinstance(asked, str) and asked in studies:
+        return _preset(asked, workers, quick=quick, task=task)
+    if quick:
+        raise BadInput(f"quick with {_called(asked)}: only built-in studies have a short form, e.g. default (--quick).")
+    if isinstance(asked, Study):
+        return _at_most(asked, workers)
+    asked = os.fspath(asked)
     path = Path(asked)
     if not (asked.endswith(".toml") or path.is_file()):
         raise UnknownName("study", asked, studies, also="Your own is a TOML file: manyhands study my_study.toml.")
@@ -268,6 +304,22 @@ def find(name_or_file: str | os.PathLike[str] | Study | None = None, *, workers:
         reason = e.strerror if isinstance(e, OSError) else "it is not text in UTF-8"
         raise BadInput(f"study {asked} cannot be read ({reason}). A study is a TOML file.") from e
     return _at_most(parse(text, name=path.stem, where=asked), workers)
+
+
+def _preset(name: str, workers: int | None, *, quick: bool, task: Mapping[str, Value]) -> Study:
+    """A built-in study; one that has a parameter ``task`` plans with what is said of it."""
+    preset = studies.load(name)
+    offers = inspect.signature(preset).parameters
+    if quick and "quick" not in offers:
+        raise BadInput(f"study {name} has no short form. Leave out quick (--quick).")
+    given = ({"quick": True} if quick else {}) | ({"task": task} if "task" in offers else {})
+    made = preset(workers, **given)
+    assert isinstance(made, Study)
+    return made
+
+
+def _called(asked: str | os.PathLike[str] | Study) -> str:
+    return f"study {asked.name}" if isinstance(asked, Study) else os.fspath(asked)
 
 
 def _at_most(study: Study, workers: int | None) -> Study:

@@ -1,4 +1,8 @@
-"""What a study found: its rows, one line a cell, sentences, and the page ``table.md`` that holds them."""
+"""What a study found: its rows, one line a cell, what they say, and the page ``report.html`` that shows it.
+
+report.html    sentences, verdicts, figures, table, failures, circumstances; one file, for any browser
+figures/       each figure as NAME.svg and NAME.csv
+"""
 
 from __future__ import annotations
 
@@ -13,13 +17,15 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from manyhands.errors import BadInput
-from manyhands.studies import findings
+from manyhands.errors import BadInput, ManyhandsError
+from manyhands.studies import analyses
+from manyhands.studies.analysis import Analysis
 from manyhands.studies.grid import Study, parse
-from manyhands.studies.page import REPORT, page
 from manyhands.studies.rows import STUDY, Row, read, write
 from manyhands.studies.summary import Line, summarize
 from manyhands.studies.table import Table, table
+
+REPORT, FIGURES = "report.html", "figures"
 
 
 @dataclass(frozen=True)
@@ -30,13 +36,23 @@ class StudyResult:
     folder: Path
     rows: tuple[Row, ...]
     summary: tuple[Line, ...]
-    findings: tuple[str, ...]
+    analysis: Analysis
     drawn: Table
+
+    @property
+    def findings(self) -> tuple[str, ...]:
+        """The sentences of the summary, and those that go into detail."""
+        return (*self.analysis.sentences, *self.analysis.notes)
+
+    @property
+    def verdicts(self) -> tuple[str, ...]:
+        """A line for each claim."""
+        return tuple(f"{v.outcome.capitalize()}: {v.claim} – {v.why}" for v in self.analysis.verdicts)
 
     @property
     def table(self) -> str:
         """The table as plain text, and the findings."""
-        return "\n".join([self.drawn.plain(), "", *self.findings]).rstrip()
+        return "\n".join([self.drawn.plain(), "", *self._said()]).rstrip()
 
     @property
     def report(self) -> Path:
@@ -53,7 +69,7 @@ class StudyResult:
     def show(self, console: Console) -> None:
         """Table, findings and the page's place: drawn on a terminal, plain text elsewhere."""
         self.drawn.show(console)
-        for sentence in ("", *self.findings, "", f"Report: {self.report}"):
+        for sentence in ("", *self._said(), "", f"Report: {self.report}"):
             console.print(Text(sentence), soft_wrap=not console.is_terminal)
 
     def lines(self) -> list[str]:
@@ -70,9 +86,18 @@ class StudyResult:
             "folder": str(self.folder),
             "report": str(self.report),
             "findings": list(self.findings),
+            "sentences": list(self.analysis.sentences),
+            "verdicts": [dataclasses.asdict(verdict) for verdict in self.analysis.verdicts],
+            "command": self.analysis.command,
+            "tables": [dataclasses.asdict(listing) for listing in self.analysis.tables],
+            "charts": [chart.name for chart in self.analysis.charts],
             "cells": [_plain(line) for line in self.summary],
             "rows": [row.as_dict() for row in self.rows],
         }
+
+    def _said(self) -> list[str]:
+        recommended = [f"Recommended: {self.analysis.command}"] if self.analysis.command else []
+        return [*self.findings, *self.verdicts, *recommended]
 
 
 def made_of(study: Study, folder: Path, rows: Iterable[Row]) -> StudyResult:
@@ -80,11 +105,12 @@ def made_of(study: Study, folder: Path, rows: Iterable[Row]) -> StudyResult:
     cells = {cell.id: cell for cell in study.cells()}
     own = tuple(row for row in rows if row.cell in cells and row.repeat <= cells[row.cell].repeats)
     summary = summarize(list(cells.values()), own)
-    return StudyResult(study, folder, own, summary, tuple(findings.findings(summary)), table(summary))
+    analysis = analyses.load(study.analysis)(study, own, summary)
+    return StudyResult(study, folder, own, summary, analysis, table(summary))
 
 
 def report(folder: str | os.PathLike[str]) -> StudyResult:
-    """Draw ``table.md`` again from the rows that a study's folder holds."""
+    """Draw ``report.html`` and its figures again from the rows that a study's folder holds."""
     place = Path(folder)
     rows = read(place)
     try:
@@ -97,9 +123,28 @@ def report(folder: str | os.PathLike[str]) -> StudyResult:
 
 
 def write_page(result: StudyResult) -> None:
-    """``table.md``, old or new."""
-    text = page(result.study, result.drawn, result.findings, result.rows, command=command(result.folder))
-    write(result.folder, REPORT, text)
+    """``report.html`` and the figures: each file old or new, never half."""
+    from manyhands.studies.report import html  # matplotlib takes its time
+
+    figures = html.figures(result.analysis.charts)
+    shown = html.page(
+        result.study,
+        result.rows,
+        result.summary,
+        result.analysis,
+        figures,
+        result.drawn,
+        command=command(result.folder),
+    )
+    if figures:
+        try:
+            (result.folder / FIGURES).mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise ManyhandsError(f"{result.folder / FIGURES} cannot be made ({e.strerror or e}).") from e
+    for figure in figures:
+        write(result.folder / FIGURES, f"{figure.name}.svg", figure.wide)
+        write(result.folder / FIGURES, f"{figure.name}.csv", figure.csv)
+    write(result.folder, REPORT, html.html(shown))
 
 
 def command(folder: Path) -> str:

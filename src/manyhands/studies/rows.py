@@ -3,7 +3,6 @@
     study.toml     the description
     rows.sqlite    the rows, a column for each figure; this file is the truth
     rows.jsonl     the same rows, a line each, for tools that read text; written anew when the folder is opened
-    runs/          each run's own folder, by cell and repeat
 
 A row is there as soon as its run has ended, so whatever ends a study costs the run under way and no other. One process
 at a time writes to a folder.
@@ -17,7 +16,6 @@ import functools
 import json
 import operator
 import os
-import shutil
 import sqlite3
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -26,10 +24,10 @@ from typing import Any, Literal, get_type_hints
 
 from manyhands.contract import Measurement, Spread, StepParts
 from manyhands.errors import BadInput, ManyhandsError
-from manyhands.studies.grid import Cell, Measure, Study
+from manyhands.studies.grid import Measure, Study
 from manyhands.training.metrics import json_text
 
-STUDY, ROWS, LINES, RUNS, LOCK = "study.toml", "rows.sqlite", "rows.jsonl", "runs", ".lock"
+STUDY, ROWS, LINES, LOCK = "study.toml", "rows.sqlite", "rows.jsonl", ".lock"
 
 #: Of the table's form; another number, another form.
 VERSION = 2
@@ -180,12 +178,6 @@ class Rows:
         mended since.
         """
         return set(self._db.execute("SELECT cell, repeat FROM rows WHERE status = ?", ("done",)))
-
-    def run_folder(self, cell: Cell, repeat: int) -> Path:
-        """An empty place for a run; what a killed one left there goes."""
-        place = self.folder / RUNS / cell.id / str(repeat)
-        shutil.rmtree(place, ignore_errors=True)
-        return place
 
     def close(self) -> None:
         """Let others write to the folder."""

@@ -2,7 +2,8 @@
 
 Repeats take turns because a host is noisy: what disturbs it for a minute then disturbs one repeat of every cell rather
 than every repeat of one, and ratios within a round hardly change. A cell that cannot work is a row with the reason, and
-so is one that fails; neither stops the others.
+so is one that fails; neither stops the others. A run that the machine disturbed is repeated once, and marked when that
+was no better (`manyhands.studies.calibration`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import os
 import re
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
@@ -23,8 +25,10 @@ from rich.console import Console
 from manyhands import verbs
 from manyhands.errors import BadInput, WorkerFailed
 from manyhands.plan import Plan
+from manyhands.studies import gradient_noise
+from manyhands.studies.calibration import BOUND, Calibration
 from manyhands.studies.circumstances import Started
-from manyhands.studies.grid import Cell, Study, find
+from manyhands.studies.grid import Cell, Study, Value, find
 from manyhands.studies.progress import StudyProgress
 from manyhands.studies.reporting import StudyResult, command, made_of, write_page
 from manyhands.studies.rows import Row, Rows
@@ -34,10 +38,10 @@ from manyhands.training import environment
 
 log = logging.getLogger(__name__)
 
+#: Factors that a cell's name tells anyway.
+TOLD = ("plan.strategy", "plan.workers", "plan.threads", "plan.transport")
 #: Where a study goes when nobody says where: a folder of this name, and in it one for each start.
 FOLDER = "studies-out"
-#: Of a run only the last checkpoint is kept; those between cost time and answer no question of a study.
-LAST_ONLY = 10**12
 
 
 def run(
@@ -47,23 +51,25 @@ def run(
     workers: int | None = None,
     data_dir: str | os.PathLike[str] | None = None,
     repeats: int | None = None,
+    quick: bool = False,
+    task: Mapping[str, Value] | None = None,
+    again: bool = False,
     console: Console | None = None,
 ) -> StudyResult:
-    """Measure every plan of a study, and keep rows, report and runs in a folder.
+    """Measure every plan of a study, and keep rows and report in a folder.
 
         result = manyhands.studies.run("default", out="studies-out/first")
         result.table, result.findings, result.report
 
-    Without a name, the small default study of this machine. ``workers``: at most so many. With an ``out`` that holds
-    rows already what is done is not done again, so that a study which was ended goes on where it was. ``console`` gets
-    a progress bar, or a line for each run where it is no terminal. Ctrl-C passes through, after a report of what there
-    is has been written.
+    Without a name, the small default study of this machine. ``workers``: at most so many; ``quick``: the short form of
+    a built-in study; ``task``: in place of the study's own ``[task]``, key by key. With an ``out`` that holds rows
+    already what is done is not done again, so that a study which was ended goes on where it was; ``again`` does it all
+    anew, and each new row takes the place of the old one. ``console`` gets a progress bar, or a line for each run where
+    it is no terminal. Ctrl-C passes through, after a report of what there is has been written.
 
     Raises `BadInput` when the study cannot be read or its folder not be written.
     """
-    study = find(name_or_file, workers=workers)
-    if repeats is not None:
-        study = dataclasses.replace(study, repeats=repeats)
+    study = asked(name_or_file, workers=workers, repeats=repeats, quick=quick, task=task)
     started = environment.launched()
     if started is not None and started.size > 1:
         raise BadInput(
@@ -73,7 +79,7 @@ def run(
     folder = _folder(study, out)
     with Rows(folder, study) as rows:
         try:
-            _measure(rows, study, data_dir=data_dir, console=console)
+            _measure(rows, study, again=again, data_dir=data_dir, console=console)
         except KeyboardInterrupt:
             write_page(made_of(study, folder, rows.all()))
             log.warning("the rows so far are kept in %s; to go on: %s", folder, command(folder))
@@ -81,6 +87,19 @@ def run(
         result = made_of(study, folder, rows.all())
         write_page(result)
     return result
+
+
+def asked(
+    name_or_file: str | os.PathLike[str] | Study | None = None,
+    *,
+    workers: int | None = None,
+    repeats: int | None = None,
+    quick: bool = False,
+    task: Mapping[str, Value] | None = None,
+) -> Study:
+    """The study that `run` with these arguments runs."""
+    study = find(name_or_file, workers=workers, quick=quick, task=task)
+    return study if repeats is None else dataclasses.replace(study, repeats=repeats)
 
 
 class Rounds:
@@ -115,24 +134,73 @@ def order(cells: Sequence[Cell]) -> Iterator[tuple[int, Cell]]:
     return ((repeat, cell) for repeat in range(1, most + 1) for cell in cells if repeat <= cell.repeats)
 
 
-def _measure(rows: Rows, study: Study, *, data_dir: str | os.PathLike[str] | None, console: Console | None) -> None:
+@dataclass(frozen=True)
+class Planned:
+    """A cell as it was decided for this machine, or why it cannot work."""
+
+    cell: Cell
+    task: Task | None = None
+    plan: Plan | None = None
+    refused: str = ""
+
+
+def planned(cell: Cell) -> Planned:
+    """Every ``auto`` decided, nothing started."""
+    try:
+        task, plan = cell.make()
+        return Planned(cell, task, verbs.resolved(task, plan).plan)
+    except BadInput as e:
+        return Planned(cell, refused=str(e))
+
+
+def names(cells: Sequence[Planned]) -> dict[str, str]:
+    """By cell, how progress and estimates call it: its plan, and what else varies within its grid."""
+    grids: dict[str, list[Planned]] = {}
+    for each in cells:
+        grids.setdefault((each.cell.grids or ("",))[0], []).append(each)
+    return {each.cell.id: _name(each, _varying(grid)) for grid in grids.values() for each in grid}
+
+
+def _name(each: Planned, varying: Sequence[str]) -> str:
+    cell, plan = each.cell, each.plan
+    said = [called(cell, plan.workers, plan.threads, plan.transport) if plan else called(cell, None, None, None)]
+    told = TOLD if plan else TOLD[:1]
+    values = {factor: _value(cell, factor) for factor in varying if factor not in told}
+    said += [f"{factor.partition('.')[2]}={value}" for factor, value in values.items() if value is not None]
+    return ", ".join(said + ([cell.measure] if cell.measure != "train" else []))
+
+
+def _varying(cells: Sequence[Planned]) -> list[str]:
+    factors = dict.fromkeys(factor for each in cells for factor in each.cell.factors)
+    return [factor for factor in factors if len({_value(each.cell, factor) for each in cells}) > 1]
+
+
+def _value(cell: Cell, factor: str) -> Value | None:
+    kind, _, key = factor.partition(".")
+    return (cell.task if kind == "task" else cell.plan).get(key)
+
+
+def _measure(
+    rows: Rows, study: Study, *, again: bool, data_dir: str | os.PathLike[str] | None, console: Console | None
+) -> None:
     """Check every cell, then run what can work and has no finished row."""
-    able: dict[str, tuple[Task, Plan]] = {}
     cells = study.cells()
     with _each_note_once():
-        for cell in cells:
-            started = Started.now(study.name, cell, 1)
-            try:
-                task, plan = cell.make()
-                able[cell.id] = task, verbs.resolved(task, plan).plan
-            except BadInput as e:
-                rows.add(started.row("refused", reason=str(e)))
-        done = rows.done()
+        decided = [planned(cell) for cell in cells]
+        for each in decided:
+            if each.refused:
+                rows.add(Started.now(study.name, each.cell, 1).row("refused", reason=each.refused))
+        able = {each.cell.id: each for each in decided if not each.refused}
+        called_so = names(decided)
+        done = set() if again else rows.done()
         runs = order([cell for cell in cells if cell.id in able])
-        left = [(repeat, cell) for repeat, cell in runs if (cell.id, repeat) not in done]
+        left = [(repeat, able[cell.id]) for repeat, cell in runs if (cell.id, repeat) not in done]
+        if not left:
+            return
+        calibration = Calibration()
         rounds = Rounds(study.limit_s)
-        with StudyProgress(len(left), console) as progress:
-            for repeat, cell in left:
+        with StudyProgress([each.cell.id for _, each in left], console) as progress:
+            for repeat, each in left:
                 if not rounds.may_run(repeat):
                     log.warning(
                         "repeat %d would end after the study's limit of %g s and is left out; to measure it, too: %s",
@@ -141,30 +209,52 @@ def _measure(rows: Rows, study: Study, *, data_dir: str | os.PathLike[str] | Non
                         command(rows.folder),
                     )
                     break
-                task, plan = able[cell.id]
-                what = f"{called(cell, plan.workers, plan.threads, plan.transport)}, repeat {repeat}"
+                what = f"{called_so[each.cell.id]}, repeat {repeat}"
                 progress.starts(what)
-                row = _run(
-                    rows, Started.now(study.name, cell, repeat), task, plan, evaluate=study.evaluate, data_dir=data_dir
-                )
+                row = _watched(study, each, repeat, calibration, data_dir=data_dir)
                 rows.add(row)
                 progress.ends(what, row)
 
 
-def _run(
-    rows: Rows,
-    started: Started,
-    task: Task,
-    plan: Plan,
-    *,
-    evaluate: str | int,
-    data_dir: str | os.PathLike[str] | None,
+def _watched(
+    study: Study, each: Planned, repeat: int, calibration: Calibration, *, data_dir: str | os.PathLike[str] | None
 ) -> Row:
-    out = rows.run_folder(started.cell, started.repeat)
+    """A run between two calibrations; once more if those were slow, and of two the one less disturbed.
+
+    The noise of an update depends on no time, so that what measures it is not watched.
+    """
+
+    watched = each.cell.measure == "train"
+
+    def once() -> Row:
+        if watched:
+            calibration.begins()
+        row = _run(Started.now(study.name, each.cell, repeat), each, data_dir=data_dir)
+        return dataclasses.replace(row, disturbance=calibration.ends()) if watched else row
+
+    first = once()
+    if first.status != "done" or _disturbance(first) <= BOUND:
+        return first
+    done = [row for row in (first, once()) if row.status == "done"]
+    better = min(done, key=_disturbance)
+    return dataclasses.replace(better, attempts=2, noisy=_disturbance(better) > BOUND)
+
+
+def _disturbance(row: Row) -> float:
+    return row.disturbance or 0.0
+
+
+def _run(started: Started, each: Planned, *, data_dir: str | os.PathLike[str] | None) -> Row:
+    """One run, whatever becomes of it; without a folder of its own, as the row holds all that would lie there."""
+    task, plan = each.task, each.plan
+    assert task is not None
+    assert plan is not None
     try:
-        result = verbs.train(
-            task, plan, out=out, data_dir=data_dir, evaluate=evaluate, checkpoint_steps=LAST_ONLY, progress=False
-        )
+        if each.cell.measure == "noise":
+            noise = gradient_noise.measure(task, plan, data_dir=data_dir)
+            return started.row("done", plan=plan, noise=noise.as_dict())
+        result = verbs.train(task, plan, data_dir=data_dir, evaluate=each.cell.evaluate, progress=False)
+        return started.row("done", plan=plan, measurement=result.summary, history=result.history)
     except BadInput as e:
         return started.row("refused", plan=plan, reason=str(e))
     except Exception as e:
@@ -172,7 +262,6 @@ def _run(
         return started.row(
             "failed", plan=plan, reason=str(e) or type(e).__name__, traceback=own or traceback.format_exc()
         )
-    return started.row("done", plan=plan, measurement=result.summary, history=result.history)
 
 
 def _folder(study: Study, out: str | os.PathLike[str] | None) -> Path:

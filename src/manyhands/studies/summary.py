@@ -10,6 +10,9 @@ either on a machine whose speed drifts. The base is one worker of the same strat
 batch per worker where the study fixes that: weak scaling), with the fewest threads. One worker is plain SGD under every
 strategy, so another strategy's will do where there is none of its own.
 
+Step time and speed-up have a 95 % interval by the bootstrap over repeats (`manyhands.studies.fits`), where there are
+two or more. A cell that measures its update's noise has that, and no times.
+
 A plan that uses more cores than there are is oversubscribed: right, and no basis for a statement about speed.
 """
 
@@ -17,10 +20,11 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from manyhands.contract import Measurement, Spread, StepParts
+from manyhands.studies.fits import CannotFit, Estimate, bootstrap, bootstrap_ratio
 from manyhands.studies.grid import PER_WORKER, Cell
 from manyhands.studies.rows import Row, Status
 
@@ -39,18 +43,25 @@ class Line:
     threads: int | None
     transport: str | None
     cores: int
-    repeats: int  # with a measurement
+    repeats: int  # done
     failures: int
     reason: str = ""
     load_average: float = 0.0  # the highest
+    noisy: int = 0  # runs that were beyond the bound on disturbance, also when repeated
+    disturbance: float | None = None  # the highest of a run that counts
     measured: Measurement | None = None  # of the first repeat, for what does not vary: data, parameters, global batch
     step_s: Spread | None = None
+    step_interval: Estimate | None = None  # of the median step, with its 95 % interval
     medians_s: tuple[tuple[int, float], ...] = ()  # (repeat, median step)
     parts_s: StepParts | None = None
     accuracy: float | None = None
     sent_B_per_step: float | None = None
+    moved_B_per_step: float | None = None  # None where the transport does not know it
+    peak_memory_B: float | None = None  # of the largest worker
     base: Line | None = None
     speed_up: float | None = None
+    speed_up_interval: Estimate | None = None
+    noise: tuple[Mapping[str, float], ...] = ()  # of a noise cell: a `gradient_noise.Noise` for each repeat
 
     @property
     def cores_used(self) -> int:
@@ -109,8 +120,8 @@ def summarize(cells: Sequence[Cell], rows: Iterable[Row]) -> tuple[Line, ...]:
 
 
 def _line(cell: Cell, rows: list[Row]) -> Line:
-    done = sorted((r for r in rows if r.measurement is not None), key=lambda r: r.repeat)
-    wrong = [r for r in rows if r.measurement is None]
+    done = sorted((r for r in rows if r.status == "done"), key=lambda r: r.repeat)
+    wrong = [r for r in rows if r.status != "done"]
     last = (done or rows)[-1]
     line = Line(
         cell=cell,
@@ -124,21 +135,29 @@ def _line(cell: Cell, rows: list[Row]) -> Line:
         failures=sum(r.status == "failed" for r in wrong),
         reason=wrong[-1].reason if wrong else "",
         load_average=max(r.load_average for r in rows),
+        noisy=sum(r.noisy for r in done),
+        disturbance=max((r.disturbance for r in done if r.disturbance is not None), default=None),
+        noise=tuple(r.noise for r in done if r.noise is not None),
     )
-    found = [r.measurement for r in done if r.measurement is not None]
-    if not found:
+    measured = [(r.repeat, r.measurement) for r in done if r.measurement is not None]
+    if not measured:
         return line
+    found = [m for _, m in measured]
     accuracies = [m.test_accuracy for m in found if m.test_accuracy is not None]
+    moved = [m.moved_B_per_step for m in found if m.moved_B_per_step is not None]
     return dataclasses.replace(
         line,
         measured=found[0],
         step_s=Spread(*(statistics.median(getattr(m.step_s, k) for m in found) for k in ("median", "p10", "p90"))),
-        medians_s=tuple((r.repeat, m.step_s.median) for r, m in zip(done, found, strict=True)),
+        step_interval=_known(bootstrap(m.step_s.median for m in found)),
+        medians_s=tuple((repeat, m.step_s.median) for repeat, m in measured),
         parts_s=StepParts(
             *(statistics.median(getattr(m.step_parts_s, f.name) for m in found) for f in dataclasses.fields(StepParts))
         ),
         accuracy=statistics.median(accuracies) if accuracies else None,
         sent_B_per_step=statistics.median(m.sent_B_per_step for m in found),
+        moved_B_per_step=statistics.median(moved) if moved else None,
+        peak_memory_B=statistics.median(m.peak_memory_B for m in found),
     )
 
 
@@ -146,7 +165,8 @@ def _compared(line: Line, lines: Sequence[Line]) -> Line:
     base = _base(line, lines)
     if base is None or line.oversubscribed:
         return line
-    return dataclasses.replace(line, base=base, speed_up=_speed_up(line, base))
+    found = _speed_up(line, base)
+    return dataclasses.replace(line, base=base, speed_up=found.value if found else None, speed_up_interval=found)
 
 
 def _base(line: Line, lines: Sequence[Line]) -> Line | None:
@@ -184,11 +204,11 @@ def _speed(line: Line, step_s: float) -> float:
     return line.measured.global_batch / step_s if step_s > 0 else 0.0
 
 
-def _speed_up(line: Line, base: Line) -> float | None:
+def _speed_up(line: Line, base: Line) -> Estimate | None:
     theirs = dict(base.medians_s)
-    ratios = [
-        _speed(line, mine) / _speed(base, theirs[repeat])
-        for repeat, mine in line.medians_s
-        if repeat in theirs and _speed(base, theirs[repeat]) > 0
-    ]
-    return statistics.median(ratios) if ratios else None
+    pairs = [(_speed(line, mine), _speed(base, theirs[n])) for n, mine in line.medians_s if n in theirs]
+    return _known(bootstrap_ratio(pair for pair in pairs if min(pair) > 0))
+
+
+def _known(found: Estimate | CannotFit) -> Estimate | None:
+    return found if isinstance(found, Estimate) else None

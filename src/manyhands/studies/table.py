@@ -1,4 +1,4 @@
-"""The one table of a study, in three forms: plain aligned text, rich for a terminal, Markdown."""
+"""The one table of a study, in two forms: plain aligned text, and rich for a terminal."""
 
 from __future__ import annotations
 
@@ -37,16 +37,6 @@ class Table:
 
         return "\n".join([joined(self.head), *(joined(row) for row in self.body), "", *self.remarks])
 
-    def markdown(self) -> str:
-        """With a ruler under the head."""
-
-        def joined(row: Sequence[str]) -> str:
-            return "| " + " | ".join(x.replace("|", "\\|") for x in row) + " |"
-
-        ruler = "|" + "|".join("---" if i in self.left else "--:" for i in range(len(self.head))) + "|"
-        remarks = "\n\n".join(self.remarks)
-        return "\n".join([joined(self.head), ruler, *(joined(row) for row in self.body), "", remarks]).rstrip()
-
     def show(self, console: Console) -> None:
         """Drawn on a terminal, plain elsewhere (a file, a pipe)."""
         if not console.is_terminal:
@@ -74,7 +64,8 @@ class Table:
 
 
 def table(lines: Sequence[Line]) -> Table:
-    """A row for each line; factors that vary and have no column of their own get one."""
+    """A row for each line but those of noise, which have no times; factors without a column of their own get one."""
+    lines = [line for line in lines if line.cell.measure == "train"]
     extra = _varying(lines)
     remarked = any(_remark(line) for line in lines)
     head = (
