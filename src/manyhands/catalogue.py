@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,13 +68,13 @@ def import_object(path: str, *, kind: str = "object") -> Any:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as e:
         if e.name is None or not (module_name == e.name or module_name.startswith(e.name + ".")):
-            raise BadInput(f"{kind} {path!r}: importing {module_name} failed: {e}") from e
+            raise BadInput(f"{kind} {path!r}: importing {module_name} failed: {e}{_place(e)}") from e
         raise BadInput(
             f"{kind} {path!r}: there is no module {e.name!r} on the path or in {Path.cwd()}. Run from the folder that "
             "holds it, or install the package."
         ) from e
     except Exception as e:
-        raise BadInput(f"{kind} {path!r}: importing {module_name} failed: {type(e).__name__}: {e}") from e
+        raise BadInput(f"{kind} {path!r}: importing {module_name} failed: {type(e).__name__}: {e}{_place(e)}") from e
     try:
         target: Any = module
         for part in attribute.split("."):
@@ -82,3 +83,12 @@ def import_object(path: str, *, kind: str = "object") -> Any:
     except AttributeError:
         names = [n for n in vars(module) if not n.startswith("_")]
         raise UnknownName(f"{kind} in {module_name}", attribute, names) from None
+
+
+def _place(error: Exception) -> str:
+    """Where an import went wrong: file and line of the innermost frame that is not the import machinery's."""
+    if isinstance(error, SyntaxError):  # says so itself
+        return ""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "importlib" not in f.filename]
+    last = frames[-1] if frames else None
+    return "" if last is None or last.filename == __file__ else f" ({last.filename}, line {last.lineno})"

@@ -13,6 +13,8 @@ from manyhands.errors import BadInput, InvalidPlan, Problem, UnknownName
 
 #: What a task consists of when nothing is said: small, quick, and enough to see the loss fall.
 DEFAULT_EPOCHS = 1
+#: torch keeps a seed in a signed word of 64 bits.
+LARGEST_SEED = 2**63 - 1
 #: How text says that there is no loss (the model returns its own) or no schedule.
 NONE = "none"
 
@@ -58,6 +60,8 @@ class Task:
                         f"E.g. {name}={max(at_least, 10)}.",
                     )
                 )
+        if is_whole(self.seed, LARGEST_SEED + 1):
+            found.append(Problem(f"seed={self.seed}", f"torch takes seeds up to {LARGEST_SEED}.", "E.g. seed=1."))
         if self.epochs is not None and self.steps is not None:
             found.append(
                 Problem(

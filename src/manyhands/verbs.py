@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,17 @@ from manyhands.checks import is_whole
 from manyhands.communication import futex
 from manyhands.communication.communicator import Communicator
 from manyhands.contract import Measurement, Spread, StepParts
-from manyhands.errors import BadInput
+from manyhands.errors import BadInput, ManyhandsError, WorkerFailed
 from manyhands.models import losses, optimizers, schedules
+from manyhands.models.factory import settle
 from manyhands.plan import Facts, Plan, Resolved, resolve
-from manyhands.task import Task
+from manyhands.task import Task, described
 from manyhands.training import environment
+from manyhands.training.checkpoint import CheckpointNotWritten
+from manyhands.training.gather import first_decides
 from manyhands.training.interruption import terminating
-from manyhands.training.loop import Options, work
-from manyhands.training.member import Member
+from manyhands.training.loop import Options, signature, work
+from manyhands.training.member import Member, own_traceback
 from manyhands.training.team import team
 
 log = logging.getLogger(__name__)
@@ -36,7 +40,7 @@ JOB = "manyhands.training.loop:work"
 
 @dataclass(frozen=True)
 class Result:
-    """What `train` gives back. On ranks other than 0 of a launched run ``model`` is that rank's own."""
+    """What `train` gives back. Beside rank 0, the ranks of a launched run have ``plan``, ``out`` and ``notes`` only."""
 
     model: torch.nn.Module | None
     plan: Plan
@@ -47,13 +51,59 @@ class Result:
     state: Mapping[str, Any] = field(default_factory=dict, repr=False)  # the final state_dict
 
 
+class LastCheckpointNotWritten(CheckpointNotWritten):
+    """Training is done, but its last checkpoint could not be written: the folder does not hold what was learned.
+
+    Raised at the very end, because whoever gave ``out`` counts on finding the model there, and an exit status of 0
+    would tell a job scheduler so. Nothing is lost to a script: ``result`` is what `train` would have returned, with
+    model and history; ``summary.json`` has been written if there was room for it.
+    """
+
+    def __init__(self, reason: str, result: Result) -> None:
+        self.result = result
+        said = result.summary
+        assert said is not None
+        found = [f"{said.steps} steps"]
+        if said.train_loss is not None:
+            found.append(f"training loss {said.train_loss:.4g}")
+        if said.test_accuracy is not None:
+            found.append(f"test accuracy {said.test_accuracy:.2%}")
+        super().__init__(
+            f"Training is done ({', '.join(found)}), but {result.out} does not hold what was learned. {reason} "
+            "In Python the result is this error's .result; from the command line, --resume does the steps since the "
+            "last checkpoint again."
+        )
+
+
+class FactoryFailed(WorkerFailed):
+    """A factory of the user's (model, data, loss, optimizer or schedule) raised; with the user's own traceback."""
+
+    def __init__(self, what: str, reason: str, traceback: str) -> None:
+        super().__init__(0, None, reason, traceback)
+        self.args = (f"{what} failed: {reason}",)
+
+
+@contextlib.contextmanager
+def _the_users(what: str, spec: object) -> Iterator[None]:
+    """Inside, an exception that is none of ours comes from what the user described as ``spec``."""
+    try:
+        yield
+    except ManyhandsError:
+        raise
+    except Exception as e:
+        raise FactoryFailed(f"{what} {described(spec)}", f"{type(e).__name__}: {e}", own_traceback(e)) from e
+
+
 def resolved(task: Task, plan: Plan) -> Resolved:
     """The plan with every ``auto`` decided for this machine; raises `InvalidPlan` with all problems of both."""
     task.check()
     started = environment.launched()
-    losses.build(task.loss)
-    trial = optimizers.trial(task.optimizer)
-    schedules.build(task.schedule, trial, steps=task.steps or 100)
+    with _the_users("loss", task.loss):
+        losses.build(task.loss)
+    with _the_users("optimizer", task.optimizer):
+        trial = optimizers.trial(task.optimizer)
+    with _the_users("schedule", task.schedule):
+        schedules.build(task.schedule, trial, steps=task.steps or 100)
     facts = Facts(
         cores=futex.cores(),
         gpus=torch.cuda.device_count() if torch.cuda.is_available() else 0,
@@ -91,19 +141,26 @@ def train(
     passed in holds the final parameters afterwards. ``evaluate``: at every ``epoch``, at the ``end``, ``never``, or a
     number of steps. Under torchrun, mpirun or srun this joins the ranks they started.
 
-    Raises `BadInput` (nothing was started), `WorkerFailed` with the worker's own traceback, or `NonFiniteLoss`.
+    Raises `BadInput` (the request cannot work: found before anything is started or, of a resume and of data that
+    differs between workers, before the first step; no file is changed), `WorkerFailed` with the worker's own traceback
+    (`FactoryFailed` with that of a factory), `NonFiniteLoss`, a `CommunicationError` such as `DeadlineExceeded`, or
+    `LastCheckpointNotWritten`, which carries the result.
     """
     _check_evaluation(evaluate, task)
     if resume and out is None:
         raise BadInput("resume without out: say which run's folder to take up, e.g. out='runs/first' (--out).")
-    if checkpoint_steps is not None and checkpoint_steps < 1:
-        raise BadInput(f"checkpoint_steps={checkpoint_steps}: it is a whole number of steps from 1.")
-    if keep < 1:
-        raise BadInput(f"keep={keep}: how many checkpoints to keep is a whole number from 1.")
+    if checkpoint_steps is not None and not is_whole(checkpoint_steps, 1):
+        raise BadInput(f"checkpoint_steps={checkpoint_steps!r}: it is a whole number of steps from 1.")
+    if not is_whole(keep, 1):
+        raise BadInput(f"keep={keep!r}: how many checkpoints to keep is a whole number from 1.")
     decided = resolved(task, plan or Plan())
     places = None if data_dir is None else Path(data_dir)
-    model = _built(task, places)
-    folder = None if out is None else _folder(Path(out), task, decided.plan, resume)
+    model, data = _built(task, places)
+    started = environment.launched()
+    joins = started is not None and started.size > 1
+    folder = None if out is None else Path(out)
+    if folder is not None and not joins:
+        _take_folder(folder, resume)
     options = dataclasses.asdict(
         Options(
             out=None if folder is None else str(folder),
@@ -113,15 +170,13 @@ def train(
             checkpoint_steps=checkpoint_steps,
             keep=keep,
             progress=progress,
+            described="" if folder is None else _plan_file(task, decided.plan),
+            data=data,
         )
     )
     for note in decided.notes:
         log.warning("%s", note)
-    started = environment.launched()
-    if started is not None and started.size > 1:
-        outcome = _joined(task, decided.plan, options)
-    else:
-        outcome = _launched_here(task, decided.plan, options)
+    outcome = (_joined if joins else _launched_here)(task, decided.plan, options)
     return _result(decided, folder, model, outcome)
 
 
@@ -135,40 +190,42 @@ def _check_evaluation(evaluate: str | int, task: Task) -> None:
         )
 
 
-def _built(task: Task, data_dir: Path | None) -> torch.nn.Module:
-    """The model, here: bad data or a bad factory is found before anything is written or started. It will hold the
-    result; torch's generator stays where it was.
+def _built(task: Task, data_dir: Path | None) -> tuple[torch.nn.Module, list[Any]]:
+    """The model and the `signature` of the data, here: bad data or a bad factory is found before anything is written or
+    started. The model will hold the result; torch's generator stays where it was.
     """
     from manyhands import data, models
 
     generator = torch.get_rng_state()
     try:
-        splits = data.load(task.data, folder=data_dir)
-        return models.build(task.model, inputs=splits.inputs, classes=splits.classes)
+        with _the_users("data", task.data):
+            splits = data.load(task.data, folder=data_dir)
+        with _the_users("model", task.model):
+            model = models.build(task.model, inputs=splits.inputs, classes=splits.classes)
+            settle(model, lambda: splits.train.rows(torch.tensor([0])), name=described(task.model))
+        return model, signature(splits)
     finally:
         torch.set_rng_state(generator)
 
 
-def _folder(out: Path, task: Task, plan: Plan, resume: bool) -> Path:
-    import tomli_w
-
+def _take_folder(out: Path, resume: bool) -> None:
+    """Refuse a folder that holds a run, unless it is to go on, or that cannot be written."""
     held = sorted(out.glob("checkpoints/step-*")) if out.is_dir() else []
-    if held and not resume and not environment.launched():
+    if held and not resume:
         raise BadInput(
             f"{out} holds a run already ({held[-1].name}). Go on with it by resume=True (--resume), or choose another "
             "folder with out= (--out)."
         )
-    started = environment.launched()
-    if started is None or started.rank == 0:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            table = {"task": task.as_table(), "plan": plan.as_table(), "machine": machine()}
-            (out / "plan.toml").write_text(tomli_w.dumps(table))
-        except OSError as e:
-            raise BadInput(
-                f"{out} cannot be written ({e.strerror or e}). Choose another folder with out= (--out)."
-            ) from e
-    return out
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise BadInput(f"{out} cannot be written ({e.strerror or e}). Choose another folder with out= (--out).") from e
+
+
+def _plan_file(task: Task, plan: Plan) -> str:
+    import tomli_w
+
+    return tomli_w.dumps({"task": task.as_table(), "plan": plan.as_table(), "machine": machine()})
 
 
 def machine() -> dict[str, Any]:
@@ -221,6 +278,8 @@ def _joined(task: Task, plan: Plan, options: dict[str, Any]) -> dict[str, Any]:
     allocator = "tuned" if plan.allocator == "tuned" and tune() else "plain"
     comm = join_launcher(plan)
     try:
+        if options["out"] is not None:  # the folder of all is looked at by one, so that all take one verdict
+            first_decides(comm, lambda: _take_folder(Path(options["out"]), options["resume"]))
         return work(Member(comm, (task, plan), allocator=allocator), options, None)
     except BaseException:
         comm.fail()
@@ -248,4 +307,7 @@ def _result(decided: Resolved, folder: Path | None, model: torch.nn.Module, outc
     summary["step_s"], summary["step_parts_s"] = Spread(**summary["step_s"]), StepParts(**summary["step_parts_s"])
     values = outcome["model"]
     model.load_state_dict(values)
-    return Result(model, decided.plan, Measurement(**summary), outcome["history"], folder, decided.notes, values)
+    result = Result(model, decided.plan, Measurement(**summary), outcome["history"], folder, decided.notes, values)
+    if outcome["unsaved"]:
+        raise LastCheckpointNotWritten(outcome["unsaved"], result)
+    return result

@@ -6,11 +6,13 @@
 import errno
 import multiprocessing
 import os
+import random
 import signal
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -68,6 +70,71 @@ def tied(inputs: Any, classes: int) -> nn.Module:
 
 def momentum(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01)
+
+
+class Drawing(nn.Module):
+    """Takes its noise from Python's and NumPy's generators, as a user's own augmentation does."""
+
+    def __init__(self, inputs: Any, classes: int) -> None:
+        super().__init__()
+        self.last = nn.Linear(inputs[0], classes).double()
+        if rank() >= 0:
+            random.seed(rank())
+            np.random.seed(rank())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            x = x + random.gauss(0, 0.1) + float(np.random.normal(0, 0.1))
+        return self.last(x)
+
+
+class Extra(nn.Module):
+    """Keeps a number that is no parameter; ``plain`` says it as a dict, else as a tensor."""
+
+    def __init__(self, inputs: Any, classes: int, *, plain: bool = False) -> None:
+        super().__init__()
+        self.last = nn.Linear(inputs[0], classes).double()
+        self.plain, self.passes = plain, 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.passes += 1
+        return self.last(x) * (1 + 0.01 * self.passes)
+
+    def get_extra_state(self) -> Any:
+        return {"passes": self.passes} if self.plain else torch.tensor(self.passes)
+
+    def set_extra_state(self, state: Any) -> None:
+        self.passes = state["passes"] if self.plain else int(state)
+
+
+def lazy(inputs: Any, classes: int) -> nn.Module:
+    return nn.Sequential(nn.LazyLinear(20), nn.LazyBatchNorm1d(), nn.Tanh(), nn.LazyLinear(classes)).double()
+
+
+def from_environment() -> Splits:
+    return data(int(os.environ.get("SAMPLES", "50")))
+
+
+def of_any_size() -> Splits:
+    """Each process sees another number of samples."""
+    return data(50 + rank())
+
+
+def breaks(inputs: Any, classes: int) -> nn.Module:
+    raise LookupError("the factory's own words")
+
+
+class BadInput(Exception):
+    """Called like one of ours, and none of ours."""
+
+
+class Confusing(nn.Linear):
+    def __init__(self, inputs: Any, classes: int) -> None:
+        super().__init__(inputs[0], classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        raise BadInput("not yours")
 
 
 def rank() -> int:
@@ -139,7 +206,7 @@ class Fragile(nn.Module):
 
         def broken(path: Path, tensors: Any) -> Any:
             left[0] -= 1
-            if left[0] >= 0:
+            if left[0] >= 0 or (self.how == "fail once" and left[0] < -1):
                 return write(path, tensors)
             path.write_bytes(b"half of it")
             self.accident()

@@ -3,6 +3,8 @@
 What is left behind (processes, /dev/shm, memory files, sockets) is found by the guard around every test.
 """
 
+import errno
+import json
 import os
 import signal
 import subprocess
@@ -16,8 +18,9 @@ import manyhands as mh
 from manyhands.errors import DeadlineExceeded, NonFiniteLoss, WorkerFailed
 from manyhands.training import checkpoint
 from manyhands.training.sampler import order
+from manyhands.verbs import FactoryFailed, LastCheckpointNotWritten
 from tests import guards
-from tests.training.factories import HERE
+from tests.training.factories import HERE, rank
 
 ROOT = Path(__file__).parent.parent.parent
 #: From the accident to the end of the run.
@@ -107,6 +110,32 @@ def test_a_worker_that_exits_on_its_own_is_named_with_its_status(tmp_path):
     assert ended_soon_after(tmp_path)
 
 
+@pytest.mark.parametrize("transport", ["single", "threads", "shared"])
+def test_an_exception_called_like_one_of_ours_is_the_users_own(transport):
+    task = mh.Task(model=f"{HERE}:Confusing", data=f"{HERE}:data", batch_size=10)
+    with pytest.raises(WorkerFailed, match="BadInput: not yours") as e:
+        mh.train(task, mh.Plan(workers=1 if transport == "single" else 2, transport=transport), progress=False)
+    assert "factories.py" in e.value.traceback
+
+
+def test_a_single_worker_that_raises_is_told_like_any_other(tmp_path):
+    task = mh.Task(model=f"{HERE}:Confusing", data=f"{HERE}:data", batch_size=10)
+    with pytest.raises(WorkerFailed, match="worker 0 at step 0 failed") as e:
+        mh.train(task, mh.Plan(workers=1), progress=False)
+    assert e.value.traceback.count("Traceback") == 1
+    assert "team/threads.py" not in e.value.traceback
+    assert type(e.value.__cause__).__name__ == "BadInput"
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_factory_that_raises_is_named_with_its_own_traceback(workers):
+    with pytest.raises(FactoryFailed, match=r"model .*:breaks failed: LookupError: .*the factory's own words") as e:
+        mh.train(mh.Task(model=f"{HERE}:breaks", data=f"{HERE}:data"), mh.Plan(workers=workers), progress=False)
+    assert e.value.exit_code == 1
+    assert "factories.py" in e.value.traceback
+    assert "verbs.py" not in e.value.traceback
+
+
 # -- a worker raises, freezes, or sees a loss that is not finite -------------------------------------------------------
 
 
@@ -152,12 +181,45 @@ def test_a_loss_that_is_not_finite_stops_all_at_one_step_and_the_last_good_state
 
 
 def test_a_disk_that_is_full_costs_a_checkpoint_and_not_the_run(tmp_path):
-    result = run(fragile(tmp_path, how="nothing", on=0, where="writing", step=2), tmp_path)
+    result = run(fragile(tmp_path, how="fail once", on=0, where="writing", step=0), tmp_path)
     assert result.summary.steps == 10
     events = (tmp_path / "out" / "events.jsonl").read_text()
     assert events.count('"checkpoint_not_written"') == 1
     assert "No space left" in events
+    assert [p.name for p in (tmp_path / "out" / "checkpoints").iterdir()] == ["step-00000010"]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_last_checkpoint_that_is_not_written_is_a_failure_that_carries_the_result(tmp_path, workers, monkeypatch):
+    monkeypatch.setattr(checkpoint, "write_tensors", checkpoint.write_tensors)  # one worker breaks this process's
+    monkeypatch.setattr("tests.training.factories.rank", lambda: 0 if workers == 1 else rank())
+    with pytest.raises(LastCheckpointNotWritten, match=r"10 steps.* No space left") as e:
+        run(
+            fragile(tmp_path, how="nothing", on=0, where="writing", step=2),
+            tmp_path,
+            workers=workers,
+            transport="auto",
+        )
+    assert e.value.exit_code == 1
+    result = e.value.result
+    assert result.summary.steps == 10
+    assert len(result.history) == 2
+    assert result.model.state_dict().keys() == result.state.keys()
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["steps"] == 10
     assert [p.name for p in (tmp_path / "out" / "checkpoints").iterdir()] == ["step-00000005"]
+
+
+def test_a_summary_that_cannot_be_written_costs_only_itself(tmp_path, monkeypatch, caplog):
+    from manyhands.training import metrics
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(metrics, "write_summary", full)
+    result = run(fragile(tmp_path, where="nowhere"), tmp_path, workers=1, transport="single")
+    assert result.summary.steps == 10
+    assert "No space left" in caplog.text
+    assert checkpoint.load_newest(tmp_path / "out" / "checkpoints").step == 10
 
 
 # -- listeners ---------------------------------------------------------------------------------------------------------

@@ -1,7 +1,9 @@
 """Resume: a run that stopped anywhere goes on as if it had not, bit for bit on as many workers."""
 
 import functools
+import json
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ import torch
 import manyhands as mh
 from manyhands.consistency import strategies
 from manyhands.errors import BadInput, DamagedFile
+from manyhands.testing import run_ranks
 from manyhands.training import checkpoint
 from tests.training.factories import HERE
 
@@ -126,6 +129,115 @@ def test_a_finished_run_resumes_to_itself(tmp_path):
     assert again.summary.steps == STEPS
 
 
+def files(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file() and p.name != "events.jsonl"}
+
+
+@pytest.mark.parametrize("length", [{}, {"steps": None, "epochs": 3}, {"target_accuracy": 0.01}], ids=str)
+def test_a_finished_run_that_is_resumed_keeps_its_summary_and_plan(tmp_path, length):
+    done = train(task(**length), out=tmp_path, evaluate=5)
+    before = files(tmp_path)
+    again = train(task(**length), workers=1, out=tmp_path, evaluate=5, resume=True)
+    assert again.summary == done.summary
+    assert again.summary.samples_per_s > 0
+    assert again.history == done.history
+    assert files(tmp_path) == before
+
+
+def test_a_run_that_ended_in_mid_epoch_has_the_history_of_one_that_did_not(tmp_path):
+    length = {"steps": None, "epochs": 3}
+    whole = train(task(**length))
+    for i, stop in enumerate((3, 10, 12)):
+        train(task(steps=stop), out=tmp_path, resume=i > 0)
+    resumed = train(task(**length), out=tmp_path, resume=True)
+    assert untimed(resumed.history) == untimed(whole.history)
+    assert resumed.history[-1]["train_s"] > resumed.history[0]["train_s"] > 0
+
+
+def test_the_loss_of_a_resumed_epoch_is_of_all_of_it_on_another_number_of_workers_too(tmp_path):
+    whole = train(task(), workers=1)
+    train(task(steps=10), workers=3, out=tmp_path)
+    resumed = train(task(), workers=2, out=tmp_path, resume=True)
+    assert len(resumed.history) == len(whole.history)
+    for a, b in zip(resumed.history, whole.history, strict=True):
+        assert a["train_loss"] == pytest.approx(b["train_loss"], abs=1e-12)
+
+
+@pytest.mark.parametrize("transport", ["shared", "gloo"])
+def test_pythons_and_numpys_generators_go_on_where_they_were(tmp_path, transport):
+    """In processes of their own: the type checker of this one (beartype) draws from ``random`` as it goes."""
+    what = {"model": f"{HERE}:Drawing"}
+    whole = train(task(**what), transport=transport)
+    train(task(steps=10, **what), transport=transport, out=tmp_path)
+    assert same_bits(train(task(**what), transport=transport, out=tmp_path, resume=True), whole)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_extra_state_that_is_a_tensor_is_kept(tmp_path, workers):
+    what = {"model": f"{HERE}:Extra"}
+    whole = train(task(**what), workers)
+    assert whole.state["_extra_state"] == STEPS
+    train(task(steps=10, **what), workers, out=tmp_path)
+    assert same_bits(train(task(**what), workers, out=tmp_path, resume=True), whole)
+
+
+def test_which_checkpoint_was_taken_up_is_an_event(tmp_path):
+    train(task(steps=10), out=tmp_path, checkpoint_steps=4)
+    damage(tmp_path / "checkpoints" / "step-00000010" / "model.safetensors")
+    train(task(), out=tmp_path, resume=True)
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    (resumed,) = [e for e in events if e["event"] == "resumed"]
+    assert resumed["step"] == 8
+    assert resumed["path"].endswith("step-00000008")
+    (skipped,) = resumed["skipped"]
+    assert "step-00000010" in skipped
+
+
+def choosing(comm, folder):
+    """What two ranks take that do not see the same files: rank 1 has a newer checkpoint, or another under the name."""
+    from manyhands.training import checkpoint
+    from manyhands.training.gather import first_decides
+
+    place = Path(folder) / f"rank-{comm.rank}"
+
+    def choose():
+        found = checkpoint.load_newest(place)
+        return [found.path.name, checkpoint.manifest_sum(found.path)]
+
+    name, manifest = first_decides(comm, choose)
+    try:
+        return checkpoint.load_same(place / name, manifest).step
+    except DamagedFile as e:
+        return str(e)
+
+
+@pytest.mark.parametrize(("other", "found"), [(1.0, [3, 3]), (2.0, [3, "rank 0"])])
+def test_every_rank_takes_the_checkpoint_that_rank_0_chose(tmp_path, other, found):
+    for rank, value in enumerate((1.0, other)):
+        place = tmp_path / f"rank-{rank}"
+        checkpoint.save(place, 3, model={"w": torch.tensor([value])}, state={})
+    checkpoint.save(tmp_path / "rank-1", 5, model={"w": torch.tensor([0.0])}, state={})
+    first, second = run_ranks(choosing, 2, args=(str(tmp_path),))
+    assert first == found[0]
+    assert second == found[1] or found[1] in second
+
+
+def test_what_rank_0_refuses_all_refuse(tmp_path):
+    assert run_ranks(refusing, 3) == [["DamagedFile", "spoilt"]] * 3
+
+
+def refusing(comm):
+    from manyhands.training.gather import first_decides
+
+    def refuse():
+        raise DamagedFile("spoilt")
+
+    try:
+        first_decides(comm, refuse)
+    except BadInput as e:
+        return [type(e).__name__, str(e)]
+
+
 # -- on another number of workers --------------------------------------------------------------------------------------
 
 
@@ -196,10 +308,53 @@ def test_there_must_be_something_to_resume(tmp_path):
         train(task(), resume=True)
 
 
-def test_other_data_is_refused_where_the_cursor_does_not_fit(tmp_path):
-    train(task(steps=6), out=tmp_path)  # at sample 48 of 50
-    with pytest.raises(BadInput, match="data set"):
-        train(task(data=f"{HERE}:data(n=40)"), out=tmp_path, resume=True)
+ADAM = {"optimizer": "adam(lr=0.01)"}
+#: What the run began with, what it is to go on with, and both as the message names them. All at sample 24 of 50.
+OTHER_RUNS = {
+    "adam to sgd": (ADAM, {}, ["torch.optim.adam.Adam", "torch.optim.sgd.SGD"]),
+    "sgd to adam": ({}, ADAM, ["torch.optim.sgd.SGD", "torch.optim.adam.Adam"]),
+    "amsgrad": (ADAM, {"optimizer": "adam(lr=0.01, amsgrad=True)"}, ["Adam with amsgrad"]),
+    "seed": ({}, {"seed": 5}, ["seed 4", "5"]),
+    "fewer samples": ({}, {"data": f"{HERE}:data(n=40)"}, ["50", "40", "data set"]),
+    "more samples": ({}, {"data": f"{HERE}:data(n=52)"}, ["50", "52", "data set"]),
+    "data": ({}, {"data": f"{HERE}:regression"}, ["made up", "regression"]),
+    "cosine over more steps": ({"schedule": "cosine"}, {"schedule": "cosine"}, ["10", "21"]),
+    "one cycle over more steps": (
+        {"schedule": "onecycle(max_lr=0.1)"},
+        {"schedule": "onecycle(max_lr=0.1)"},
+        ["10", "21"],
+    ),
+    "step to cosine": ({}, {"schedule": "cosine"}, ["step(step_size=4, gamma=0.7)", "cosine"]),
+    "step to none": ({}, {"schedule": None}, ["step(step_size=4, gamma=0.7)", "None"]),
+    "rate under a schedule": (
+        {"optimizer": "sgd(lr=0.1)"},
+        {"optimizer": "sgd(lr=0.5)"},
+        ["0.1", "0.5", "--lr"],
+    ),
+}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize(("before", "after", "said"), OTHER_RUNS.values(), ids=OTHER_RUNS)
+def test_another_run_is_refused_naming_both_values_and_what_works(tmp_path, before, after, said, workers):
+    train(task(**{"steps": 10, **before}), workers, out=tmp_path)
+    kept = files(tmp_path)
+    with pytest.raises(BadInput) as e:
+        train(task(**after), workers, out=tmp_path, resume=True)
+    for word in (*said, "Resume with" if "--lr" not in said else "Leave", "model.safetensors", "--out"):
+        assert word in str(e.value)
+    assert files(tmp_path) == kept  # plan.toml, metrics and summary are those of the run that was
+
+
+def test_what_may_change_at_an_epochs_end_does(tmp_path):
+    train(task(steps=7), out=tmp_path)
+    assert train(task(seed=5), out=tmp_path, resume=True).summary.seed == 5
+
+
+def test_without_a_schedule_a_resume_may_have_another_learning_rate(tmp_path):
+    train(task(schedule=None, optimizer="sgd(lr=0.1)", steps=10), out=tmp_path)
+    slow = train(task(schedule=None, optimizer="sgd(lr=0.01)"), out=tmp_path, resume=True)
+    assert slow.summary.steps == STEPS
 
 
 def test_a_tied_model_is_stored_once_and_resumes_exactly(tmp_path):
@@ -211,3 +366,33 @@ def test_a_tied_model_is_stored_once_and_resumes_exactly(tmp_path):
     stored = load_file(tmp_path / "checkpoints" / "step-00000010" / "model.safetensors")
     assert len(stored) == len(whole.state) - 1
     assert same_bits(train(task(**what), out=tmp_path, resume=True), whole)
+
+
+# -- from the command line ---------------------------------------------------------------------------------------------
+
+
+def test_a_resume_on_another_number_of_workers_decides_anew_how_they_meet(tmp_path):
+    """``plan.toml`` says what was decided for one worker: transport=single, all cores' threads."""
+    from manyhands.cli import options, request
+
+    def asked(*typed):
+        return request.requested(options.parse(["train", "--resume", "--out", str(tmp_path), *typed]))[1]
+
+    (tmp_path / "plan.toml").write_text("[plan]\nworkers = 1\ntransport = 'single'\nthreads = 2\nmesh = 'data=1'")
+    assert (asked("--workers", "2").transport, asked("--workers", "2").threads) == ("auto", 0)
+    assert (asked("--workers", "1").transport, asked().transport) == ("single", "single")
+    said = asked("--workers", "2", "--transport", "gloo", "--threads", "1")
+    assert (said.transport, said.threads, said.mesh) == ("gloo", 1, None)
+
+
+def test_a_module_that_does_not_import_is_named_with_the_line(tmp_path, monkeypatch):
+    from manyhands.catalogue import import_object
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "users_broken.py").write_text("import math\n\nmath.nothing\n")
+    (tmp_path / "users_missing.py").write_text("\nimport no_such_package\n")
+    with pytest.raises(BadInput, match=r"AttributeError: .*users_broken\.py, line 3\)"):
+        import_object("users_broken:model")
+    with pytest.raises(BadInput, match=r"no_such_package.*users_missing\.py, line 2\)"):
+        import_object("users_missing:model")

@@ -13,9 +13,7 @@ from manyhands.training.sampler import (
     START,
     Cursor,
     Sampler,
-    batches,
     evaluation_shares,
-    micro_batches,
     order,
     shares,
     steps_per_epoch,
@@ -26,6 +24,10 @@ sizes = st.integers(1, 400)
 batch_sizes = st.integers(1, 450)
 worker_counts = st.integers(1, 9)
 seeds = st.integers(-(2**70), 2**70)
+
+
+def batches(n, batch_size, workers, rank, seed, cursor=START, **length):
+    return Sampler(n, batch_size=batch_size, workers=workers, rank=rank, seed=seed).batches(cursor, **length)
 
 
 def global_batches(n, batch_size, workers, seed, cursor=START, **length):
@@ -98,14 +100,6 @@ def test_resuming_continues_as_if_nothing_had_happened(n, batch_size, workers, s
     whole = global_batches(n, batch_size, workers, seed, steps=60)
     cursor = whole[stop - 1][0] if stop else START
     assert whole[stop:] == global_batches(n, batch_size, workers, seed, cursor, steps=60)
-
-
-@given(st.integers(0, 50), st.integers(1, 9))
-def test_micro_batches_are_the_share_in_order_and_none_is_empty(length, parts):
-    share = torch.arange(length)
-    found = micro_batches(share, parts)
-    assert len(found) == min(length, parts)
-    assert [x for part in found for x in part.tolist()] == share.tolist()
 
 
 def test_the_order_of_version_one():

@@ -247,3 +247,18 @@ def test_an_exit_status_in_words():
     assert ended(-9) == "was killed by SIGKILL"
     assert ended(3) == "exited with status 3"
     assert ended(-200) == "exited with status -200"
+
+
+def reserves(member: Member) -> int:
+    """Takes a megabyte of symmetric memory; the size of the memory file before."""
+    segment = member.comm._segment  # type: ignore[attr-defined]
+    before = int(segment.end)
+    member.comm.barrier()  # the first to reserve moves the end for all
+    member.comm.allocate(1 << 18, torch.float32, common=True).fill_(1.0)
+    return before
+
+
+def test_a_standing_team_gives_a_jobs_memory_back():
+    with team("shared", 2) as crew:
+        ends = [crew.run(f"{HERE}:reserves") for _ in range(4)]
+    assert ends[1:] == [ends[0]] * 3

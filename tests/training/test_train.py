@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import textwrap
+import time
 import tomllib
 from pathlib import Path
 
@@ -121,9 +122,10 @@ def test_one_worker_is_the_plain_loop_bit_for_bit_order_and_random_numbers_inclu
 
 def test_training_leaves_the_callers_generator_and_threads_alone():
     threads = torch.get_num_threads()
-    for workers in (1, 2):
+    for workers, transport in ((1, "single"), (2, "threads"), (2, "shared")):
+        torch.manual_seed(99)
         before = torch.get_rng_state()
-        train(task(epochs=1), workers=workers)
+        train(task(epochs=1), workers=workers, transport=transport)
         assert torch.equal(torch.get_rng_state(), before)
         assert torch.get_num_threads() == threads
 
@@ -321,6 +323,60 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path):
     assert (tmp_path / "summary.json").read_text() == before
 
 
+@pytest.mark.parametrize("said", [{"checkpoint_steps": "5"}, {"checkpoint_steps": True}, {"keep": 1.5}, {"keep": 0}])
+def test_what_is_no_whole_number_is_refused(said):
+    with pytest.raises(BadInput, match="whole number"):
+        train(task(), **said)
+
+
+def test_a_model_whose_extra_state_is_no_tensor_is_refused_before_work(tmp_path):
+    with pytest.raises(BadInput, match=r"_extra_state.*dict.*get_extra_state"):
+        train(task(model=f"{HERE}:Extra(plain=True)"), workers=2, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_lazy_modules_take_their_shapes_from_the_data(workers):
+    result = train(task(model=f"{HERE}:lazy", data=f"{HERE}:data(n=52)"), workers=workers)
+    assert result.state["0.weight"].shape == (20, factories.INPUTS)
+    assert result.summary.parameters == sum(p.numel() for p in result.model.parameters())
+
+
+def test_workers_see_todays_environment(monkeypatch):
+    """The fork server was started before, with another one."""
+    train(task(epochs=1), workers=2)
+    monkeypatch.setenv("SAMPLES", "40")
+    assert train(task(data=f"{HERE}:from_environment", epochs=1), workers=2).summary.steps == 5
+    monkeypatch.delenv("SAMPLES")
+    assert train(task(data=f"{HERE}:from_environment", epochs=1), workers=2).summary.steps == 7
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_worker_that_sees_other_data_is_refused(workers):
+    if workers == 1:  # this process is the worker, and sees what it saw
+        train(task(data=f"{HERE}:of_any_size", epochs=1))
+        return
+    with pytest.raises(BadInput, match=r"sees other data .*5[01] \+ 23 samples.*49 \+ 23 samples"):
+        train(task(data=f"{HERE}:of_any_size"), workers=2)
+
+
+def test_samples_per_second_do_not_count_evaluation(monkeypatch, tmp_path):
+    from manyhands.training import loop
+
+    evaluate = loop.evaluate
+
+    def slow(*arguments, **options):
+        time.sleep(0.5)
+        return evaluate(*arguments, **options)
+
+    monkeypatch.setattr(loop, "evaluate", slow)
+    summary = train(task(), out=tmp_path).summary
+    assert summary.wall_s > 1.5
+    assert summary.samples_per_s > 150 / 1.0  # three epochs of 50 samples
+    rates = [json.loads(line)["samples_per_s"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert min(rates) > 150 / 1.0
+
+
 # -- what is on disk ---------------------------------------------------------------------------------------------------
 
 SUMMARY = {
@@ -335,7 +391,7 @@ SUMMARY = {
 def test_a_runs_folder_holds_what_the_design_says(tmp_path, workers):
     result = train(task(), workers=workers, out=tmp_path / "out", checkpoint_steps=5, keep=2)
     out = tmp_path / "out"
-    names = {p.name for p in out.iterdir()} - {"tensorboard"}
+    names = {p.name for p in out.iterdir()} - {"tensorboard"}  # no half-written files either
     assert names == {"plan.toml", "metrics.jsonl", "summary.json", "events.jsonl", "checkpoints"}
 
     summary = json.loads((out / "summary.json").read_text())
@@ -442,3 +498,56 @@ def test_functions_of_the_script_itself_are_factories_where_it_has_a_main_guard(
     )
     assert said[0] == ["weight", "bias"]
     assert said[1] <= 1e-6  # float32
+
+
+OWN = """
+import torch
+import manyhands as mh
+
+def model(inputs, classes):
+    return torch.nn.Linear(inputs[0], classes)
+
+def data():
+    x = torch.arange(120.0).view(40, 3)
+    return x, (x[:, 0] > 60).long()
+
+mh.train(mh.Task(model=model, data=data, batch_size=10), mh.Plan(workers=2{more}), progress=False)
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "typed", "said"),
+    [(["own.py"], False, '__name__ == "__main__"'), (["-"], True, "transport='threads'")],
+    ids=["without a main guard", "on standard input"],
+)
+def test_what_workers_cannot_import_is_refused_naming_the_cure(tmp_path, arguments, typed, said):
+    text = OWN.format(more="")
+    (tmp_path / "own.py").write_text(text)
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=tmp_path,
+        input=text if typed else None,
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+    )
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("manyhands.errors.BadInput: ")
+    assert said in last
+    assert "my_module:factory" in last
+    assert done.stderr.count("Traceback") == 1  # the launcher's; workers say nothing
+
+
+def test_what_is_typed_trains_on_threads(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-"],
+        cwd=tmp_path,
+        input=OWN.format(more=", transport='threads'"),
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr

@@ -87,7 +87,7 @@ def declare() -> tuple[Parser, dict[str, Parser]]:
         ("study", _study, "a grid of plans side by side; without a name, the small default study of this machine"),
         ("report", _report, "(re)draw the report of a study's folder"),
         ("list", _list, "the catalogue: names; with a kind, also parameters, guarantees and papers"),
-        ("verify", _verify, "is training under every strategy equal to one process, on this machine?"),
+        ("verify", _verify, "whether training under every strategy equals one process, on this machine"),
         ("doctor", _doctor, "versions, cores, transports, data: what works, what is missing, how to get it"),
     ):
         made[name] = commands.add_parser(name, help=says, description=says[0].upper() + says[1:] + ".", epilog=EPILOG)

@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from manyhands.calling import call, label
 from manyhands.errors import BadInput
@@ -53,3 +55,37 @@ def build(
             "e.g. def factory(inputs, classes): return torch.nn.Linear(inputs[0], classes)."
         )
     return made
+
+
+def settle(model: nn.Module, sample: Callable[[], tuple[Any, Any]], *, name: str) -> None:
+    """Give lazy modules their shapes, from one ``(inputs, target)`` sample; refuse a model that cannot be stored.
+
+    Lazy parameters are drawn here, at once, rather than in the first step. The model sees the sample as in evaluation,
+    so that no running statistic moves. A model that takes its target (it returns its own loss) gets that, too.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    if any(is_lazy(t) for t in tensors):
+        inputs, target = sample()
+        was_training = model.training
+        model.eval()
+        try:
+            with torch.no_grad():
+                try:
+                    model(inputs)
+                except TypeError:
+                    model(inputs, target)
+        except Exception as e:
+            raise BadInput(
+                f"model {name} has lazy modules, which take their shapes from data, and a sample does not pass through "
+                f"it: {type(e).__name__}: {e}"
+            ) from e
+        finally:
+            model.train(was_training)
+        if any(is_lazy(t) for t in [*model.parameters(), *model.buffers()]):
+            raise BadInput(f"model {name} has lazy modules that a sample does not reach; give those their shapes.")
+    for key, value in model.state_dict().items():
+        if not isinstance(value, torch.Tensor):
+            raise BadInput(
+                f"model {name} keeps {key!r}, a {type(value).__name__}, in its state_dict: a model is stored as named "
+                "tensors. Let get_extra_state return a tensor, or register a buffer instead."
+            )

@@ -136,6 +136,21 @@ def load_newest(folder: Path) -> Checkpoint:
     )
 
 
+def manifest_sum(path: Path) -> str:
+    """SHA-256 of a checkpoint's manifest, which names the sums of all else: equal ones are one checkpoint."""
+    try:
+        return read_sum(path / MANIFEST).sha256
+    except OSError as e:
+        raise DamagedFile(f"{path}: cannot be read: {e.strerror or e}") from e
+
+
+def load_same(path: Path, manifest: str) -> Checkpoint:
+    """The checkpoint in ``path`` if it is the one that another rank has found there, by its `manifest_sum`."""
+    if manifest_sum(path) != manifest:
+        raise DamagedFile(f"{path}: is not what rank 0 sees under this name. The folder has to be one for all ranks")
+    return load(path)
+
+
 def load(path: Path) -> Checkpoint:
     """The checkpoint in the folder ``path``, verified first; `DamagedFile` says what is wrong with it."""
     match = _CANDIDATE.fullmatch(path.name)

@@ -5,7 +5,9 @@ Nothing in here knows a strategy, a transport or a cut; it knows `Worker.step`.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import dataclasses
 import importlib.metadata
 import logging
 import platform
@@ -26,18 +28,22 @@ from manyhands.communication.topology import Mesh
 from manyhands.consistency import buffers as buffer_policy
 from manyhands.contract import Batch, Measurement, Spread, StepParts, Strategy, Worker
 from manyhands.data import Splits
-from manyhands.errors import BadInput, NonFiniteLoss
+from manyhands.errors import BadInput, DamagedFile, NonFiniteLoss
 from manyhands.models import losses, optimizers, schedules
+from manyhands.models.factory import settle
 from manyhands.partition.data import DataReplica
 from manyhands.plan import Plan
 from manyhands.task import Task, described, from_table
 from manyhands.training import checkpoint, state
 from manyhands.training.evaluation import evaluate, to_device
+from manyhands.training.gather import first_decides, from_first
 from manyhands.training.member import Member
-from manyhands.training.metrics import MetricsLog, write_summary
+from manyhands.training.metrics import MetricsLog, read_summary
 from manyhands.training.model_difference import check_same_model
+from manyhands.training.origin import check_same_run, origin
 from manyhands.training.progress import Progress
 from manyhands.training.sampler import START, Cursor, Sampler, steps_per_epoch, worker_seed
+from manyhands.training.whole_file import replacing
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +70,30 @@ class Options:
     checkpoint_steps: int | None = None  # None: at every epoch's end
     keep: int = 3
     progress: bool = True
+    described: str = ""  # what plan.toml shall say
+    data: list[Any] | None = None  # the launcher's `signature` of the data; None: rank 0's counts
+
+
+@dataclass
+class Since:
+    """This worker's training loss since the last record."""
+
+    sums: bool  # the loss is a sum over samples; it is reported per sample, as in evaluation
+    total: float = 0.0
+    samples: float = 0
+
+    def add(self, loss: float, count: int) -> None:
+        """One more step."""
+        self.total += loss if self.sums else loss * count
+        self.samples += count
+
+    def so_far(self) -> tuple[float, float]:
+        """``(total, samples)``."""
+        return self.total, float(self.samples)
+
+    def begin(self, total: float = 0.0, samples: float = 0.0) -> None:
+        """Count anew, or go on from what was."""
+        self.total, self.samples = total, samples
 
 
 @dataclass
@@ -81,8 +111,26 @@ class Run:
     worker: Worker
     schedule: Any
     sampler: Sampler
+    since: Since
     cursor: Cursor = START
     history: list[dict[str, Any]] = field(default_factory=list)
+    trained_s: float = 0.0  # in steps, of the whole run; evaluations and checkpoints not counted
+    cut_short: bool = False  # the newest record stands where the run ended, not where one was due
+    resumed: dict[str, Any] | None = None  # which checkpoint was taken up, and which were not
+    unsaved: str = ""  # why the newest checkpoint could not be written; on rank 0 only
+
+    @property
+    def at_full_length(self) -> bool:
+        """Whether all epochs or steps are done."""
+        epochs, steps = self.task.length["epochs"], self.task.length["steps"]
+        return (epochs is not None and self.cursor.epoch >= epochs) or (steps is not None and self.cursor.step >= steps)
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is nothing left to do. Between a resume and the first step the same on every rank."""
+        seconds = self.task.seconds
+        out_of_time = seconds is not None and self.trained_s >= seconds
+        return self.at_full_length or out_of_time or _reached_target(self)
 
 
 def work(member: Member, options: dict[str, Any], tables: dict[str, Any] | None) -> dict[str, Any]:
@@ -93,6 +141,8 @@ def work(member: Member, options: dict[str, Any], tables: dict[str, Any] | None)
         else (from_table(Task, tables["task"], "[task]"), from_table(Plan, tables["plan"], "[plan]"))
     )
     run = prepare(member, task, plan, Options(**options))
+    if not (run.options.resume and run.finished):
+        keep_plan(run)
     with logged(run) as metrics:
         return train(run, metrics, member)
 
@@ -104,6 +154,7 @@ def prepare(member: Member, task: Task, plan: Plan, options: Options) -> Run:
     strategy = plan.strategy
     assert isinstance(strategy, Strategy)
     splits = data_sets.load(task.data, folder=Path(options.data_dir) if options.data_dir else None)
+    check_same_data(splits, options.data, comm)
     model = build_model(task, splits, comm, alike=strategy.whole_batch)
     model.to(device_of(plan, comm))
     loss = losses.build(task.loss)
@@ -129,10 +180,47 @@ def prepare(member: Member, task: Task, plan: Plan, options: Options) -> Run:
     )
     with comm.counting("control"):
         worker = strategy.start(replica, comm)
-    run = Run(task, plan, options, comm, splits, model, loss, replica, worker, schedule, sampler)
+    since = Since(sums=losses.reduction(loss) == "sum")
+    run = Run(task, plan, options, comm, splits, model, loss, replica, worker, schedule, sampler, since)
     if options.resume:
         resume(run)
     return run
+
+
+def signature(splits: Splits) -> list[Any]:
+    """By what two loads of one description are told apart: name, sizes, shape, classes."""
+    tested = None if splits.test is None else len(splits.test)
+    shape = None if splits.inputs is None else list(splits.inputs)
+    return [splits.name, len(splits.train), tested, shape, splits.classes]
+
+
+def check_same_data(splits: Splits, expected: list[Any] | None, comm: Communicator) -> None:
+    """Refuse a worker that has found other data than the launcher or rank 0. Collective."""
+    mine = signature(splits)
+    first = from_first(comm, mine if expected is None else expected)
+    if mine != first:
+        raise BadInput(
+            f"worker {comm.rank} sees other data ({_signed(mine)}, from {splits.source}) than the first that looked "
+            f"({_signed(first)}). All have to see the same: name the folder with data_dir= (--data-dir), and let a "
+            "factory of your own give the same samples at every call."
+        )
+
+
+def _signed(signature: list[Any]) -> str:
+    name, train, test, shape, classes = signature
+    return f"{name}: {train} + {test or 0} samples of shape {shape}, {classes} classes"
+
+
+def keep_plan(run: Run) -> None:
+    """``plan.toml``, on rank 0: once it is known that this run can be, so that a refused resume changes nothing."""
+    if run.comm.rank != 0 or run.options.out is None or not run.options.described:
+        return
+    out = Path(run.options.out)
+    try:
+        with replacing(out / "plan.toml") as file:
+            file.write(run.options.described)
+    except OSError as e:
+        raise BadInput(f"{out} cannot be written ({e.strerror or e}). Choose another folder with out= (--out).") from e
 
 
 def build_model(task: Task, splits: Splits, comm: Communicator, *, alike: bool = False) -> torch.nn.Module:
@@ -143,6 +231,7 @@ def build_model(task: Task, splits: Splits, comm: Communicator, *, alike: bool =
     with _BUILDING:
         torch.manual_seed(task.seed)
         model = models.build(task.model, inputs=splits.inputs, classes=splits.classes)
+        settle(model, lambda: splits.train.rows(torch.tensor([0])), name=described(task.model))
         if comm.transport == "threads" and isinstance(task.model, torch.nn.Module) and comm.rank > 0:
             model = copy.deepcopy(model)
         if comm.rank > 0 and comm.transport != "threads" and not alike:
@@ -169,23 +258,52 @@ def total_steps(task: Task, sampler: Sampler) -> int:
 
 
 def resume(run: Run) -> None:
-    """Take up the newest good checkpoint of the run's folder. Collective; every rank reads it."""
+    """Take up the newest good checkpoint of the run's folder, which rank 0 chooses. Collective; every rank reads it."""
     assert run.options.out is not None
-    found = checkpoint.load_newest(Path(run.options.out) / "checkpoints")
+    comm, folder = run.comm, Path(run.options.out) / "checkpoints"
+    found: checkpoint.Checkpoint | None = None
+
+    def choose() -> list[Any]:
+        nonlocal found
+        found = checkpoint.load_newest(folder)
+        return [found.path.name, checkpoint.manifest_sum(found.path), [why for _, why in found.skipped]]
+
+    name, manifest, skipped = first_decides(comm, choose)
+    if found is None:
+        found = checkpoint.load_same(folder / name, manifest)
+    if "origin" not in found.state:
+        raise BadInput(f"The checkpoint {found.path} was written by an older manyhands; this one cannot resume it.")
     own = run.model.state_dict()
     check_same_model(own, found.model, source=found.path)
-    if run.comm.rank == 0 or not any(run.comm.is_common(p.flat) for p in run.replica.pieces):
+    saved = found.state
+    cursor = Cursor(*saved["cursor"])
+    check_same_run(saved["origin"], _origin(run), cursor, source=found.path)
+    if comm.rank == 0 or not any(comm.is_common(p.flat) for p in run.replica.pieces):
         with torch.no_grad():
-            for name, value in own.items():
-                value.copy_(found.model[name])
-    run.comm.barrier()
-    for buffer, name in zip(run.replica.buffers, (n for n, _ in run.model.named_buffers()), strict=True):
-        if name in found.model:
-            buffer.copy_(found.model[name])
+            for key, value in own.items():
+                value.copy_(found.model[key])
+    for path, module in run.model.named_modules():
+        extra = found.model.get(f"{path}._extra_state".removeprefix("."))
+        if extra is not None:  # `state_dict` gives a copy of it
+            module.set_extra_state(extra)
+    comm.barrier()
+    for buffer, key in zip(run.replica.buffers, (n for n, _ in run.model.named_buffers()), strict=True):
+        if key in found.model:
+            buffer.copy_(found.model[key])
     assert isinstance(run.plan.strategy, Strategy)
-    run.cursor = state.restore(found.state, run.worker, run.plan.strategy, run.comm, run.schedule)
-    run.history = list(found.state["history"])
-    run.comm.barrier()
+    since = state.restore(saved, run.worker, run.plan.strategy, comm, run.schedule, device=device_of(run.plan, comm))
+    run.cursor, run.history, run.trained_s = cursor, list(saved["history"]), saved["trained_s"]
+    run.cut_short = saved["cut_short"]
+    if run.cut_short and not run.finished:
+        run.history.pop()  # the epoch goes on, and so do its sums
+        run.cut_short = False
+    run.since.begin(*since)
+    run.resumed = {"step": cursor.step, "path": str(found.path), "skipped": skipped}
+    comm.barrier()
+
+
+def _origin(run: Run) -> dict[str, Any]:
+    return origin(run.task, run.replica.optimizer, run.schedule, n=run.sampler.n, data=run.splits.name)
 
 
 def save(run: Run, cursor: Cursor, metrics: MetricsLog) -> str | None:
@@ -196,7 +314,21 @@ def save(run: Run, cursor: Cursor, metrics: MetricsLog) -> str | None:
     assert isinstance(strategy, Strategy)
     parameters = run.worker.consensus()
     agreed = buffer_policy.agree(run.replica.buffers, run.comm, run.plan.buffers)  # type: ignore[arg-type]
-    whole = state.collect(run.worker, strategy, run.comm, cursor, run.schedule, run.history)
+    whole = state.collect(
+        run.worker,
+        strategy,
+        run.comm,
+        run.schedule,
+        device=device_of(run.plan, run.comm),
+        since=run.since.so_far(),
+        shared={
+            "origin": _origin(run),
+            "cursor": list(cursor),
+            "history": list(run.history),
+            "trained_s": run.trained_s,
+            "cut_short": run.cut_short,
+        },
+    )
     if whole is None:
         run.comm.barrier()
         return None
@@ -207,10 +339,12 @@ def save(run: Run, cursor: Cursor, metrics: MetricsLog) -> str | None:
                 Path(run.options.out) / "checkpoints", cursor.step, model=values, state=whole, keep=run.options.keep
             )
         except checkpoint.CheckpointNotWritten as e:
+            run.unsaved = str(e)
             log.warning("%s", e)
             metrics.event("checkpoint_not_written", step=cursor.step, reason=str(e))
             run.comm.barrier()
             return None
+    run.unsaved = ""
     metrics.event("checkpoint", step=cursor.step, path=str(path))
     run.comm.barrier()
     return str(path)
@@ -227,42 +361,72 @@ class logged:
         rank = run.comm.rank if folder is not None else 1
         resumed = run.cursor.step if run.options.resume else None
         self.metrics = MetricsLog(Path(folder or "."), rank=rank, resumed_step=resumed)
-        self._comm = run.comm
+        self._run = run
 
     def __enter__(self) -> MetricsLog:
+        if self._run.resumed is not None:
+            self.metrics.event("resumed", **self._run.resumed)
         return self.metrics
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         if error is not None:
-            self.metrics.event("failed", step=self._comm.step, error=type(error).__name__, message=str(error))
+            self.metrics.event("failed", step=self._run.comm.step, error=type(error).__name__, message=str(error))
         self.metrics.close()
+
+
+@dataclass
+class Cost:
+    """What the steps of this process cost this rank; begun before the first of them, `measured` after the last."""
+
+    first_step: int
+    began: float
+    trained_before_s: float
+    sent_before_B: int
+    parts_before: tuple[float, ...]
+    times: list[float] = field(default_factory=list)
+    seen: int = 0  # samples, of all ranks
+    moved_B: int = 0
+
+    @classmethod
+    def begun(cls, run: Run) -> Cost:
+        """Now."""
+        sent_B = run.comm.counters.sent_B("step")
+        return cls(run.cursor.step, time.perf_counter(), run.trained_s, sent_B, _spent(run))
+
+    def measured(self, run: Run, wall_s: float) -> dict[str, Any]:
+        """The figures of the summary that are about cost."""
+        steps = run.cursor.step - self.first_step
+        trained_s = run.trained_s - self.trained_before_s
+        sent_B = run.comm.counters.sent_B("step") - self.sent_before_B
+        return {
+            "samples_per_s": self.seen / trained_s if steps else 0.0,
+            "step_s": Spread.of(self.times[WARM_UP:] or self.times),
+            "step_parts_s": _parts(run, self.parts_before, max(steps, 1)),
+            "sent_B_per_step": sent_B / steps if steps else 0.0,
+            "moved_B_per_step": self.moved_B / steps if steps and run.comm.counts_moved else None,
+            "wall_s": wall_s,
+        }
 
 
 def train(run: Run, metrics: MetricsLog, member: Member) -> dict[str, Any]:
     """Steps until the task's length is reached; returns what the launcher makes a `Result` of."""
-    task, comm, worker, replica = run.task, run.comm, run.worker, run.replica
+    task, comm, worker, replica, since = run.task, run.comm, run.worker, run.replica, run.since
     device = device_of(run.plan, comm)
     clock = time.perf_counter
-    began = next_log = clock()
-    times: list[float] = []
-    seen = 0
-    since = Since(sums=losses.reduction(run.loss) == "sum")
-    trained_s = float(run.history[-1]["train_s"]) if run.history else 0.0
     good = [buffer.clone() for buffer in replica.buffers]  # as they were before the step under way
-    first_step = run.cursor.step
-    parts_before = _spent(run)
-    counters, moved_B = comm.counters, 0
-    sent_before = counters.sent_B("step")
-    cursor = run.cursor
-    saved_step = first_step if run.options.resume else -1
-    recorded_step = first_step
+    cost, counters = Cost.begun(run), comm.counters
+    times = cost.times
+    next_log = cost.began
+    logged_seen, logged_s = 0, run.trained_s
+    saved_step = cost.first_step if run.options.resume else -1
+    recorded_step = cost.first_step
     with Progress(
         total_steps(task, run.sampler),
         epochs=task.length["epochs"],
-        first_step=first_step,
+        first_step=cost.first_step,
         rank=comm.rank if run.options.progress else 1,
     ) as progress:
-        for share in run.sampler.batches(run.cursor, **task.length):
+        for share in () if run.finished else run.sampler.batches(run.cursor, **task.length):
             comm.step = share.before.step
             t0 = clock()
             inputs, target = run.splits.train.rows(share.indices)
@@ -274,23 +438,25 @@ def train(run: Run, metrics: MetricsLog, member: Member) -> dict[str, Any]:
             moved_before = counters.moved_B
             try:
                 loss = worker.step(Batch(inputs, target, count))
-            except NonFiniteLoss:
+            except NonFiniteLoss as e:
                 for buffer, before in zip(replica.buffers, good, strict=True):
                     buffer.copy_(before)  # the forward pass has put the bad batch into running statistics
-                if saved_step != share.before.step:
+                spoilt = _spoilt(run)
+                if not spoilt and saved_step != share.before.step:
                     save(run, share.before, metrics)  # ends with a barrier, so the newest is the same for every rank
-                raise NonFiniteLoss(share.before.step, _newest(run) or "") from None
+                kept = _newest_finite(run) if spoilt else _newest(run)
+                raise NonFiniteLoss(share.before.step, kept or "", what=e.what, spoilt=spoilt) from None
             if run.schedule is not None:
                 _advance(run.schedule)
-            moved_B += counters.moved_B - moved_before
+            cost.moved_B += counters.moved_B - moved_before
             t1 = clock()
-            trained_s += t1 - t0
+            run.trained_s += t1 - t0
             if len(times) < STEP_TIMES:
                 times.append(t1 - t0)
-            cursor = share.after
-            seen += share.global_count
+            cursor = run.cursor = share.after
+            cost.seen += share.global_count
             since.add(float(loss), count)
-            progress.update(cursor.step, share.before.epoch, seen, loss)
+            progress.update(cursor.step, share.before.epoch, cost.seen, loss)
             if t1 >= next_log:
                 next_log = t1 + METRICS_EVERY_S
                 metrics.metrics(
@@ -300,48 +466,71 @@ def train(run: Run, metrics: MetricsLog, member: Member) -> dict[str, Any]:
                         "loss": float(loss),
                         "lr": replica.optimizer.param_groups[0].get("lr"),
                         "step_s": t1 - t0,
-                        "samples_per_s": seen / (t1 - began),
+                        "samples_per_s": (cost.seen - logged_seen) / (run.trained_s - logged_s),
                     },
                 )
+                logged_seen, logged_s = cost.seen, run.trained_s
             at_end = cursor.epoch != share.before.epoch
             reached = False
             if _record_is_due(run.options.evaluate, cursor, at_end=at_end):
-                record(run, cursor, share.before.epoch, since, trained_s, metrics)
+                record(run, share.before.epoch, metrics)
                 recorded_step = cursor.step
                 reached = _reached_target(run)
             every = run.options.checkpoint_steps
             if (at_end and every is None) or (every is not None and cursor.step % every == 0):
+                if run.at_full_length and recorded_step != cursor.step:  # the last checkpoint has the last record
+                    record(run, cursor.epoch, metrics, cut_short=True)
+                    recorded_step = cursor.step
                 save(run, cursor, metrics)
                 saved_step = cursor.step
-            if reached or _out_of_time(run, cursor, trained_s):
+            if reached or _out_of_time(run):
                 metrics.event("ended_early", step=cursor.step, why="target_accuracy" if reached else "seconds")
                 break
-    wall_s = clock() - began
-    sent_B = counters.sent_B("step") - sent_before
-    parts = _parts(run, parts_before, max(cursor.step - first_step, 1))
-    if recorded_step != cursor.step:  # a run that ends within an epoch, or between two evaluations
-        record(run, cursor, cursor.epoch, since, trained_s, metrics)
-    if saved_step != cursor.step:
-        run.cursor = cursor
-        save(run, cursor, metrics)
-    worker.finish()
-    agreed = buffer_policy.agree(replica.buffers, comm, run.plan.buffers)  # type: ignore[arg-type]
+    measured = cost.measured(run, clock() - cost.began)
+    if recorded_step != run.cursor.step:  # a run that ends within an epoch, or between two evaluations
+        record(run, run.cursor.epoch, metrics, cut_short=True)
+    if saved_step != run.cursor.step:
+        save(run, run.cursor, metrics)
+    return conclude(run, measured, metrics, member)
+
+
+def conclude(run: Run, measured: dict[str, Any], metrics: MetricsLog, member: Member) -> dict[str, Any]:
+    """Adopt what the workers agree on, and say what came of the run: rank 0 returns it, the others nothing."""
+    comm = run.comm
+    run.worker.finish()
+    agreed = buffer_policy.agree(run.replica.buffers, comm, run.plan.buffers)  # type: ignore[arg-type]
     if run.plan.buffers != "local":
-        for mine, value in zip(replica.buffers, agreed, strict=True):
+        for mine, value in zip(run.replica.buffers, agreed, strict=True):
             mine.copy_(value)
     accuracy = run.history[-1]["test_accuracy"] if run.history else None
     if run.options.evaluate == "end" and run.splits.test is not None:
-        accuracy, _ = evaluate(run.model, run.loss, run.splits.test, comm, device=device)
+        accuracy, _ = evaluate(run.model, run.loss, run.splits.test, comm, device=device_of(run.plan, comm))
     memory_B = _peak_memory(comm)
     if comm.rank != 0:
         return {}
-    steps = cursor.step - first_step
-    summary = Measurement(
+    summary = _kept_summary(run)
+    if summary is None:
+        summary = summarized(run, measured, accuracy, memory_B)
+        metrics.summary(summary)  # the folder's own, too
+    return {
+        "summary": summary,
+        "history": run.history,
+        "model": {k: v.detach().cpu() for k, v in run.model.state_dict().items()},
+        "allocator": member.allocator,
+        "source": run.splits.source,
+        "unsaved": run.unsaved,
+    }
+
+
+def summarized(run: Run, measured: dict[str, Any], accuracy: float | None, memory_B: int) -> dict[str, Any]:
+    """``summary.json``."""
+    task, cursor = run.task, run.cursor
+    return Measurement(
         strategy=str(run.plan.strategy),
         model=described(task.model),
         data=run.splits.name,
-        workers=comm.size,
-        transport=comm.transport,
+        workers=run.comm.size,
+        transport=run.comm.transport,
         device=run.plan.device,
         parameters=sum(p.numel() for p in run.model.parameters()),
         global_batch=task.batch_size,
@@ -350,26 +539,21 @@ def train(run: Run, metrics: MetricsLog, member: Member) -> dict[str, Any]:
         seed=task.seed,
         train_loss=run.history[-1]["train_loss"] if run.history else None,
         test_accuracy=accuracy,
-        samples_per_s=seen / wall_s if steps else 0.0,
-        step_s=Spread.of(times[WARM_UP:] or times),
-        step_parts_s=parts,
-        sent_B_per_step=sent_B / steps if steps else 0.0,
-        moved_B_per_step=moved_B / steps if steps and comm.counts_moved else None,
         peak_memory_B=memory_B,
-        wall_s=wall_s,
         versions=versions(),
+        **measured,
     ).as_dict()
-    metrics.summary(summary)
-    if run.options.out is not None:
-        write_summary(Path(run.options.out), summary)
-    values = {k: v.detach().cpu() for k, v in run.model.state_dict().items()}
-    return {
-        "summary": summary,
-        "history": run.history,
-        "model": values,
-        "allocator": member.allocator,
-        "source": run.splits.source,
-    }
+
+
+def _kept_summary(run: Run) -> dict[str, Any] | None:
+    """Of a finished run that was resumed: what it cost then; nothing has been measured since."""
+    if run.resumed is None or run.options.out is None or run.cursor.step != run.resumed["step"]:
+        return None
+    kept = read_summary(Path(run.options.out))
+    names = {f.name for f in dataclasses.fields(Measurement)}
+    if kept is None or kept.get("steps") != run.cursor.step or not names <= kept.keys():
+        return None
+    return {name: kept[name] for name in names}
 
 
 def _advance(schedule: Any) -> None:
@@ -378,39 +562,23 @@ def _advance(schedule: Any) -> None:
     schedule.step()
 
 
-@dataclass
-class Since:
-    """This worker's training loss since the last record."""
-
-    sums: bool  # the loss is a sum over samples; it is reported per sample, as in evaluation
-    total: float = 0.0
-    samples: int = 0
-
-    def add(self, loss: float, count: int) -> None:
-        """One more step."""
-        self.total += loss if self.sums else loss * count
-        self.samples += count
-
-    def take(self) -> tuple[float, float]:
-        """``(total, samples)``; counting begins anew."""
-        taken = self.total, float(self.samples)
-        self.total, self.samples = 0.0, 0
-        return taken
-
-
 def _record_is_due(evaluate: str | int, cursor: Cursor, *, at_end: bool) -> bool:
     return at_end if isinstance(evaluate, str) else cursor.step % evaluate == 0
 
 
-def record(run: Run, cursor: Cursor, epoch: int, since: Since, trained_s: float, metrics: MetricsLog) -> None:
+def record(run: Run, epoch: int, metrics: MetricsLog, *, cut_short: bool = False) -> None:
     """Where training stands: the mean training loss since the last record and, if asked for, the test set. Collective.
 
-    The clock of ``train_s`` is rank 0's and stands still in evaluations and checkpoints.
+    The clock of ``train_s`` is rank 0's and stands still in evaluations and checkpoints. ``cut_short``: the run ends
+    here, before a record was due; should it be resumed, the mean goes on over what it holds.
     """
-    total = torch.tensor(since.take(), dtype=torch.float64)
-    comm = run.comm
+    cursor, comm = run.cursor, run.comm
+    total = torch.tensor(run.since.so_far(), dtype=torch.float64)
     with comm.counting("consensus"):
         comm.all_reduce(total).wait()
+    run.cut_short = cut_short
+    if not cut_short:
+        run.since.begin()
     accuracy = test_loss = None
     if run.splits.test is not None and run.options.evaluate not in ("end", "never"):
         parameters = run.worker.consensus()
@@ -421,7 +589,7 @@ def record(run: Run, cursor: Cursor, epoch: int, since: Since, trained_s: float,
         "epoch": epoch,
         "step": cursor.step,
         "samples": cursor.epoch * run.sampler.n + cursor.position,
-        "train_s": trained_s,
+        "train_s": run.trained_s,
         "train_loss": float(total[0] / total[1]) if total[1] else None,
         "test_accuracy": accuracy,
         "test_loss": test_loss,
@@ -433,15 +601,16 @@ def record(run: Run, cursor: Cursor, epoch: int, since: Since, trained_s: float,
 
 def _reached_target(run: Run) -> bool:
     """The same on every rank: the accuracy is everybody's."""
-    target, found = run.task.target_accuracy, run.history[-1]["test_accuracy"]
+    target = run.task.target_accuracy
+    found = run.history[-1]["test_accuracy"] if run.history else None
     return target is not None and found is not None and found >= target
 
 
-def _out_of_time(run: Run, cursor: Cursor, trained_s: float) -> bool:
+def _out_of_time(run: Run) -> bool:
     """Whether rank 0's clock says so; asked now and then, so that all end at the same step."""
-    if run.task.seconds is None or cursor.step % ASK_EVERY:
+    if run.task.seconds is None or run.cursor.step % ASK_EVERY:
         return False
-    over = torch.tensor([float(trained_s >= run.task.seconds)])
+    over = torch.tensor([float(run.trained_s >= run.task.seconds)])
     with run.comm.counting("control"):
         run.comm.broadcast(over).wait()
     return bool(over.item())
@@ -452,6 +621,25 @@ def _newest(run: Run) -> str | None:
         return None
     folders = sorted((Path(run.options.out) / "checkpoints").glob("step-*"))
     return str(folders[-1]) if folders else None
+
+
+def _newest_finite(run: Run) -> str | None:
+    """The newest whole checkpoint whose parameters are all finite."""
+    if run.options.out is None:
+        return None
+    for folder in sorted((Path(run.options.out) / "checkpoints").glob("step-*"), reverse=True):
+        with contextlib.suppress(DamagedFile):
+            if all(bool(v.isfinite().all()) for v in checkpoint.load(folder).model.values()):
+                return str(folder)
+    return None
+
+
+def _spoilt(run: Run) -> bool:
+    """Whether some worker's consensus has become NaN or infinite. Collective."""
+    bad = torch.tensor([float(not all(bool(p.isfinite().all()) for p in run.worker.consensus()))])
+    with run.comm.counting("consensus"):
+        run.comm.all_reduce(bad).wait()
+    return bool(bad.item())
 
 
 def _spent(run: Run) -> tuple[float, float, float, float]:

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from multiprocessing.connection import Client, Connection
 from pathlib import Path
@@ -26,10 +26,19 @@ from manyhands.catalogue import import_object
 from manyhands.communication.communicator import Communicator
 from manyhands.errors import ManyhandsError, PeerLost
 from manyhands.training.allocator import Allocator, tune
-from manyhands.training.wire import decode, encode
+from manyhands.training.wire import decode, encode, family
 
 #: Exit status of a worker whose launcher has gone.
 ABANDONED = 71
+#: Files of ours through which every call of a user's code goes.
+_PASSING = (
+    "training/member.py",
+    "training/team/threads.py",
+    "verbs.py",
+    "calling.py",
+    "data/loading.py",
+    "models/factory.py",
+)
 
 
 @dataclass
@@ -55,6 +64,7 @@ class Setup:
     rendezvous: str = ""  # file for gloo
     control_offset: int = 0  # in the memory file, for shared
     folder: str = "."
+    environment: Mapping[str, str] | None = None  # the launcher's; None: this process has it already
 
 
 def serve(setup: Setup, connection: Connection, memory_fd: int = -1, live: Any = None) -> None:
@@ -73,6 +83,7 @@ def serve(setup: Setup, connection: Connection, memory_fd: int = -1, live: Any =
         with contextlib.suppress(OSError):
             connection.send_bytes(encode(failure(setup.rank, None, e)))
         raise SystemExit(1) from None
+    mark: int | None = None
     while True:
         try:
             job = decode(connection.recv_bytes())
@@ -81,9 +92,15 @@ def serve(setup: Setup, connection: Connection, memory_fd: int = -1, live: Any =
         if job[0] == "end":
             break
         _, path, arguments = job
+        comm.step = None
         try:
-            value = import_object(path, kind="job")(member, *arguments)
-            connection.send_bytes(encode(["result", value]))
+            # Memory of the job before goes back now, when all are here, and not at its end, where the first to be
+            # done would wait for the last.
+            if mark is None:
+                mark = comm.mark()
+            else:
+                comm.release(mark)
+            connection.send_bytes(encode(["result", import_object(path, kind="job")(member, *arguments)]))
         except BaseException as e:
             comm.fail()
             with contextlib.suppress(OSError):  # a launcher that has gone needs no report
@@ -94,8 +111,13 @@ def serve(setup: Setup, connection: Connection, memory_fd: int = -1, live: Any =
 
 
 def prepare_process(setup: Setup, connection: Connection) -> None:
-    """Folder, signals, and a watch on the launcher."""
+    """Folder, environment, signals, and a watch on the launcher."""
     faulthandler.enable()
+    if setup.environment is not None:
+        # A fork server keeps the environment of the day it was started; a factory of the user's reads today's.
+        for name in os.environ.keys() - setup.environment.keys():
+            del os.environ[name]
+        os.environ.update(setup.environment)
     os.chdir(setup.folder)
     sys.path[:0] = [p for p in (setup.folder,) if p not in sys.path]
     # Ctrl-C reaches the whole terminal group; the launcher decides what happens, so that it happens once.
@@ -138,9 +160,6 @@ def join(setup: Setup, memory_fd: int) -> Communicator:
 
 def failure(rank: int, step: int | None, error: BaseException) -> list[Any]:
     """An exception as a message: whether a peer caused it, what it says, and where it came from."""
-    # The frames of this file are ours, not the user's.
-    frames = traceback.TracebackException.from_exception(error)
-    frames.stack = traceback.StackSummary.from_list([f for f in frames.stack if f.filename != __file__])
     return [
         "failed",
         {
@@ -148,11 +167,19 @@ def failure(rank: int, step: int | None, error: BaseException) -> list[Any]:
             "step": step,
             "peer_lost": isinstance(error, PeerLost),
             "reason": f"{type(error).__name__}: {error}" if not isinstance(error, ManyhandsError) else str(error),
-            "kind": type(error).__name__,
+            "kind": family(error),
             "details": error.details() if isinstance(error, ManyhandsError) else {},
-            "traceback": "".join(frames.format()),
+            "traceback": own_traceback(error),
         },
     ]
+
+
+def own_traceback(error: BaseException) -> str:
+    """The traceback of ``error`` without the frames of those who only pass the call on: they are ours."""
+    passing = {str(Path(__file__).parent.parent / name) for name in _PASSING}
+    frames = traceback.TracebackException.from_exception(error)
+    frames.stack = traceback.StackSummary.from_list([f for f in frames.stack if f.filename not in passing])
+    return "".join(frames.format())
 
 
 def main(folder: str) -> None:

@@ -11,18 +11,19 @@ raises is dropped with one warning. A crash loses at most the last `FLUSH_EVERY_
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import logging
 import math
 import os
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, SupportsFloat
 
 from manyhands.errors import BadInput
+from manyhands.training.whole_file import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -104,6 +105,8 @@ class MetricsLog:
                 record(sink)
             except Exception as e:
                 logger.warning("%s is given up, training goes on: %s: %s", type(sink).__name__, type(e).__name__, e)
+                with contextlib.suppress(Exception):
+                    sink.close()
             else:
                 working.append(sink)
         self._sinks = working
@@ -240,13 +243,8 @@ def forget_after(path: Path, step: int) -> None:
     """Drop the lines of ``path`` that are about later steps than ``step``, and a last line cut short by a crash."""
     if not path.exists():
         return
-    rest = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
-    try:
-        with open(path, encoding="utf-8", errors="replace") as old, open(rest, "w", encoding="utf-8") as new:
-            new.writelines(line for line in old if line.endswith("\n") and _step_of(line) <= step)
-        rest.replace(path)
-    finally:
-        rest.unlink(missing_ok=True)
+    with open(path, encoding="utf-8", errors="replace") as old, replacing(path) as new:
+        new.writelines(line for line in old if line.endswith("\n") and _step_of(line) <= step)
 
 
 def _step_of(line: str) -> float:
@@ -259,16 +257,18 @@ def _step_of(line: str) -> float:
 def write_summary(folder: Path, values: Mapping[str, Any]) -> Path:
     """``summary.json``, old or new but never half of it."""
     path = folder / SUMMARY
-    fresh = folder / f".{SUMMARY}-{uuid.uuid4().hex[:8]}"
-    try:
-        with open(fresh, "w", encoding="utf-8") as file:
-            file.write(json_text(values, indent=2) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        fresh.replace(path)
-    finally:
-        fresh.unlink(missing_ok=True)
+    with replacing(path) as file:
+        file.write(json_text(values, indent=2) + "\n")
     return path
+
+
+def read_summary(folder: Path) -> dict[str, Any] | None:
+    """``summary.json`` as it was written, None where there is none that can be read."""
+    try:
+        values = json.loads((folder / SUMMARY).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return values if isinstance(values, dict) else None
 
 
 def json_text(values: Mapping[str, Any], *, indent: int | None = None) -> str:

@@ -72,12 +72,6 @@ def evaluation_shares(n: int, workers: int) -> list[tuple[int, int]]:
     return shares(n, workers)
 
 
-def micro_batches(share: Tensor, parts: int) -> list[Tensor]:
-    """A share in at most ``parts`` contiguous micro-batches, sizes differing by at most one; none is empty."""
-    _require(parts >= 1, f"micro_batches={parts}: at least 1 is needed.")
-    return [share[lo:hi] for lo, hi in shares(len(share), parts) if hi > lo]
-
-
 def order(n: int, seed: int, epoch: int) -> Tensor:
     """The permutation of 0 … n-1 that (seed, epoch) stands for; torch's global generator is not touched.
 
@@ -170,22 +164,6 @@ class Sampler:
         if epoch != self._epoch:
             self._epoch, self._order = epoch, order(self.n, self.seed, epoch)
         return self._order
-
-
-def batches(
-    n: int,
-    batch_size: int,
-    workers: int,
-    rank: int,
-    seed: int,
-    cursor: Cursor = START,
-    *,
-    epochs: int | None = None,
-    steps: int | None = None,
-) -> Iterator[Share]:
-    """`Sampler.batches` in one call."""
-    sampler = Sampler(n, batch_size=batch_size, workers=workers, rank=rank, seed=seed)
-    return sampler.batches(cursor, epochs=epochs, steps=steps)
 
 
 def _check(cursor: Cursor, n: int) -> None:

@@ -1,11 +1,13 @@
 """What an exact resume needs, gathered from all workers into one nested dict, and given back to them.
 
+    origin      what run this is of: optimizer, schedule, seed, data; see `origin`
     cursor      epoch, position and step of the sampler
     optimizer   per parameter and key, whole tensors assembled from the workers' slices (so any worker count fits)
     schedule    the learning-rate schedule's own state
     groups      the hyper-parameters of each parameter group as the schedule left them
-    ranks       per rank: random number generator, buffers, the strategy's live state
-    history     epoch records so far
+    ranks       per rank: random number generators, buffers, the strategy's live state, loss since the last record
+    history     epoch records so far; the last is cut short where the run ended between two
+    trained_s   time spent in steps so far, rank 0's
 
 On the same number of workers a resume is exact bit for bit. On another number, parameters, optimizer and order of
 samples are; per-rank state (random streams, residuals, own buffers) starts anew from the agreed values.
@@ -21,37 +23,52 @@ from torch import Tensor
 
 from manyhands.communication.communicator import Communicator
 from manyhands.contract import StateSlice, Strategy, Worker
+from manyhands.training import generators
 from manyhands.training.gather import gather
-from manyhands.training.sampler import Cursor
 
 
 def collect(
-    worker: Worker, strategy: Strategy, comm: Communicator, cursor: Cursor, schedule: Any, history: Sequence[Any]
+    worker: Worker,
+    strategy: Strategy,
+    comm: Communicator,
+    schedule: Any,
+    *,
+    device: str,
+    since: tuple[float, float],
+    shared: Mapping[str, Any],
 ) -> dict[str, Any] | None:
-    """The whole state on rank 0, None elsewhere. Collective."""
+    """The whole state on rank 0, None elsewhere. Collective.
+
+    ``since`` is this rank's loss since the last record; ``shared`` are entries that are the same for all ranks.
+    """
     replica = worker.replica
     # Where all workers hold all of the same state, rank 0's is enough.
     holds = comm.rank == 0 or not (strategy.identical and strategy.parameters == "own")
     mine = {
         "slices": [[s.parameter, s.key, s.lo, s.hi, s.values] for s in replica.optimizer_state()] if holds else [],
-        "generator": torch.get_rng_state().view(torch.uint8),
+        "generators": generators.capture(device, own_process=own_process(comm)),
         "buffers": [b.clone() for b in replica.buffers],
         "strategy": worker.state_dict(),
+        "since": list(since),
     }
     everybody = gather(comm, mine)
     if everybody is None:
         return None
     slices = [StateSlice(*entry) for state in everybody for entry in state.pop("slices")]
     return {
-        "cursor": list(cursor),
+        **shared,
         "workers": comm.size,
         "strategy": str(strategy),
         "optimizer": assemble(slices),
         "schedule": None if schedule is None else schedule.state_dict(),
         "groups": None if schedule is None else [hyperparameters(g) for g in schedule.optimizer.param_groups],
         "ranks": everybody,
-        "history": list(history),
     }
+
+
+def own_process(comm: Communicator) -> bool:
+    """Whether this rank has Python's and NumPy's generators to itself."""
+    return comm.transport not in ("threads", "simulated")
 
 
 def hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -76,8 +93,13 @@ def assemble(slices: Sequence[StateSlice]) -> list[list[Any]]:
     return [[parameter, key, values] for (parameter, key), values in whole.items()]
 
 
-def restore(state: dict[str, Any], worker: Worker, strategy: Strategy, comm: Communicator, schedule: Any) -> Cursor:
-    """Give a collected state back to this rank; parameters are the model's and are loaded apart."""
+def restore(
+    state: dict[str, Any], worker: Worker, strategy: Strategy, comm: Communicator, schedule: Any, *, device: str
+) -> tuple[float, float]:
+    """Give a collected state back to this rank; parameters are the model's and are loaded apart.
+
+    Returns this rank's loss since the last record.
+    """
     replica = worker.replica
     replica.load_optimizer_state(
         [
@@ -95,8 +117,14 @@ def restore(state: dict[str, Any], worker: Worker, strategy: Strategy, comm: Com
                     group[key] = value
     if state["workers"] == comm.size and state["strategy"] == str(strategy):
         mine = state["ranks"][comm.rank]
-        torch.set_rng_state(mine["generator"])
+        generators.restore(mine["generators"], device, own_process=own_process(comm))
         for buffer, kept in zip(replica.buffers, mine["buffers"], strict=True):
             buffer.copy_(kept)
         worker.load_state_dict(mine["strategy"])
-    return Cursor(*state["cursor"])
+    if state["workers"] == comm.size:
+        total, counted = state["ranks"][comm.rank]["since"]
+        return total, counted
+    if comm.rank > 0:
+        return 0.0, 0.0
+    everybody = [each["since"] for each in state["ranks"]]
+    return sum(total for total, _ in everybody), sum(counted for _, counted in everybody)

@@ -2,7 +2,8 @@
 
     message = length of header (8 bytes) | header (JSON) | tensors, one after the other
 
-Numbers, text, None, booleans, lists, tuples, dicts with text keys and tensors travel; anything else is refused.
+Numbers, text, None, booleans, lists, tuples, dicts with text keys and tensors travel; anything else is refused. An
+error travels as the name of its class among ours (`family`) and what it says.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from manyhands import errors
+from manyhands.errors import ManyhandsError
 
 _TENSOR, _TUPLE = "__tensor__", "__tuple__"
 
@@ -64,3 +68,19 @@ def _unpack(value: Any, body: memoryview) -> Any:
     if set(value) == {_TUPLE}:
         return tuple(_unpack(v, body) for v in value[_TUPLE])
     return {k: _unpack(v, body) for k, v in value.items()}
+
+
+def family(error: BaseException) -> str | None:
+    """The name of the class in `errors` that ``error`` is or descends from; None for what is none of ours.
+
+    A class of the user's that is only *called* like one of ours is none of ours.
+    """
+    return next((c.__name__ for c in type(error).__mro__ if getattr(errors, c.__name__, None) is c), None)
+
+
+def rebuilt(kind: str, message: str) -> ManyhandsError:
+    """An error of that class that says ``message``, as it came from another process."""
+    found: type[ManyhandsError] = getattr(errors, kind)
+    made = found.__new__(found)
+    Exception.__init__(made, message)
+    return made

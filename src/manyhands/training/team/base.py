@@ -22,7 +22,8 @@ class Team(ABC):
         """Call ``module:function`` as ``function(member, *arguments)`` on every worker; results in rank order.
 
         ``report(rank, value)`` gets what workers report on the way. Raises `WorkerFailed` (or the worker's own
-        `ManyhandsError`) when one fails; the team is closed then.
+        `ManyhandsError`) when one fails; the team is closed then. ``deadline_s`` ends a job of processes that takes
+        longer; workers inside this process (single, threads, simulated) cannot be ended, and pass it over.
         """
 
     @property

@@ -4,23 +4,32 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import multiprocessing
+import os
+import pickle
 import shutil
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import DupFd
 from pathlib import Path
 from typing import Any
 
-from manyhands.errors import BadInput
+from manyhands.errors import BadInput, WorkerFailed
 from manyhands.training.member import Setup, serve
 from manyhands.training.team.processes import START_S, ProcessTeam, ended
+
+#: How pickle says that it cannot: not found under its name, local, or of a kind (a lock, a file, a process group).
+_CANNOT_PICKLE = (pickle.PicklingError, AttributeError, TypeError, NotImplementedError, RuntimeError)
+_GUARD = (
+    "The task names something that is defined in the main script, so each worker ran that script again, and it did not "
+    'get through. Put what shall run once under `if __name__ == "__main__":`, or move the factories into a module '
+    "and name them as my_module:factory, or use transport='threads'."
+)
 
 
 class _Handed:
@@ -49,26 +58,25 @@ class ForkserverTeam(ProcessTeam):
         self._segment: Any = None
         self._folder: str | None = None
         self._processes: list[Any] = []
+        self._with_main = False
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(
             ["torch", "torch._dynamo", "manyhands.training.loop", "manyhands.training.member"]
         )
         try:
-            setups = self._rendezvous(setups)
-            for setup in setups:
+            for setup in self._rendezvous([dataclasses.replace(s, environment=dict(os.environ)) for s in setups]):
                 ours, theirs = context.Pipe()
                 self._connections.append(ours)
-                start = functools.partial(self._start, context, setup, theirs)
                 try:
-                    with _main_module_hidden():
-                        process = start(live)
-                except Exception:
-                    # Something of __main__ is among the live objects, so the worker must run the main script, too.
-                    process = self._start_with_main(start, live)
+                    self._processes.append(self._started(context, setup, theirs, live))
                 finally:
                     theirs.close()
-                self._processes.append(process)
-            self._collect("ready", None, START_S)
+            try:
+                self._collect("ready", None, START_S)
+            except WorkerFailed as e:
+                if self._with_main and not e.traceback:  # it died before it was ours
+                    raise BadInput(f"{e}. {_GUARD}") from None
+                raise
         except BaseException:
             self.abandon()
             raise
@@ -85,6 +93,20 @@ class ForkserverTeam(ProcessTeam):
         self._folder = tempfile.mkdtemp(prefix="manyhands-")
         return [dataclasses.replace(s, rendezvous=str(Path(self._folder) / "rendezvous")) for s in setups]
 
+    def _started(self, context: Any, setup: Setup, theirs: Any, live: Any) -> Any:
+        if not self._with_main:
+            try:
+                with _main_module_hidden():
+                    return self._start(context, setup, theirs, live)
+            except _CANNOT_PICKLE as e:
+                # Something of __main__ is among the live objects, so the worker must run the main script, too.
+                _check_main(e)
+                self._with_main = True
+        try:
+            return self._start(context, setup, theirs, live)
+        except _CANNOT_PICKLE as e:
+            raise _cannot_be_handed(e) from None
+
     def _start(self, context: Any, setup: Setup, theirs: Any, live: Any) -> Any:
         memory = _Handed(self._segment.fd) if self._segment is not None else None
         process = context.Process(
@@ -99,16 +121,6 @@ class ForkserverTeam(ProcessTeam):
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         return process
-
-    def _start_with_main(self, start: Callable[[Any], Any], live: Any) -> Any:
-        try:
-            return start(live)
-        except Exception as e:
-            raise BadInput(
-                f"the task or plan cannot be handed to another process ({type(e).__name__}: {e}). The rule: what "
-                "workers get is importable. Put the model and data factories into a module and name them as "
-                "my_module:factory, or use transport='threads'."
-            ) from None
 
     @property
     def pids(self) -> list[int]:
@@ -147,6 +159,26 @@ class ForkserverTeam(ProcessTeam):
             self._segment.close()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _check_main(error: Exception) -> None:
+    """Refuse what a worker could not find: it would run the main program again, and here there is none to run."""
+    main = sys.modules["__main__"]
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        # This is a worker, at the top level of the user's script once more. The launcher says what is wrong.
+        raise SystemExit(1)
+    file = getattr(main, "__file__", None)
+    if getattr(main, "__spec__", None) is None and (file is None or not Path(file).is_file()):
+        raise _cannot_be_handed(error) from None
+
+
+def _cannot_be_handed(error: Exception) -> BadInput:
+    return BadInput(
+        f"the task or plan cannot be handed to another process ({type(error).__name__}: {error}). The rule: what "
+        "workers get is importable, which what is defined in a notebook, on standard input or inside a function is "
+        "not. Put the model and data factories into a module and name them as my_module:factory, or use "
+        "transport='threads'."
+    )
 
 
 def _forked(setup: Setup, connection: Connection, memory: Any, live: Any) -> None:

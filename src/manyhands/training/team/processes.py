@@ -13,14 +13,14 @@ from typing import Any
 from manyhands import errors
 from manyhands.errors import BadInput, WorkerFailed
 from manyhands.training.team.base import Report, Team
-from manyhands.training.wire import decode, encode
+from manyhands.training.wire import decode, encode, rebuilt
 
 #: How long after the first failure the others may still say what they saw: the first report is not always the cause.
 GRACE_S = 2.0
 #: A worker imports torch and joins within this time, or something is wrong.
 START_S = 120.0
 #: A worker that has been asked to end does so within this time, or is made to.
-END_S = 3.0
+END_S = 10.0
 
 
 class ProcessTeam(Team):
@@ -117,7 +117,7 @@ class ProcessTeam(Team):
             "step": self._step_of(rank),
             "peer_lost": False,
             "reason": f"its process {how or 'closed its connection'}",
-            "kind": "Killed",
+            "kind": None,
             "details": {},
             "traceback": "",
         }
@@ -158,10 +158,8 @@ def raise_cause(failures: Sequence[dict[str, Any]]) -> None:
     if step is None:
         # A killed worker cannot say where it was; its peers can.
         step = next((f["step"] for f in failures if f["step"] is not None), None)
-    kind = getattr(errors, cause["kind"], None)
-    if isinstance(kind, type) and issubclass(kind, errors.ManyhandsError) and not cause["peer_lost"]:
-        rebuilt = kind.__new__(kind)
-        Exception.__init__(rebuilt, cause["reason"])
-        rebuilt.__dict__.update(cause["details"])
-        raise rebuilt
+    if cause["kind"] is not None and not cause["peer_lost"]:
+        error = rebuilt(cause["kind"], cause["reason"])
+        error.__dict__.update(cause["details"])
+        raise error
     raise WorkerFailed(cause["rank"], step, cause["reason"], cause["traceback"])

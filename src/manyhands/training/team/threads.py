@@ -9,7 +9,7 @@ from manyhands.catalogue import import_object
 from manyhands.communication.communicator import Communicator
 from manyhands.errors import WorkerFailed
 from manyhands.training.allocator import Allocator, tune
-from manyhands.training.member import Member
+from manyhands.training.member import Member, own_traceback
 from manyhands.training.team.base import Report, Team
 
 
@@ -23,19 +23,26 @@ class SingleTeam(Team):
     def run(
         self, job: str, *arguments: Any, report: Report | None = None, deadline_s: float | None = None
     ) -> list[Any]:
-        """Call the job here; its exceptions pass through as they are."""
+        """Call the job here; an exception that is none of ours becomes a `WorkerFailed` with it as its cause.
+
+        ``deadline_s`` is not kept: the job runs on the caller's thread, which nobody could end.
+        """
         import torch
 
         from manyhands.communication.transports.single import SingleCommunicator
 
         allocator = "tuned" if self._allocator == "tuned" and tune() else "plain"
+        comm = SingleCommunicator()
+        send = (lambda value: report(0, value)) if report else (lambda _: None)
         before = torch.get_num_threads()
         torch.set_num_threads(self._threads)
         try:
-            send = (lambda value: report(0, value)) if report else (lambda _: None)
-            return [
-                import_object(job, kind="job")(Member(SingleCommunicator(), self._live, send, allocator), *arguments)
-            ]
+            with torch.random.fork_rng(devices=[]):
+                return [import_object(job, kind="job")(Member(comm, self._live, send, allocator), *arguments)]
+        except errors.ManyhandsError:
+            raise
+        except Exception as e:
+            raise WorkerFailed(0, comm.step, f"{type(e).__name__}: {e}", own_traceback(e)) from e
         finally:
             torch.set_num_threads(before)
 
@@ -50,7 +57,10 @@ class ThreadTeam(Team):
     def run(
         self, job: str, *arguments: Any, report: Report | None = None, deadline_s: float | None = None
     ) -> list[Any]:
-        """Run the job on fresh threads; they are joined before this returns or raises."""
+        """Run the job on fresh threads; they are joined before this returns or raises.
+
+        ``deadline_s`` is not kept: a thread cannot be ended from outside. The waits inside have their own deadlines.
+        """
         function = import_object(job, kind="job")
 
         def work(comm: Communicator) -> Any:
@@ -67,7 +77,8 @@ class ThreadTeam(Team):
         before = torch.get_num_threads()
         torch.set_num_threads(self._threads)
         try:
-            return world.run(work)
+            with torch.random.fork_rng(devices=[]):
+                return world.run(work)
         except WorkerFailed as e:
             if isinstance(e.__cause__, errors.ManyhandsError):
                 raise e.__cause__ from None
