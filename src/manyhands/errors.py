@@ -6,6 +6,8 @@
     │   ├── InvalidPlan          all problems of a plan at once
     │   └── DamagedFile          a data file or checkpoint fails its checksum or is cut short
     ├── WorkerFailed             a worker raised; carries its rank, step and own traceback (exit 1)
+    │   └── FactoryFailed        so did the user's factory of a model, data, loss, optimizer or schedule
+    ├── LastCheckpointNotWritten (in verbs) training is done, but the disk is full; carries the result (exit 1)
     ├── NonFiniteLoss            every worker stopped at the same step, last good state named (exit 1)
     └── CommunicationError
         ├── PeerLost             another rank died or reported failure while we waited for it
@@ -82,6 +84,14 @@ class WorkerFailed(ManyhandsError):
         self.rank, self.step, self.reason, self.traceback = rank, step, reason, traceback
         where = f"worker {rank}" + (f" at step {step}" if step is not None else "")
         super().__init__(f"{where} failed: {reason}")
+
+
+class FactoryFailed(WorkerFailed):
+    """A factory of the user's (model, data, loss, optimizer or schedule) raised; with the user's own traceback."""
+
+    def __init__(self, what: str, reason: str, traceback: str) -> None:
+        super().__init__(0, None, reason, traceback)
+        self.args = (f"{what} failed: {reason}",)
 
 
 class NonFiniteLoss(ManyhandsError):

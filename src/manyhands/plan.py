@@ -113,6 +113,10 @@ class Plan:
         return {k: v for k, v in table.items() if v is not None}
 
 
+#: What a forked worker adds to memory, measured with torch 2.13: its own pages of the interpreter and of torch.
+WORKER_B = 30_000_000
+
+
 @dataclass(frozen=True)
 class Facts:
     """What a plan is checked against: the machine, the optimizer and the loss."""
@@ -127,6 +131,7 @@ class Facts:
     optimizer_problem: Problem | None = None
     clip: bool = False
     batch_size: int = 1
+    memory_B: int | None = None  # of the machine, where that is known
 
 
 @dataclass(frozen=True)
@@ -194,6 +199,20 @@ def resolve(plan: Plan, facts: Facts) -> Resolved:
     return Resolved(made, setting, tuple(notes))
 
 
+def _check_room(plan: Plan, workers: int, facts: Facts, found: list[Problem]) -> None:
+    """Whether so many processes can exist here at all; the model and the data come on top."""
+    if facts.memory_B is None or plan.transport in ("threads", "simulated") or workers * WORKER_B <= facts.memory_B:
+        return
+    found.append(
+        Problem(
+            f"workers={workers}",
+            f"a worker that is a process takes {WORKER_B // 10**6} MB before it holds any model, and this machine has "
+            f"{facts.memory_B / 1e9:.0f} GB.",
+            f"At most workers={facts.memory_B // WORKER_B}; one a core ({facts.cores}) is what pays.",
+        )
+    )
+
+
 def _workers(plan: Plan, facts: Facts, found: list[Problem]) -> int:
     if plan.workers is not None and not is_whole(plan.workers, 1):
         found.append(
@@ -211,6 +230,7 @@ def _workers(plan: Plan, facts: Facts, found: list[Problem]) -> int:
             )
         return facts.launched
     if plan.workers is not None:
+        _check_room(plan, plan.workers, facts, found)
         return plan.workers
     if isinstance(plan.mesh, Mesh):
         return plan.mesh.size

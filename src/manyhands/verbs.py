@@ -20,7 +20,7 @@ from manyhands.checks import is_whole
 from manyhands.communication import futex
 from manyhands.communication.communicator import Communicator
 from manyhands.contract import Measurement, Spread, StepParts
-from manyhands.errors import BadInput, ManyhandsError, WorkerFailed
+from manyhands.errors import BadInput, FactoryFailed, ManyhandsError
 from manyhands.models import losses, optimizers, schedules
 from manyhands.models.factory import settle
 from manyhands.plan import Facts, Plan, Resolved, resolve
@@ -75,14 +75,6 @@ class LastCheckpointNotWritten(CheckpointNotWritten):
         )
 
 
-class FactoryFailed(WorkerFailed):
-    """A factory of the user's (model, data, loss, optimizer or schedule) raised; with the user's own traceback."""
-
-    def __init__(self, what: str, reason: str, traceback: str) -> None:
-        super().__init__(0, None, reason, traceback)
-        self.args = (f"{what} failed: {reason}",)
-
-
 @contextlib.contextmanager
 def _the_users(what: str, spec: object) -> Iterator[None]:
     """Inside, an exception that is none of ours comes from what the user described as ``spec``."""
@@ -115,6 +107,7 @@ def resolved(task: Task, plan: Plan) -> Resolved:
         optimizer_problem=optimizers.gradients_problem(trial),
         clip=task.clip is not None,
         batch_size=task.batch_size,
+        memory_B=environment.memory_B(),
     )
     return resolve(plan, facts)
 
@@ -161,16 +154,15 @@ def train(
     folder = None if out is None else Path(out)
     if folder is not None and not joins:
         _take_folder(folder, resume)
+    watched: dict[str, Any] = {"evaluate": evaluate, "checkpoint_steps": checkpoint_steps, "keep": keep}
     options = dataclasses.asdict(
         Options(
             out=None if folder is None else str(folder),
             resume=resume,
             data_dir=None if places is None else str(places),
-            evaluate=evaluate,
-            checkpoint_steps=checkpoint_steps,
-            keep=keep,
+            **watched,
             progress=progress,
-            described="" if folder is None else _plan_file(task, decided.plan),
+            described="" if folder is None else _plan_file(task, decided.plan, watched),
             data=data,
         )
     )
@@ -222,10 +214,11 @@ def _take_folder(out: Path, resume: bool) -> None:
         raise BadInput(f"{out} cannot be written ({e.strerror or e}). Choose another folder with out= (--out).") from e
 
 
-def _plan_file(task: Task, plan: Plan) -> str:
+def _plan_file(task: Task, plan: Plan, watched: Mapping[str, Any]) -> str:
     import tomli_w
 
-    return tomli_w.dumps({"task": task.as_table(), "plan": plan.as_table(), "machine": machine()})
+    run = {k: v for k, v in watched.items() if v is not None}
+    return tomli_w.dumps({"task": task.as_table(), "plan": plan.as_table(), "run": run, "machine": machine()})
 
 
 def machine() -> dict[str, Any]:

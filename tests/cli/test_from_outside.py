@@ -103,7 +103,9 @@ def test_a_signal_ends_a_run_and_its_workers(tmp_path, number):
         process.send_signal(number)
         _, error = process.communicate(timeout=10)
     assert process.returncode == 130
-    assert error.splitlines()[-1] == "manyhands: interrupted"
+    interrupted, kept = error.splitlines()[-2:]
+    assert interrupted == "manyhands: interrupted"
+    assert "is kept; to go on: manyhands train --resume --out" in kept
     assert "Traceback" not in error
     # That no worker is left, tests/conftest.py looks after.
 

@@ -12,7 +12,7 @@ DIGITS = ("train", "--data", "digits", "--workers", "2", "--transport", "threads
 
 def asked(*typed):
     """The task and plan that ``train …`` means."""
-    return request.requested(options.parse(["train", *map(str, typed)]))
+    return request.requested(options.parse(["train", *map(str, typed)]))[:2]
 
 
 def test_the_summary_says_batch_rate_and_times(run):
@@ -169,3 +169,16 @@ def test_a_resumed_run_takes_its_workers_from_the_launcher(tmp_path, monkeypatch
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")
     _, plan = asked("--resume", "--out", tmp_path)
     assert (plan.workers, plan.mesh, plan.transport, plan.buffers) == (None, None, "auto", "rank0")
+
+
+def test_how_a_run_was_kept_is_not_forgotten_on_resume(run, tmp_path):
+    out = tmp_path / "run"
+    assert run(*DIGITS, "--steps", 6, "--checkpoint-steps", 2, "--keep", 9, "--out", out)[0] == 0
+    assert run("train", "--resume", "--out", out, "--steps", 10, "-q")[0] == 0
+    assert [p.name[-2:] for p in sorted(out.glob("checkpoints/step-*"))] == ["02", "04", "06", "08", "10"]
+
+
+def test_more_workers_than_memory_holds_are_refused(run):
+    status, _, err = run("train", "--data", "digits", "--workers", 10**6)
+    assert status == 2
+    assert "this machine has" in err

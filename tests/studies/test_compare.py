@@ -254,7 +254,7 @@ def test_the_command_is_one_that_train_understands():
     said = vars(options.parse(words[1:]))
     assert (said["model"], said["data"], said["optimizer"]) == ("my_pkg:make", "my pkg:data", "adamw(lr=1e-3)")
     assert (said["workers"], said["threads"], said["batch_size"], said["epochs"]) == (2, 1, 100, 5)
-    made, plan = requested(options.parse(words[1:]))
+    made, plan, _ = requested(options.parse(words[1:]))
     assert (plan.strategy.what, made.schedule) == ("parameters", "cosine")
 
 

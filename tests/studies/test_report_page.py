@@ -259,5 +259,5 @@ def test_the_result_tells_the_same_as_the_report(tmp_path):
     assert told["command"] == ANALYSIS.command
     assert {"study", "folder", "report", "findings", "cells", "rows"} <= told.keys()
     shown = "\n".join(found.lines())
-    assert "Not supported: Accuracy does not depend on the number of nodes – It falls by" in shown
+    assert "Accuracy does not depend on the number of nodes: not supported.\n    It falls by" in shown
     assert shown.endswith(f"Report: {tmp_path / 'report.html'}")

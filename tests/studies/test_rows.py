@@ -143,3 +143,13 @@ def test_the_description_lies_beside_the_rows(tmp_path):
     one = study({"plan.workers": [1, 2]})
     Rows(tmp_path, one).close()
     assert parse((tmp_path / STUDY).read_text()) == one
+
+
+def test_another_study_does_not_move_into_a_folder(tmp_path):
+    one = study()
+    with Rows(tmp_path, one) as rows:
+        rows.add(row(cell()))
+    with Rows(tmp_path, dataclasses.replace(one, repeats=5)):  # an edited one goes on
+        pass
+    with pytest.raises(BadInput, match="holds the study test, and this is other"):
+        Rows(tmp_path, dataclasses.replace(one, name="other"))

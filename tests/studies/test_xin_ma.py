@@ -7,14 +7,13 @@ import pytest
 
 from manyhands.contract import StepParts
 from manyhands.studies import studies
-from manyhands.studies.fits import Estimate
 from manyhands.studies.grid import parse
 from manyhands.studies.summary import summarize
 from manyhands.studies.xin_ma import ANN_50, ANN_50_CE, BATCHES, CNN, PUBLISHED_S, VARIANTS, design
 from manyhands.studies.xin_ma.conclusions import Finding, combined, conclusions
 from manyhands.studies.xin_ma.design import QUICK, xin_ma
 from manyhands.studies.xin_ma.figures import figures
-from manyhands.studies.xin_ma.reading import mean, trials
+from manyhands.studies.xin_ma.reading import trials
 from manyhands.studies.xin_ma.report import analyse
 from tests.studies.made import measurement, row
 
@@ -87,7 +86,7 @@ def made_rows(study, *, accuracy=accuracy, exponent=-1.0, overhead=lambda batch:
 
 def judged(**world):
     study = xin_ma(quick=True)
-    return {v.claim[:3]: v for v in conclusions(trials(study, made_rows(study, **world)))}
+    return {j.verdict.claim[:3]: j.verdict for j in conclusions(trials(study, made_rows(study, **world)))}
 
 
 def test_each_conclusion_is_judged_by_its_rule():
@@ -170,11 +169,6 @@ def test_oversubscribed_runs_say_nothing_about_time():
 
 def row_on_one_core(one):
     return dataclasses.replace(one, cores=1)
-
-
-def test_a_mean_of_one_seed_has_no_interval():
-    assert mean([0.5]) == Estimate(0.5)
-    assert mean([1.0, 2.0, 3.0]).low == pytest.approx(2 - 4.303 / math.sqrt(3), abs=1e-3)
 
 
 def test_sizes_name_the_networks_they_need():

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 
 import manyhands as mh
-from manyhands.errors import DeadlineExceeded, NonFiniteLoss, WorkerFailed
+from manyhands.errors import DeadlineExceeded, FactoryFailed, NonFiniteLoss, WorkerFailed
 from manyhands.training import checkpoint
 from manyhands.training.sampler import order
-from manyhands.verbs import FactoryFailed, LastCheckpointNotWritten
+from manyhands.verbs import LastCheckpointNotWritten
 from tests import guards
 from tests.training.factories import HERE, rank
 

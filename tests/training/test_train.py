@@ -405,7 +405,8 @@ def test_a_runs_folder_holds_what_the_design_says(tmp_path, workers):
     assert summary["parameters"] == 303
 
     table = tomllib.loads((out / "plan.toml").read_text())
-    assert set(table) == {"task", "plan", "machine"}
+    assert set(table) == {"task", "plan", "run", "machine"}
+    assert table["run"] == {"evaluate": "epoch", "checkpoint_steps": 5, "keep": 2}
     assert from_table(Task, table["task"], "[task]").as_table() == task().as_table()
     assert from_table(Plan, table["plan"], "[plan]") == result.plan
 

@@ -12,13 +12,14 @@ import contextlib
 import functools
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from manyhands.cli import options
-from manyhands.errors import BadInput, InvalidPlan, ManyhandsError, UnknownName, WorkerFailed
+from manyhands.errors import BadInput, FactoryFailed, InvalidPlan, ManyhandsError, UnknownName, WorkerFailed
 from manyhands.training.interruption import terminating
 
 
@@ -37,12 +38,17 @@ def train(said: argparse.Namespace) -> Answer:
     from manyhands.cli import summary
     from manyhands.cli.request import requested
 
-    task, plan = requested(said)
-    run = _given(said, "out", "resume", "data_dir", "evaluate", "checkpoint_steps", "keep")
-    result = verbs.train(task, plan, progress="no_progress" not in said, **run)
+    task, plan, run = requested(said)
+    run |= _given(said, "out", "resume", "data_dir", "evaluate", "checkpoint_steps", "keep")
+    status = 0
+    try:
+        result = verbs.train(task, plan, progress="no_progress" not in said, **run)
+    except verbs.LastCheckpointNotWritten as e:
+        _complain(e)
+        result, status = e.result, e.exit_code
     if result.summary is None:  # a rank beside rank 0, under a launcher
-        return Answer(None)
-    return Answer(result.summary.as_dict(), functools.partial(summary.lines, task, result))
+        return Answer(None, status=status)
+    return Answer(result.summary.as_dict(), functools.partial(summary.lines, task, result), status)
 
 
 def study(said: argparse.Namespace) -> Answer:
@@ -127,6 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if reconfigure := getattr(stream, "reconfigure", None):
             reconfigure(errors="replace")  # a terminal that has no … shows ?
     try:
+        said = None
         with terminating():
             said = options.parse(sys.argv[1:] if arguments is None else arguments)
             with _logging(verbose="verbose" in said), _result_alone("json" in said):
@@ -138,6 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         _say("manyhands: interrupted")
+        _say_how_to_go_on(said)
         return 130
     except BrokenPipeError:  # whoever read our output has seen enough; nothing may be flushed into it at the end
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -162,6 +170,17 @@ def _print(answer: Answer, *, as_json: bool) -> None:
     sys.stdout.flush()
 
 
+def _say_how_to_go_on(said: argparse.Namespace | None) -> None:
+    """After a training was ended: where its last checkpoint is taken up."""
+    out = getattr(said, "out", None)
+    if said is None or said.command != "train" or out is None:
+        return
+    kept = sorted(out.glob("checkpoints/step-*"))
+    if kept:
+        command = shlex.join(["manyhands", "train", "--resume", "--out", str(out)])
+        _say(f"manyhands: {kept[-1]} is kept; to go on: {command}")
+
+
 def _say(text: str) -> None:
     with contextlib.suppress(OSError):
         sys.stderr.write(text + "\n")
@@ -180,7 +199,8 @@ def _complain(error: ManyhandsError) -> None:
     else:
         _say(f"manyhands: {error}")
     if isinstance(error, WorkerFailed) and error.traceback:
-        _say(f"\nWhat worker {error.rank} says:\n{error.traceback.rstrip()}")
+        teller = "it" if isinstance(error, FactoryFailed) else f"worker {error.rank}"
+        _say(f"\nWhat {teller} says:\n{error.traceback.rstrip()}")
 
 
 @contextlib.contextmanager

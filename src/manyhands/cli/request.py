@@ -1,8 +1,8 @@
 """From what was said, on the command line and in a file, to a task and a plan.
 
-A file is TOML with the tables ``[task]`` and ``[plan]``, such as the ``plan.toml`` in a run's folder (its
-``[machine]`` tells where that run was and is passed over). The command line goes before it. ``--resume`` takes the
-folder's own ``plan.toml`` unless another file is named.
+A file is TOML with the tables ``[task]`` and ``[plan]``, such as the ``plan.toml`` in a run's folder: its ``[run]``
+holds how the run was evaluated and kept, its ``[machine]`` tells where that was and is passed over. The command line
+goes before it. ``--resume`` takes the folder's own ``plan.toml`` unless another file is named.
 """
 
 from __future__ import annotations
@@ -20,20 +20,22 @@ from manyhands.training import environment
 if TYPE_CHECKING:
     from manyhands.plan import Plan
 
+#: How a run is watched and kept.
+RUN = ("evaluate", "checkpoint_steps", "keep")
 #: Of a file that describes a run: what a launcher decides anew.
 LAUNCHERS = ("workers", "mesh", "transport", "threads")
 #: What is said here puts aside what a file said of the same thing: the length of a run, and the number of workers.
 OUSTS = (("steps", "epochs"), ("epochs", "steps"), ("workers", "mesh"))
 
 
-def requested(said: argparse.Namespace) -> tuple[Task, Plan]:
-    """The `Task` and the `Plan`; what nobody said is their default."""
+def requested(said: argparse.Namespace) -> tuple[Task, Plan, dict[str, Any]]:
+    """The `Task`, the `Plan`, and what the file says of ``[run]``; what nobody said is their default."""
     from manyhands import verbs
     from manyhands.models import optimizers
     from manyhands.plan import Plan
 
     given = vars(said)
-    file, task, plan = _base(given)
+    file, task, plan, run = _base(given)
     for table, kind in ((task, Task), (plan, Plan)):
         table |= {f.name: given[f.name] for f in dataclasses.fields(kind) if f.name in given}
     for told, other in OUSTS:
@@ -49,26 +51,26 @@ def requested(said: argparse.Namespace) -> tuple[Task, Plan]:
             raise BadInput(f"--batch-per-worker {each}: it is a whole number from 1, e.g. --batch-per-worker 50.")
         workers = verbs.resolved(made, split).plan.workers
         made = dataclasses.replace(made, batch_size=each * workers)
-    return made, split
+    return made, split, run
 
 
-def _base(given: dict[str, Any]) -> tuple[Path, dict[str, Any], dict[str, Any]]:
-    """The file, if there is one, and its two tables."""
+def _base(given: dict[str, Any]) -> tuple[Path, dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """The file, if there is one, and its tables."""
     file: Path | None = given.get("config")
     own = given["out"] / "plan.toml" if given.get("resume") and "out" in given else None
     if file is None and own is not None and own.is_file():
-        task, plan = read(own)
+        task, plan, run = read(own)
         if environment.launched() is not None:
             plan = {k: v for k, v in plan.items() if k not in LAUNCHERS}
         elif given.get("workers", plan.get("workers")) != plan.get("workers"):
             # That file says what was decided for its number of workers; for another one it is decided anew.
             plan = {k: v for k, v in plan.items() if k not in ("transport", "threads")}
-        return own, task, plan
-    return (file, *read(file)) if file is not None else (Path("the command line"), {}, {})
+        return own, task, plan, run
+    return (file, *read(file)) if file is not None else (Path("the command line"), {}, {}, {})
 
 
-def read(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """``[task]`` and ``[plan]`` of a TOML file; what is in there besides is refused with the nearest name."""
+def read(file: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """``[task]``, ``[plan]`` and ``[run]`` of a TOML file; what is there besides is refused with the nearest name."""
     try:
         tables = tomllib.loads(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as e:
@@ -76,8 +78,12 @@ def read(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     except tomllib.TOMLDecodeError as e:
         raise BadInput(f"{file} is not TOML: {e}.") from None
     for name, table in tables.items():
-        if name not in ("task", "plan", "machine"):
-            raise UnknownName(f"table in {file}", name, ("task", "plan"))
+        if name not in ("task", "plan", "run", "machine"):
+            raise UnknownName(f"table in {file}", name, ("task", "plan", "run"))
         if not isinstance(table, dict):
             raise BadInput(f"{file}: {name} is a table of options, [{name}], not {table!r}.")
-    return tables.get("task", {}), tables.get("plan", {})
+    run = tables.get("run", {})
+    for key in run:
+        if key not in RUN:
+            raise UnknownName(f"key in [run] of {file}", key, RUN)
+    return tables.get("task", {}), tables.get("plan", {}), run

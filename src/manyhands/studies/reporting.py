@@ -28,6 +28,10 @@ from manyhands.studies.table import Table, table
 REPORT, FIGURES = "report.html", "figures"
 
 
+#: Cells up to which a terminal shows the table: a screen.
+MOST_SHOWN = 40
+
+
 @dataclass(frozen=True)
 class StudyResult:
     """What a study found, and where it lies."""
@@ -47,7 +51,10 @@ class StudyResult:
     @property
     def verdicts(self) -> tuple[str, ...]:
         """A line for each claim."""
-        return tuple(f"{v.outcome.capitalize()}: {v.claim} – {v.why}" for v in self.analysis.verdicts)
+        return tuple(
+            f"{v.claim}: {v.outcome}.\n" + "\n".join(f"    {line}" for line in v.why.splitlines())
+            for v in self.analysis.verdicts
+        )
 
     @property
     def table(self) -> str:
@@ -68,7 +75,10 @@ class StudyResult:
 
     def show(self, console: Console) -> None:
         """Table, findings and the page's place: drawn on a terminal, plain text elsewhere."""
-        self.drawn.show(console)
+        if len(self.drawn.body) > MOST_SHOWN:
+            console.print(Text(f"{len(self.drawn.body)} cells: their table is in the report."), soft_wrap=True)
+        else:
+            self.drawn.show(console)
         for sentence in ("", *self._said(), "", f"Report: {self.report}"):
             console.print(Text(sentence), soft_wrap=not console.is_terminal)
 

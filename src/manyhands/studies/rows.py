@@ -121,6 +121,7 @@ class Rows:
             self._claim()
             self._db = self._open()
             try:
+                self._check_study(study)
                 write(folder, STUDY, study.to_toml())
                 write(folder, LINES, "".join(_line(row) for row in self.all()))
             except BaseException:
@@ -129,6 +130,15 @@ class Rows:
         except BaseException:
             self._lock.close()
             raise
+
+    def _check_study(self, study: Study) -> None:
+        """One study a folder: an edited one keeps what is still true of its rows, another one's would be mixed up."""
+        others = {row.study for row in self.all()} - {study.name}
+        if others:
+            raise BadInput(
+                f"{self.folder} holds the study {' and '.join(sorted(others))}, and this is {study.name}: one study a "
+                "folder. Choose another with out= (--out)."
+            )
 
     def _claim(self) -> None:
         try:

@@ -50,3 +50,11 @@ def launched(environment: Mapping[str, str] | None = None) -> Launched | None:
 def shared_memory_works() -> bool:
     """Whether the ``shared`` transport can run here."""
     return futex.AVAILABLE and hasattr(os, "memfd_create")
+
+
+def memory_B() -> int | None:
+    """The machine's memory, None where the system does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return None

@@ -64,6 +64,8 @@ def styles(series: Sequence[Series]) -> list[Style]:
             colour = colours[id(s)]
         elif (kin := _kin(s, measured, nth)) is not None:
             colour = colours[id(kin)]
+        elif s.role == "published":
+            colour = "soft"
         else:
             colour, spare = _SERIES[spare % len(_SERIES)], spare + 1
         label = s.name if s.role == "measured" or s.role in s.name.lower() else f"{s.name} ({s.role})"
@@ -81,8 +83,8 @@ def styles(series: Sequence[Series]) -> list[Style]:
 
 
 def _kin(series: Series, measured: Sequence[Series], nth: int) -> Series | None:
-    """The measured series whose name is the longest in this one's, else the one in the same place."""
+    """The measured series whose name is the longest in this one's, else, for a fit, the one in the same place."""
     named = [m for m in measured if m.name and m.name in series.name]
     if named:
         return max(named, key=lambda m: len(m.name))
-    return measured[nth] if nth < len(measured) else None
+    return measured[nth] if series.role == "fit" and nth < len(measured) else None

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 from manyhands.studies.analysis import Outcome, Verdict
 from manyhands.studies.fits import Estimate, PowerLaw, SlopeFit, bootstrap_ratio, power_law
@@ -32,12 +33,28 @@ class Finding:
     says: str
 
 
-def conclusions(found: Sequence[Trial]) -> tuple[Verdict, ...]:
+@dataclass(frozen=True)
+class Judged:
+    """A verdict and the findings it rests on."""
+
+    verdict: Verdict
+    findings: tuple[Finding, ...]
+
+    @property
+    def brief(self) -> str:
+        """The outcome in a sentence, by how many networks and losses say what."""
+        counts = {o: sum(f.outcome == o for f in self.findings) for o in get_args(Outcome)}
+        words = {"supported": "for", "not supported": "against", "undecided": "neither"}
+        said = ", ".join(f"{n} {words[o]}" for o, n in counts.items() if n)
+        return f"{self.verdict.claim}: {self.verdict.outcome}{f' ({said})' if len(self.findings) > 1 else ''}."
+
+
+def conclusions(found: Sequence[Trial]) -> tuple[Judged, ...]:
     """All four."""
     return (larger_batch(found), many_nodes_at_large_batch(found), many_nodes_at_small_batch(found), smoothing(found))
 
 
-def larger_batch(found: Sequence[Trial]) -> Verdict:
+def larger_batch(found: Sequence[Trial]) -> Judged:
     """(a)."""
     findings, beside = [], []
     for setting in settings(found, design.SAMPLES):
@@ -47,17 +64,17 @@ def larger_batch(found: Sequence[Trial]) -> Verdict:
         beside.append(f"{setting} {_points(same)}")
     why = _joined(findings)
     if beside:
-        why += f" With as many updates instead of as many samples: {'; '.join(beside)}."
-    return Verdict(
+        why += f"\nWith as many updates instead of as many samples: {'; '.join(beside)}."
+    return _judged(
+        findings,
         "(a) A larger batch helps convergence",
-        combined(findings),
         why,
         "Slope of test accuracy on log₂ of the batch (50 … 200) after as many epochs, over seeds: supported if its "
         "95 % interval lies above 0, contradicted if below.",
     )
 
 
-def many_nodes_at_large_batch(found: Sequence[Trial]) -> Verdict:
+def many_nodes_at_large_batch(found: Sequence[Trial]) -> Judged:
     """(b)."""
     findings = []
     for setting in settings(found, design.ACCURACY_NODES):
@@ -66,16 +83,16 @@ def many_nodes_at_large_batch(found: Sequence[Trial]) -> Verdict:
         if fit is not None and fit.slope.high is not None and fit.slope.low is not None:
             outcome = "supported" if fit.slope.high < LITTLE else "not supported" if fit.slope.low > LITTLE else outcome
         findings.append(Finding(setting, outcome, f"{setting}: {_points(fit)} per doubling of the nodes"))
-    return Verdict(
+    return _judged(
+        findings,
         f"(b) At a large batch ({LARGE}) more nodes bring little",
-        combined(findings),
         _joined(findings),
         "Slope of test accuracy on log₂ of the nodes (1 … 8) after as many updates, over seeds: supported if its 95 % "
         f"interval lies below {100 * LITTLE:g} points, contradicted if above.",
     )
 
 
-def many_nodes_at_small_batch(found: Sequence[Trial]) -> Verdict:
+def many_nodes_at_small_batch(found: Sequence[Trial]) -> Judged:
     """(c)."""
     findings = []
     for setting in settings(found, design.ACCURACY_NODES):
@@ -96,9 +113,9 @@ def many_nodes_at_small_batch(found: Sequence[Trial]) -> Verdict:
                 f"{LARGE}",
             )
         )
-    return Verdict(
+    return _judged(
+        findings,
         f"(c) At a small batch ({SMALL}) more nodes help, with more overhead",
-        combined(findings),
         _joined(findings),
         "Help: the slope of (b) at the small batch lies above 0. Overhead: the share of communication and waiting in a "
         f"step of two nodes, batch {SMALL} over batch {LARGE}, median over repeats with its bootstrap interval, lies "
@@ -106,7 +123,7 @@ def many_nodes_at_small_batch(found: Sequence[Trial]) -> Verdict:
     )
 
 
-def smoothing(found: Sequence[Trial]) -> Verdict:
+def smoothing(found: Sequence[Trial]) -> Judged:
     """(d)."""
     findings = []
     for setting in settings(found, design.NOISE):
@@ -121,13 +138,17 @@ def smoothing(found: Sequence[Trial]) -> Verdict:
                 outcome = "supported" if near else "not supported" if low > -0.5 else outcome
             says = f"the variance of an update goes as nodes to the power of {fit.exponent}"
         findings.append(Finding(setting, outcome, f"{setting}: {says}"))
-    return Verdict(
+    return _judged(
+        findings,
         "(d) More nodes smooth the gradient",
-        combined(findings),
         _joined(findings) + _beside(found),
         f"Exponent of the variance of U1's update over 1 … 8 nodes, batch {SMALL} a node, at one point of training: "
         f"supported if its 95 % interval lies within −1 ± {NEAR}, contradicted if above −0.5.",
     )
+
+
+def _judged(findings: Sequence[Finding], claim: str, why: str, rule: str) -> Judged:
+    return Judged(Verdict(claim, combined(findings), why, rule), tuple(findings))
 
 
 def variance_law(found: Sequence[Trial], setting: str, variant: str) -> PowerLaw | None:
@@ -181,7 +202,8 @@ def _points(fit: SlopeFit | None) -> str:
 
 
 def _joined(findings: Sequence[Finding]) -> str:
-    return "; ".join(f.says for f in findings) + "." if findings else "There are no runs for this."
+    """A finding a line."""
+    return "\n".join(f"{f.says}." for f in findings) or "There are no runs for this."
 
 
 def _beside(found: Sequence[Trial]) -> str:
@@ -191,4 +213,4 @@ def _beside(found: Sequence[Trial]) -> str:
         return ""
     laws = {v: variance_law(found, names[0], v) for v in ("U1s", "U2", "U2b", "sharded")}
     said = [f"{v} {law.exponent.value:+.2f}".replace("-", "−") for v, law in laws.items() if law is not None]
-    return f" Exponents of the other variants ({names[0]}): {', '.join(said)}." if said else ""
+    return f"\nExponents of the other variants ({names[0]}): {', '.join(said)}." if said else ""

@@ -9,10 +9,10 @@ from manyhands.studies.fits import Estimate, noise_scale
 from manyhands.studies.xin_ma import PUBLISHED_S, VARIANTS, design
 from manyhands.studies.xin_ma.conclusions import variance_law, variances
 from manyhands.studies.xin_ma.design import CENTRE_BATCH, LARGE, SMALL
-from manyhands.studies.xin_ma.reading import Trial, mean, median, of, settings, with_accuracy
+from manyhands.studies.xin_ma.reading import Trial, median, of, settings, with_accuracy
 
 _REPEATS = "Points are medians over repeats with 95 % bootstrap intervals."
-_SEEDS = "Points are means over seeds with 95 % intervals (Student's t)."
+_SEEDS = "Points are means over seeds, with the lowest and the highest."
 
 
 def figures(found: Sequence[Trial]) -> tuple[Chart, ...]:
@@ -227,7 +227,7 @@ def _accuracies(cells: Sequence[Trial], over: str) -> tuple[Point, ...]:
     values: dict[int, list[float]] = {}
     for t, accuracy in with_accuracy(cells):
         values.setdefault(getattr(t, over), []).append(100 * accuracy)
-    return tuple(_point(x, mean(ys)) for x, ys in sorted(values.items()))
+    return tuple(_point(x, _within(ys)) for x, ys in sorted(values.items()))
 
 
 def _within(values: Sequence[float]) -> Estimate:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from manyhands.contract import StepParts
-from manyhands.studies.fits import Estimate, SlopeFit, bootstrap, slope, student_t
+from manyhands.studies.fits import Estimate, SlopeFit, bootstrap, slope
 from manyhands.studies.grid import PER_WORKER, Cell, Study
 from manyhands.studies.rows import Row
 from manyhands.studies.xin_ma import SETTINGS, VARIANTS
@@ -85,15 +85,6 @@ def of(found: Iterable[Trial], grid: str, **wanted: Any) -> list[Trial]:
 def settings(found: Sequence[Trial], grid: str) -> list[str]:
     """Names of the settings that ``grid`` was run for."""
     return list(dict.fromkeys(t.setting for t in found if grid in t.grids))
-
-
-def mean(values: Sequence[float]) -> Estimate:
-    """With Student's 95 % interval over seeds; none for one value."""
-    middle = statistics.fmean(values)
-    if len(values) < 2:
-        return Estimate(middle)
-    half = student_t(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
-    return Estimate(middle, middle - half, middle + half)
 
 
 def median(values: Sequence[float]) -> Estimate:

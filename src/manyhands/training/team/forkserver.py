@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import multiprocessing
 import os
-import pickle
 import shutil
 import signal
 import sys
@@ -23,8 +22,9 @@ from manyhands.errors import BadInput, WorkerFailed
 from manyhands.training.member import Setup, serve
 from manyhands.training.team.processes import START_S, ProcessTeam, ended
 
-#: How pickle says that it cannot: not found under its name, local, or of a kind (a lock, a file, a process group).
-_CANNOT_PICKLE = (pickle.PicklingError, AttributeError, TypeError, NotImplementedError, RuntimeError)
+#: How starting a process says that an object cannot go along: not found under its name, local, or of a kind (a lock, a
+#: file, a process group). The first is pickle's own, known by its name, as no source here imports that module.
+_CANNOT_GO_ALONG = ("PicklingError", "AttributeError", "TypeError", "NotImplementedError", "RuntimeError")
 _GUARD = (
     "The task names something that is defined in the main script, so each worker ran that script again, and it did not "
     'get through. Put what shall run once under `if __name__ == "__main__":`, or move the factories into a module '
@@ -98,13 +98,17 @@ class ForkserverTeam(ProcessTeam):
             try:
                 with _main_module_hidden():
                     return self._start(context, setup, theirs, live)
-            except _CANNOT_PICKLE as e:
+            except Exception as e:
+                if type(e).__name__ not in _CANNOT_GO_ALONG:
+                    raise
                 # Something of __main__ is among the live objects, so the worker must run the main script, too.
                 _check_main(e)
                 self._with_main = True
         try:
             return self._start(context, setup, theirs, live)
-        except _CANNOT_PICKLE as e:
+        except Exception as e:
+            if type(e).__name__ not in _CANNOT_GO_ALONG:
+                raise
             raise _cannot_be_handed(e) from None
 
     def _start(self, context: Any, setup: Setup, theirs: Any, live: Any) -> Any:
