@@ -19,6 +19,13 @@ BATCH = Batch(X, X.flip(1), 6)
 LOSS = nn.functional.mse_loss
 
 
+def summed(outputs, target):
+    return LOSS(outputs, target, reduction="sum"), None
+
+
+summed.reduction = "sum"
+
+
 class Model(nn.Module):
     """Two layers in the loss, one beside it, and whatever buffers a test wants."""
 
@@ -393,11 +400,11 @@ def test_a_query_for_the_norm_changes_no_gradient():
 def test_a_sum_is_scaled_by_the_data_axis_alone():
     def run(comm):
         comm.mesh = Mesh(data=2, tensor=2)
-        made = replica(Model(), comm, loss=lambda o, t: (LOSS(o, t, reduction="sum"), None))
+        made = replica(Model(), comm, loss=summed)
         made.gradients(BATCH)
         return made.pieces[0].grad.clone()
 
-    alone = replica(Model(), loss=lambda o, t: (LOSS(o, t, reduction="sum"), None))
+    alone = replica(Model(), loss=summed)
     alone.gradients(BATCH)
     for grad in SimulatedWorld(4).run(run):
         torch.testing.assert_close(grad, 2 * alone.pieces[0].grad)

@@ -552,3 +552,36 @@ def test_what_is_typed_trains_on_threads(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_the_parts_of_a_step_leave_out_warm_up_evaluation_and_checkpoints(tmp_path):
+    """What is told of a step's parts is no more than what is told of a step."""
+    result = train(task(epochs=12), workers=2, evaluate="epoch", out=tmp_path)
+    parts = result.summary.step_parts_s
+    total = parts.compute + parts.communicate + parts.wait + parts.update
+    assert parts.compute > 0
+    assert total <= result.summary.wall_s / result.summary.steps
+
+
+def of_tokens(outputs, target):
+    """Class 0 is ignored: shares keep different numbers."""
+    kept = target != 0
+    total = torch.nn.functional.cross_entropy(outputs, target, reduction="none")[kept].sum()
+    return total, kept.sum()
+
+
+def undeclared(outputs, target):
+    return torch.nn.functional.cross_entropy(outputs, target, reduction="sum"), None
+
+
+def test_the_training_loss_is_a_mean_over_what_the_loss_counted():
+    """So that it does not depend on how a batch was shared; a rate of nearly nothing keeps the model as it is."""
+    what = {"loss": "tests.training.test_train:of_tokens", "optimizer": "sgd(lr=1e-12)"}
+    alone, *together = (train(task(**what), workers=n, transport=on).history for n, on in [(1, "auto"), (3, "threads")])
+    for a, b in zip(alone, together[0], strict=True):
+        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-9)
+
+
+def test_a_sum_that_does_not_say_so_is_refused():
+    with pytest.raises(BadInput, match="no reduction='sum'"):
+        train(task(loss="tests.training.test_train:undeclared"))

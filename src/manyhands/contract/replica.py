@@ -63,6 +63,7 @@ class Replica(Protocol):
     clip: float | None
     #: Time spent so far in `gradients` and in `apply`.
     compute_s: float
+    count: float  # of the last `gradients`: samples, or what the loss counted
     update_s: float
 
     @property

@@ -6,7 +6,8 @@ A loss is any callable ``(outputs, target)`` that returns one of
     (total, count)    total over what it counted (kept tokens, weighted samples …); workers are weighted by count
     (total, None)     a sum: the workers' totals and gradients are added, so that P workers equal the joined batch
 
-and may carry ``reduction`` (``"mean"``, the default, or ``"sum"``) and ``l2`` (λ). Those here carry both.
+and may carry ``reduction`` (``"mean"``, the default, or ``"sum"``, which a sum must say) and ``l2`` (λ). Those here
+carry both.
 """
 
 from __future__ import annotations

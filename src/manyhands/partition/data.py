@@ -64,6 +64,7 @@ class DataReplica:
         self.model, self.optimizer, self.loss = model, optimizer, loss
         self.clip = clip
         self.compute_s = self.update_s = 0.0
+        self.count = 0.0
         self.pieces: list[Piece] = []
         self.watching = True
         self._comm = comm
@@ -182,6 +183,7 @@ class DataReplica:
             if announcer is not None:
                 announcer.finish(loss, count)
         self.compute_s += time.perf_counter() - t0
+        self.count = count
         return loss, count
 
     def _passes(self, batch: Batch, last_pass: LastPass) -> tuple[Tensor, float]:
@@ -236,7 +238,15 @@ class DataReplica:
         return getattr(self.loss, "reduction", "mean") == "sum"
 
     def _summed(self, total: Tensor) -> Tensor:
-        """A sum over a share, scaled so that the mean over shares is the sum over the batch."""
+        """A sum over a share, scaled so that the mean over shares is the sum over the batch.
+
+        A sum says so beforehand: a worker whose share is empty calls no loss and must know how it counts.
+        """
+        if not self._sums():
+            raise BadInput(
+                "the loss returned (total, None), a sum over samples, but it has no reduction='sum'. Give it that "
+                "attribute (my_loss.reduction = 'sum'), or return a mean or (total, count)."
+            )
         return total * self._shares if self._shares > 1 else total
 
     @contextlib.contextmanager

@@ -11,10 +11,10 @@ import dataclasses
 import importlib.metadata
 import logging
 import platform
-import resource
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from manyhands.models.factory import settle
 from manyhands.partition.data import DataReplica
 from manyhands.plan import Plan
 from manyhands.task import Task, described, from_table
-from manyhands.training import checkpoint, state
+from manyhands.training import checkpoint, memory, state
 from manyhands.training.evaluation import evaluate, to_device
 from manyhands.training.gather import first_decides, from_first
 from manyhands.training.member import Member
@@ -82,8 +82,8 @@ class Since:
     total: float = 0.0
     samples: float = 0
 
-    def add(self, loss: float, count: int) -> None:
-        """One more step."""
+    def add(self, loss: float, count: float) -> None:
+        """One more step: its loss, and the samples of a sum or what else the loss is a mean over."""
         self.total += loss if self.sums else loss * count
         self.samples += count
 
@@ -149,6 +149,7 @@ def work(member: Member, options: dict[str, Any], tables: dict[str, Any] | None)
 
 def prepare(member: Member, task: Task, plan: Plan, options: Options) -> Run:
     """Data, model, optimizer, replica and worker; then, if asked, everything as the newest checkpoint has it."""
+    memory.forget_peak()
     comm = member.comm
     comm.mesh = plan.mesh if isinstance(plan.mesh, Mesh) else Mesh(data=comm.size)
     strategy = plan.strategy
@@ -383,6 +384,7 @@ class Cost:
     trained_before_s: float
     sent_before_B: int
     parts_before: tuple[float, ...]
+    parts_from: int = 0  # steps before the parts count
     times: list[float] = field(default_factory=list)
     seen: int = 0  # samples, of all ranks
     moved_B: int = 0
@@ -393,6 +395,21 @@ class Cost:
         sent_B = run.comm.counters.sent_B("step")
         return cls(run.cursor.step, time.perf_counter(), run.trained_s, sent_B, _spent(run))
 
+    def took(self, run: Run, step_s: float) -> None:
+        """One more step; parts count from the end of the warm-up, as times do."""
+        if len(self.times) < STEP_TIMES:
+            self.times.append(step_s)
+            if len(self.times) == WARM_UP:
+                self.parts_before, self.parts_from = _spent(run), WARM_UP
+
+    @contextlib.contextmanager
+    def aside(self, run: Run) -> Iterator[None]:
+        """What is spent inside, in an evaluation or a checkpoint, is no part of a step."""
+        before = _spent(run)
+        yield
+        spent = (now - then for now, then in zip(_spent(run), before, strict=True))
+        self.parts_before = tuple(x + s for x, s in zip(self.parts_before, spent, strict=True))
+
     def measured(self, run: Run, wall_s: float) -> dict[str, Any]:
         """The figures of the summary that are about cost."""
         steps = run.cursor.step - self.first_step
@@ -400,8 +417,8 @@ class Cost:
         sent_B = run.comm.counters.sent_B("step") - self.sent_before_B
         return {
             "samples_per_s": self.seen / trained_s if steps else 0.0,
-            "step_s": Spread.of(self.times[WARM_UP:] or self.times),
-            "step_parts_s": _parts(run, self.parts_before, max(steps, 1)),
+            "step_s": Spread.of(self.times[self.parts_from :] or self.times),
+            "step_parts_s": _parts(run, self.parts_before, max(steps - self.parts_from, 1)),
             "sent_B_per_step": sent_B / steps if steps else 0.0,
             "moved_B_per_step": self.moved_B / steps if steps and run.comm.counts_moved else None,
             "wall_s": wall_s,
@@ -415,7 +432,6 @@ def train(run: Run, metrics: MetricsLog, member: Member) -> dict[str, Any]:
     clock = time.perf_counter
     good = [buffer.clone() for buffer in replica.buffers]  # as they were before the step under way
     cost, counters = Cost.begun(run), comm.counters
-    times = cost.times
     next_log = cost.began
     logged_seen, logged_s = 0, run.trained_s
     saved_step = cost.first_step if run.options.resume else -1
@@ -451,11 +467,10 @@ def train(run: Run, metrics: MetricsLog, member: Member) -> dict[str, Any]:
             cost.moved_B += counters.moved_B - moved_before
             t1 = clock()
             run.trained_s += t1 - t0
-            if len(times) < STEP_TIMES:
-                times.append(t1 - t0)
+            cost.took(run, t1 - t0)
             cursor = run.cursor = share.after
             cost.seen += share.global_count
-            since.add(float(loss), count)
+            since.add(float(loss), count if since.sums else replica.count)
             progress.update(cursor.step, share.before.epoch, cost.seen, loss)
             if t1 >= next_log:
                 next_log = t1 + METRICS_EVERY_S
@@ -473,15 +488,17 @@ def train(run: Run, metrics: MetricsLog, member: Member) -> dict[str, Any]:
             at_end = cursor.epoch != share.before.epoch
             reached = False
             if _record_is_due(run.options.evaluate, cursor, at_end=at_end):
-                record(run, share.before.epoch, metrics)
+                with cost.aside(run):
+                    record(run, share.before.epoch, metrics)
                 recorded_step = cursor.step
                 reached = _reached_target(run)
             every = run.options.checkpoint_steps
             if (at_end and every is None) or (every is not None and cursor.step % every == 0):
-                if run.at_full_length and recorded_step != cursor.step:  # the last checkpoint has the last record
-                    record(run, cursor.epoch, metrics, cut_short=True)
-                    recorded_step = cursor.step
-                save(run, cursor, metrics)
+                with cost.aside(run):
+                    if run.at_full_length and recorded_step != cursor.step:  # the last checkpoint has the last record
+                        record(run, cursor.epoch, metrics, cut_short=True)
+                        recorded_step = cursor.step
+                    save(run, cursor, metrics)
                 saved_step = cursor.step
             if reached or _out_of_time(run):
                 metrics.event("ended_early", step=cursor.step, why="target_accuracy" if reached else "seconds")
@@ -652,10 +669,9 @@ def _parts(run: Run, before: tuple[float, ...], steps: int) -> StepParts:
 
 
 def _peak_memory(comm: Communicator) -> int:
-    """The largest resident set of any worker, in bytes."""
-    peak = torch.tensor([float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)], dtype=torch.float64)
+    """The largest resident set of any worker during the run, in bytes; memory of a GPU is not in it."""
     every = torch.zeros(comm.size, dtype=torch.float64)
-    every[comm.rank] = peak[0]
+    every[comm.rank] = float(memory.peak_B())
     with comm.counting("consensus"):
         comm.all_reduce(every).wait()
     return int(every.max())

@@ -6,7 +6,7 @@
     accuracy against batch   one node, batch 50 … 200: as many samples for each, and as many updates for each; seeds
     accuracy against nodes   U1 with 1 … 8 nodes at batch 50 and 200, as many updates for each; seeds
     noise                    variance of one update at 1 … 8 nodes under each variant
-    learning                 (full form) the CNN trained out under synchronous and U1
+    learning                 (full form) the CNN trained out on two nodes, by synchronous and by U1s
 
 Time at more nodes than cores would say nothing; accuracy does not depend on how fast it was reached. One node is plain
 SGD under every variant, so it is measured once. Accuracy repeats by seed and not by round: equal seeds give equal bits.
@@ -27,6 +27,9 @@ NODES_FOR_TIME = (1, 2)
 NODES_FOR_ACCURACY = (1, 2, 4, 8)
 #: The batches between which conclusions (b) and (c) differ.
 SMALL, LARGE = BATCHES[0], BATCHES[-1]
+#: The noise is measured after so many trainings, so that its interval is one over trainings.
+NOISE_SEEDS = (0, 1, 2)
+LEARNING_OPTIMIZER = "sgd(lr=0.05, momentum=0.9)"
 
 TIME_NODES, TIME_BATCH = "time against nodes", "time against batch"
 SAMPLES, UPDATES = "accuracy against batch, equal samples", "accuracy against batch, equal updates"
@@ -51,9 +54,9 @@ class Size:
 
 _ANN_10, _ANN_50, _CNN = ANN_10.model, ANN_50.model, CNN.model
 QUICK = Size(
-    data="auto(limit=6000)",
+    data="mnist(limit=6000)",
     seeds=2,
-    repeats=2,
+    repeats=3,
     timed_steps={_ANN_50: 200, _CNN: 30},
     epochs={_ANN_10: 3, _ANN_50: 3, _CNN: 2},
     updates={_ANN_10: 300, _ANN_50: 300, _CNN: 120},
@@ -63,7 +66,7 @@ QUICK = Size(
     learning_epochs=0,
 )
 FULL = Size(
-    data="auto",
+    data="mnist",
     seeds=5,
     repeats=5,
     timed_steps={_ANN_50: 500, _CNN: 60},
@@ -146,7 +149,7 @@ def _accuracy(size: Size) -> Iterator[Grid]:
 
 def _noise(size: Size) -> Iterator[Grid]:
     for setting in size.noise_settings:
-        task = {"steps": size.updates[setting.model]}
+        task = {"steps": size.updates[setting.model], "seed": NOISE_SEEDS}
         yield _cell(NOISE, setting, U1, 1, SMALL, task=task, repeats=1, measure="noise")
         for variant in VARIANTS:
             for nodes in NODES_FOR_ACCURACY[1:]:
@@ -156,7 +159,7 @@ def _noise(size: Size) -> Iterator[Grid]:
 def _learning(size: Size) -> Iterator[Grid]:
     """What the slides' CNN can do when it is trained out; the learning rate falls over the run."""
     task = {
-        "optimizer": "sgd(lr=0.05, momentum=0.9)",
+        "optimizer": LEARNING_OPTIMIZER,
         "schedule": "cosine",
         "epochs": size.learning_epochs,
         "seed": (0, 1),

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 
 from manyhands.studies.analysis import Chart, Point, Series
 from manyhands.studies.fits import Estimate, noise_scale
 from manyhands.studies.xin_ma import PUBLISHED_S, VARIANTS, design
 from manyhands.studies.xin_ma.conclusions import variance_law, variances
-from manyhands.studies.xin_ma.design import CENTRE_BATCH, LARGE, SMALL
-from manyhands.studies.xin_ma.reading import Trial, median, of, settings, with_accuracy
+from manyhands.studies.xin_ma.design import CENTRE_BATCH, LARGE, LEARNING_OPTIMIZER, SMALL
+from manyhands.studies.xin_ma.reading import Trial, median, of, per_doubling, settings, with_accuracy
 
 _REPEATS = "Points are medians over repeats with 95 % bootstrap intervals."
 _SEEDS = "Points are means over seeds, with the lowest and the highest."
@@ -42,12 +43,11 @@ def time_against_nodes(found: Sequence[Trial], setting: str) -> Chart | None:
         steps = [t.step_s for t in cells if (t.variant, t.transport, t.nodes) == (variant, transport, 2)]
         label = variant if transport == "shared" else f"{variant} on {transport}"
         bars[label] = _bar(label, median(steps), 1e3)
-    two = {label: bar.y for label, bar in bars.items() if label != "one node"}
-    best, worst = min(two, key=two.__getitem__), max(two, key=two.__getitem__)
+    twice = {v.name: bars[v.name].y / bars["one node"].y for v in VARIANTS if v.own_batch and v.name in bars}
+    told = f"two nodes do twice the work of one in {_named_range(twice)} its time" if twice else "one node beside two"
     return Chart(
         f"time-against-nodes-{_slug(setting)}",
-        f"{setting}: a step of two nodes takes {two[best] / bars['one node'].y:.2f} ({best}) to "
-        f"{two[worst] / bars['one node'].y:.2f} ({worst}) times that of one",
+        f"{setting}: {told}",
         "update variant, two nodes",
         "time per step, ms",
         (Series("median step", tuple(bars.values())),),
@@ -76,11 +76,11 @@ def time_against_batch(found: Sequence[Trial]) -> Chart | None:
         return None
     shape = {batch: s / PUBLISHED_S[SMALL] for batch, s in PUBLISHED_S.items()}
     series.append(Series("slides, 2018", tuple(Point(b, y) for b, y in shape.items()), "published"))
-    at_large = [s.points[-1].y for s in series[:-1] if s.points[-1].x == LARGE]
+    at_large = [p.y for s in series[:-1] for p in s.points if p.x == LARGE]
+    told = f"An epoch at batch {LARGE} takes {_from_to(at_large)} of its time at batch {SMALL}; on the slides it took "
     return Chart(
         "time-against-batch",
-        f"An epoch at batch {LARGE} takes {_from_to(at_large)} of its time at batch {SMALL}; on the slides it took "
-        f"{shape[LARGE]:.2f}",
+        f"{told}{shape[LARGE]:.2f}" if at_large else "Time for an epoch against the batch size",
         "batch size of a node",
         f"time per epoch, over that at batch {SMALL}",
         tuple(series),
@@ -97,14 +97,17 @@ def accuracy_against_batch(found: Sequence[Trial]) -> Chart | None:
     series = [s for s in series if s.points]
     if not series:
         return None
-    gains = {s.name: s.points[-1].y - s.points[0].y for s in series}
-    rising = [name for name, gain in gains.items() if gain > 0]
-    falling = [name for name in gains if name not in rising]
-    said = [f"raises the accuracy of {' and '.join(rising)}"] if rising else []
-    said += [f"lowers that of {' and '.join(falling)}"] if falling else []
+    signs: dict[str, list[str]] = {"raises": [], "lowers": [], "does not clearly move": []}
+    for s in series:
+        fit = per_doubling((t.batch, y) for t, y in with_accuracy(of(found, design.SAMPLES, setting=s.name)))
+        if fit is None or fit.slope.contains(0.0):
+            signs["does not clearly move"].append(s.name)
+        else:
+            signs["raises" if fit.slope.value > 0 else "lowers"].append(s.name)
+    said = "; ".join(f"{verb} {' and '.join(f'“{n}”' for n in names)}" for verb, names in signs.items() if names)
     return Chart(
         "accuracy-against-batch",
-        f"After as many epochs, a batch of {LARGE} instead of {SMALL} {' and '.join(said)}",
+        f"After as many epochs, a larger batch {said}",
         "batch size",
         "test accuracy, %",
         tuple(series),
@@ -122,11 +125,11 @@ def accuracy_against_nodes(found: Sequence[Trial], setting: str) -> Chart | None
     )
     if not all(s.points for s in series):
         return None
-    gains = [f"{100 * (s.points[-1].y - s.points[0].y) / 100:+.1f}".replace("-", "−") for s in series]
-    most = series[0].points[-1].x
+    gains = [f"{s.points[-1].y - s.points[0].y:+.1f}".replace("-", "−") for s in series]
+    least, most = series[0].points[0].x, series[0].points[-1].x
     return Chart(
         f"accuracy-against-nodes-{_slug(setting)}",
-        f"{setting}: {most} nodes instead of one change accuracy by {gains[0]} points at batch {SMALL} and by "
+        f"{setting}: {most} nodes instead of {least} change accuracy by {gains[0]} points at batch {SMALL} and by "
         f"{gains[1]} at batch {LARGE}",
         "nodes",
         "test accuracy, %",
@@ -142,12 +145,13 @@ def noise(found: Sequence[Trial], setting: str) -> Chart | None:
     for variant in VARIANTS:
         points = variances(found, setting, variant.name)
         if len(points) > 1:
-            series.append(Series(variant.name, tuple(Point(p, v) for p, v in points)))
+            series.append(Series(variant.name, _by_nodes(points)))
     if not series:
         return None
-    nodes, first = variances(found, setting, "U1")[0]
+    alone = [v for p, v in variances(found, setting, "U1") if p == 1]
     counts = sorted({p.x for s in series for p in s.points if not isinstance(p.x, str)})
-    series.append(Series("1/P", tuple(Point(p, first * nodes / p) for p in counts), "ideal"))
+    if alone:
+        series.append(Series("1/P", tuple(Point(p, statistics.fmean(alone) / p) for p in counts), "ideal"))
     law = variance_law(found, setting, "U1")
     fell = f"falls as nodes to the power of {law.exponent}" if law else "is drawn against nodes"
     return Chart(
@@ -158,8 +162,9 @@ def noise(found: Sequence[Trial], setting: str) -> Chart | None:
         tuple(series),
         log_x=True,
         log_y=True,
-        note=f"64 updates from one point of training, batch {SMALL} a node (U1, U2b, sharded) or in all (U1s, U2). "
-        "U2b averages nothing: each slice has the noise of one node's batch.",
+        note="64 updates after each of three trainings: their mean, the lowest and the highest. Batch "
+        f"{SMALL} a node (U1, U2b, sharded) or in all (U1s, U2). U2b averages nothing: each slice has the noise of one "
+        "node's batch.",
     )
 
 
@@ -211,8 +216,8 @@ def learning(found: Sequence[Trial]) -> Chart | None:
         "epochs",
         "test accuracy, %",
         series,
-        note=f"Two nodes, batch {CENTRE_BATCH}, momentum 0.9, learning rate 0.05 falling along a cosine. Means of two "
-        "seeds, from the lower to the higher.",
+        note=f"Two nodes, batch {CENTRE_BATCH}, {LEARNING_OPTIMIZER}, the rate falling along a cosine. Means of "
+        "seeds, from the lowest to the highest.",
     )
 
 
@@ -228,6 +233,20 @@ def _accuracies(cells: Sequence[Trial], over: str) -> tuple[Point, ...]:
     for t, accuracy in with_accuracy(cells):
         values.setdefault(getattr(t, over), []).append(100 * accuracy)
     return tuple(_point(x, _within(ys)) for x, ys in sorted(values.items()))
+
+
+def _by_nodes(points: Sequence[tuple[int, float]]) -> tuple[Point, ...]:
+    values: dict[int, list[float]] = {}
+    for nodes, value in points:
+        values.setdefault(nodes, []).append(value)
+    return tuple(_point(nodes, _within(found)) for nodes, found in sorted(values.items()))
+
+
+def _named_range(values: Mapping[str, float]) -> str:
+    """The least and the most, with their names."""
+    least, most = min(values, key=values.__getitem__), max(values, key=values.__getitem__)
+    one = f"{values[least]:.2f} ({least})"
+    return one if least == most else f"{one} to {values[most]:.2f} ({most}) times"
 
 
 def _within(values: Sequence[float]) -> Estimate:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from manyhands.contract import StepParts
-from manyhands.studies.fits import Estimate, SlopeFit, bootstrap, slope
+from manyhands.studies.fits import Estimate, SlopeFit, bootstrap, slope, student_t
 from manyhands.studies.grid import PER_WORKER, Cell, Study
 from manyhands.studies.rows import Row
 from manyhands.studies.xin_ma import SETTINGS, VARIANTS
@@ -91,6 +91,16 @@ def median(values: Sequence[float]) -> Estimate:
     """With the bootstrap's 95 % interval over repeats."""
     found = bootstrap(list(values))
     return found if isinstance(found, Estimate) else Estimate(statistics.median(values))
+
+
+def ratio_of(pairs: Sequence[tuple[float, float]]) -> Estimate:
+    """The geometric mean of a/b with Student's 95 % interval, on logarithms; none for fewer than three pairs."""
+    logs = [math.log(a / b) for a, b in pairs]
+    middle = statistics.fmean(logs)
+    if len(logs) < 3:
+        return Estimate(math.exp(middle))
+    half = student_t(len(logs) - 1) * statistics.stdev(logs) / math.sqrt(len(logs))
+    return Estimate(math.exp(middle), math.exp(middle - half), math.exp(middle + half))
 
 
 def per_doubling(points: Iterable[tuple[float, float]]) -> SlopeFit | None:
