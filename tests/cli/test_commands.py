@@ -8,6 +8,7 @@ import pytest
 
 from manyhands.cli import options
 from manyhands.cli.summary import seconds, size
+from manyhands.communication.quota import cpu_quota
 from manyhands.consistency import strategies
 from manyhands.plan import Plan
 from manyhands.studies import doctor, listing, parity
@@ -227,6 +228,8 @@ def test_doctor_says_how_to_get_what_is_missing(run, monkeypatch, tmp_path):
         ({"cpu/cpu.cfs_quota_us": "200000", "cpu/cpu.cfs_period_us": "100000"}, "1:cpu,cpuacct:/\n", 2.0),
         ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, "1:cpu:/\n", None),
         ({"cpu/a/cpu.cfs_quota_us": "5000", "cpu/a/cpu.cfs_period_us": "10000"}, "1:cpu:/a\n0::/\n", 0.5),
+        ({"cpu.max": "of another kind"}, "0::/\n", None),
+        ({"cpu.max": "1 0"}, "0::/\n", None),
         ({}, "", None),
     ],
 )
@@ -235,4 +238,4 @@ def test_the_control_groups_quota_is_read(tmp_path, files, groups, quota):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text + "\n")
     (tmp_path / "own").write_text(groups)
-    assert doctor.cpu_quota(tmp_path, tmp_path / "own") == quota
+    assert cpu_quota(tmp_path, tmp_path / "own") == quota

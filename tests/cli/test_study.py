@@ -135,6 +135,8 @@ def test_every_short_form_is_shorter():
         (("mine.toml", "--quick"), "only built-in studies have a short form"),
         (("mine.toml", "--again"), "--again without --out"),
         (("mine.toml", "--epochs", "1", "--steps", "1"), "not allowed with argument"),
+        (("mine.toml", "--batch-size", "1", "--batch-per-worker", "1"), "not allowed with argument"),
+        (("xin-ma", "--model", "cnn"), "only data can be said"),
         (("mine.toml", "--workers", "0"), "workers=0"),
         (("mine.toml", "--repeats", "0"), "repeats=0"),
         (("mine.toml", "--model", "cn", "--dry-run"), None),
@@ -166,3 +168,24 @@ def test_a_report_exports_the_rows(run, file, trained, tmp_path):
 def test_every_built_in_study_can_be_found():
     for name in studies.studies:
         assert studies.studies.load(name)(2).name == name
+
+
+def test_all_that_makes_a_task_can_be_said(run, file, trained):
+    said = ("--schedule", "cosine", "--clip", 1.5, "--batch-per-worker", 7, "--seconds", 9, "--seed", 3)
+    assert run("study", file, "--out", "there", "-q", *said, "--target-accuracy", 0.5)[0] == 0
+    one, two = trained
+    assert (one.schedule, one.clip, one.seconds, one.seed, one.target_accuracy) == ("cosine", 1.5, 9.0, 3, 0.5)
+    assert (one.batch_size, two.batch_size) == (7, 14)
+
+
+def test_every_field_of_a_task_is_an_option():
+    from manyhands.cli.options import STUDY_TASK
+    from manyhands.studies.grid import TASK_KEYS
+
+    assert set(STUDY_TASK) == set(TASK_KEYS)
+
+
+def test_a_dry_run_counts_what_was_looked_at_too_seldom(run, file, trained, tmp_path):
+    run("study", file, "--out", "there", "-q")
+    (tmp_path / file).write_text(FILE.replace("repeats = 1", 'repeats = 1\nevaluate = "epoch"'))
+    assert json.loads(run("study", file, "--out", "there", "--dry-run", "--json")[1])["done"] == 0

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from manyhands import studies, verbs
+from manyhands.communication import futex
 from manyhands.studies import calibration
 from manyhands.studies.calibration import BOUND, FIRST, Calibration
 from tests.studies.made import measurement, study
@@ -32,8 +33,15 @@ def test_a_loop_takes_some_milliseconds_on_every_core_and_leaves_torch_as_found(
 @pytest.mark.parametrize(("quota", "watched"), [(None, 8), (16.0, 8), (2.5, 2), (0.5, 1)])
 def test_a_containers_quota_is_not_exceeded(monkeypatch, quota, watched):
     monkeypatch.setattr(calibration.futex, "cores", lambda: 8)
-    monkeypatch.setattr(calibration, "cpu_quota", lambda: quota)
+    monkeypatch.setattr(calibration, "own_quota", lambda: quota)
     assert calibration.watched_cores() == watched
+
+
+@pytest.mark.parametrize(("quota", "cores"), [(None, 8), (16.0, 8), (2.5, 3), (2.0, 2), (0.5, 1)])
+def test_the_cores_of_a_container_are_those_its_quota_pays_for(monkeypatch, quota, cores):
+    monkeypatch.setattr(futex, "affinity", lambda: 8)
+    monkeypatch.setattr(futex, "own_quota", lambda: quota)
+    assert futex.cores() == cores
 
 
 def test_a_loop_beside_a_busy_process_is_slower():
@@ -134,3 +142,11 @@ def test_a_run_that_fails_is_not_repeated(tmp_path, loops, steps):
     row = one_run(tmp_path)
     assert (row.status, row.noisy, row.attempts) == ("failed", False, 1)
     assert steps == []
+
+
+def test_a_study_that_goes_on_compares_with_its_own_quickest_loop(tmp_path, monkeypatch, steps):
+    monkeypatch.setattr(calibration, "loop_s", lambda: 1.0)
+    assert one_run(tmp_path).disturbance == 1.0
+    monkeypatch.setattr(calibration, "loop_s", lambda: 1.8)  # the machine is busy, and stays so
+    first, second = studies.run(study({"plan.workers": [1]}, repeats=2), out=tmp_path).rows
+    assert (first.noisy, second.noisy, second.disturbance) == (False, True, 1.8)

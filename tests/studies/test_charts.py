@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from manyhands.contract import StepParts
 from manyhands.studies import charts, learning_charts
 from manyhands.studies.charting import alike, titled
 from tests.studies.made import measurement
@@ -85,9 +86,15 @@ def test_parts_add_up_to_the_step_and_the_title_names_the_largest_overhead():
 
 def test_each_task_has_its_own_chart():
     runs = Runs().add().add(workers=2).add(task=BATCH, global_batch=400).add(workers=2, task=BATCH, global_batch=400)
-    found = charts.speed_up(runs.contenders)
-    assert [chart.name for chart in found] == ["speed-up-batch-50", "speed-up-batch-400"]
-    assert found[0].title.endswith(" (batch 50)")
+    for build, name in (
+        (charts.speed_up, "speed-up"),
+        (charts.parts, "step-parts"),
+        (charts.throughput, "throughput"),
+        (charts.sent, "bytes-per-step"),
+    ):
+        found = build(runs.contenders)
+        assert [chart.name for chart in found] == [f"{name}-batch-50", f"{name}-batch-400"]
+        assert found[0].title.endswith(" (batch 50)")
 
 
 def test_throughput_is_in_order():
@@ -152,6 +159,44 @@ def test_accuracy_against_batch_says_what_a_larger_one_costs():
     assert "does not change what is learned" in learning_charts.against_batch(runs.contenders)[0].title
 
 
+def test_the_note_on_batches_says_what_ends_a_run():
+    def note(**task):
+        runs = Runs().add(task=task).add(ends=0.90, task={**BATCH, **task}, global_batch=400)
+        return learning_charts.against_batch(runs.contenders)[0].note
+
+    assert "equally many passes over the data, so a larger batch has fewer steps" in note()
+    assert "equally many steps, so a larger batch has seen more samples" in note(steps=100)
+    assert "passes" not in note(steps=100)
+    assert "need not be equally long" in note(seconds=3.0)
+
+
+def test_strong_and_weak_scaling_are_two_lines():
+    runs = Runs()
+    for batch, ends in ((100, 0.95), (400, 0.90)):
+        runs.add(workers=2, ends=ends, task={"batch_size": batch}, global_batch=batch)
+        weak = {"batch_size": None, "batch_per_worker": batch}
+        runs.add(workers=2, ends=ends - 0.1, task=weak, global_batch=2 * batch)
+    (chart,) = learning_charts.against_batch(runs.contenders)
+    drawn = {s.name: [(p.x, round(p.y)) for p in s.points] for s in chart.series}
+    name = "synchronous with 2 workers"
+    assert drawn == {name: [(100, 95), (400, 90)], f"{name}, batch per worker": [(200, 85), (800, 80)]}
+
+
+def test_parts_are_titled_over_all_plans_and_say_how_many_are_not_drawn():
+    runs = Runs().add()
+    for period in range(2, 20):
+        runs.add(f"replica_average(period={period})", 2)
+    worst = {"step_parts_s": StepParts(0.001, 0.009, 0.0, 0.0)}
+    runs.add("slice_update", 2, **worst)
+    (chart,) = charts.parts(runs.contenders)
+    assert len(chart.series[0].points) == 16
+    assert chart.title.startswith("slice_update with 2 workers spends 90 % of its step")
+    assert chart.note.endswith("4 further plans are left out.")
+    assert "left out" not in charts.parts(both())[0].note
+    (chart,) = charts.throughput(runs.contenders)
+    assert chart.note.endswith("4 slower plans are left out.")
+
+
 def test_rows_without_records_draw_no_curve():
     runs = without_history(Runs().add().add(workers=2))
     assert learning_charts.against_samples(runs.contenders) == ()
@@ -200,5 +245,7 @@ def test_a_step_of_no_time_is_no_speed():
 def test_a_point_less_is_alike_and_names_of_code_keep_their_letters():
     assert alike(0.95, 0.94, "test_accuracy")
     assert not alike(0.95, 0.93, "test_accuracy")
+    assert alike(0.95, 0.93, "test_accuracy", 360)
+    assert not alike(0.95, 0.91, "test_accuracy", 360)
     assert titled("slice_update is slow") == "slice_update is slow"
     assert titled("one process") == "One process"

@@ -1,7 +1,9 @@
 """Which plan to use: the target, the choice, and what is said of it."""
 
+import dataclasses
 import math
 import shlex
+import statistics
 
 import pytest
 from hypothesis import given
@@ -11,7 +13,9 @@ from manyhands.cli import options
 from manyhands.cli.request import requested
 from manyhands.studies import compare
 from manyhands.studies.advice import advise, command
+from manyhands.studies.contenders import ratio
 from manyhands.studies.curves import crossing, mean_curve, reached_at
+from manyhands.studies.fits import student_t
 from tests.studies.made import study
 from tests.studies.made_curves import EPOCH, Runs, history
 
@@ -100,7 +104,7 @@ def test_faster_and_as_good_is_recommended_with_reason_interval_and_command():
     first = found.sentences[0]
     assert first.startswith("Use synchronous with 2 workers: it reaches 94.0 % right in ")
     assert "1.71× [" in first  # the mean of ratios that differ a little
-    assert "95 % over 3 runs] as fast as the best single process (one process with 1 thread" in first
+    assert "95 % over 3 pairs of runs] as fast as the best single process (one process with 1 thread" in first
     assert "because it trains on 1.71× as many samples a second" in first
     assert "--strategy synchronous --workers 2 --threads 1 " in found.command
     assert found.tables[0].body[0][0] == "synchronous with 2 workers"
@@ -185,8 +189,8 @@ def test_with_three_seeds_a_difference_that_chance_may_have_made_is_none():
     assert [each.learns for each in advise(runs.contenders).judged] == ["as much", "as much"]
     two = Runs()
     for seed, right in enumerate((0.90, 0.99)):
-        two.add(ends=0.97, seeds=(seed,), runs=1)
-        two.add(workers=2, ends=right, seeds=(seed,), runs=1)
+        two.add(ends=0.97, seeds=(seed,), runs=1, data="own")
+        two.add(workers=2, ends=right, seeds=(seed,), runs=1, data="own")
     assert [each.learns for each in advise(two.contenders).judged] == ["as much", "less"]
 
 
@@ -194,6 +198,56 @@ def test_seeds_of_one_plan_are_one_contender():
     found = Runs().add(seeds=(0, 1), runs=2).add(workers=2, seeds=(0, 1), runs=2, speed=1.5).contenders
     assert [len(each.rows) for each in found] == [4, 4]
     assert advise(found).use.gain.value == pytest.approx(1.5, rel=0.05)
+
+
+def test_three_seeds_are_three_values_however_often_each_was_repeated():
+    logs = {0: math.log(1.0), 1: math.log(1.5), 2: math.log(2.0)}
+    once = ratio({(seed, 1): math.exp(log) for seed, log in logs.items()}, {(seed, 1): 1.0 for seed in logs})
+    runs = {(seed, repeat): math.exp(log) for seed, log in logs.items() for repeat in range(1, 6)}
+    often = ratio(runs, dict.fromkeys(runs, 1.0))
+    assert (often.low, often.high) == pytest.approx((once.low, once.high))
+    assert (often.over, often.pairs) == ("3 seeds", 15)
+    half = student_t(2) * statistics.stdev(logs.values()) / math.sqrt(3)
+    assert often.high == pytest.approx(often.value * math.exp(half))
+
+
+def test_of_two_seeds_each_must_gain_by_itself():
+    def advised(second):
+        runs = Runs().add(seeds=(0, 1), runs=8)
+        runs.add(workers=2, seeds=(0,), speed=2.5, runs=8).add(workers=2, seeds=(1,), speed=second, runs=8)
+        return analysed(runs).sentences[0]
+
+    assert advised(1.5).startswith("Use synchronous with 2 workers")
+    assert advised(0.95).startswith("Stay with one process")
+    assert "but not with every seed" in advised(0.95)
+
+
+def test_the_best_of_many_plans_must_gain_more_than_the_only_one():
+    runs = one().add(workers=2, speed=1.2, spread=0.16)
+    alone = next(each.gain for each in advise(runs.contenders).judged if each.plan.workers == 2)
+    for period in range(2, 12):
+        runs.add(f"replica_average(period={period})", 2, speed=0.8)
+    many = advise(runs.contenders)
+    same = next(each.gain for each in many.judged if each.plan.strategy == "synchronous" and each.plan.workers == 2)
+    assert same.value == pytest.approx(alone.value)
+    wider = math.log(same.high / same.low) / math.log(alone.high / alone.low)
+    assert wider == pytest.approx(student_t(2, 1 - 0.025 / 11) / student_t(2))
+    assert "the fastest of 11" in " ".join(analysed(runs).notes)
+
+
+def test_disturbed_runs_are_marked_and_count_in_no_ratio_where_two_others_remain():
+    runs = Runs().add(runs=4, spread=0).add(workers=2, speed=1.6, runs=4, spread=0)
+    rows = []
+    for each in runs.rows:
+        noisy = each.workers == 2 and each.repeat > 2
+        history = [{**record, "train_s": 10 * record["train_s"]} for record in each.history] if noisy else each.history
+        rows.append(dataclasses.replace(each, noisy=noisy, history=history))
+    runs.rows = rows
+    gain = advise(runs.contenders).use.gain
+    assert (gain.value, gain.pairs) == (pytest.approx(1.6), 2)
+    found = analysed(runs)
+    assert "2 of 4 disturbed" in found.tables[0].body[0][-1]
+    assert "over 2 pairs of runs" in found.sentences[0]
 
 
 # -- where something is missing ----------------------------------------------------------------------------------------

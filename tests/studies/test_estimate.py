@@ -87,6 +87,14 @@ def test_a_round_over_the_limit_is_left_out(timed):
     assert (found.runs, found.left_out) == (8, 4)
 
 
+def test_a_first_round_over_the_limit_is_told(timed):
+    whole = estimate(study(GRID, repeats=1))
+    for limit_s, told in ((2 * whole.seconds, False), (0.5 * whole.seconds, True)):
+        found = estimate(study(GRID, repeats=2, limit_s=limit_s))
+        assert found.first_round_s == pytest.approx(whole.seconds)
+        assert any("The first round alone takes" in line for line in found.lines()) is told
+
+
 def test_noise_is_computed_one_worker_after_the_other(timed):
     noise = Study("noise", TINY, {"threads": 1}, (Grid({"plan.workers": (2,)}, measure="noise"),), repeats=1)
     assert seconds(estimate(noise)) == pytest.approx([64 * 2 * 0.025 + 2])

@@ -14,7 +14,7 @@ def test_five_sentences_say_speed_learning_limit_trust_and_what_went_wrong():
     runs.fail("slice_update", 2, status="refused", reason="it cannot be. Use another.")
     found = analysed(runs).sentences
     assert len(found) == 5
-    assert found[0].startswith("Fastest: synchronous with 2 workers on shared, 1.7")
+    assert found[0].startswith("Fastest: synchronous with 2 workers, 1.7")
     assert "[" in found[0]
     assert found[1].startswith("1 plan of 3 learns less than one worker, slice_own_batch with 2 workers")
     assert found[2] == (
@@ -67,3 +67,14 @@ def test_no_law_is_made_of_oversubscribed_plans():
 def test_nothing_measured_says_nothing():
     found = general.analyse(study(), [], [])
     assert (found.sentences, found.charts, found.notes) == ((), (), ())
+
+
+def test_of_several_tasks_the_first_is_in_the_summary_and_the_others_in_the_notes():
+    runs = Runs()
+    for batch, speed in ((100, 1.7), (400, 1.9)):
+        task = {"batch_size": batch}
+        runs.add(task=task, global_batch=batch).add(workers=2, speed=speed, task=task, global_batch=batch)
+    found = analysed(runs)
+    assert found.sentences[0].startswith("Fastest: synchronous with 2 workers at batch 100, 1.7")
+    assert found.notes[0].startswith("Fastest: synchronous with 2 workers at batch 400, 1.9")
+    assert "as fast as one process with 1 thread at batch 400" in found.notes[0]

@@ -202,3 +202,22 @@ def test_an_id_names_the_cell_and_tells_apart_what_differs():
     assert one.id.startswith("synchronous-update-sharded-")
     assert one.id != other.id
     assert one.id == study({"task.seed": [0], "plan.strategy": ["synchronous(update='sharded')"]}).cells()[0].id
+
+
+def test_workers_said_once_for_all_plans_are_limited_too():
+    eight = study({"plan.strategy": ["synchronous"]}, plan={"workers": 8})
+    assert find(eight, workers=8) == eight
+    for one in (eight, study(plan={"workers": 8})):
+        with pytest.raises(BadInput, match="no plan of at most 2 workers"):
+            find(one, workers=2)
+    varied = study({"plan.workers": [1, 2, 4]}, plan={"workers": 8})
+    assert [cell.plan["workers"] for cell in find(varied, workers=2).cells()] == [1, 2]
+
+
+def test_a_study_that_answers_one_question_takes_no_other_task():
+    for key, value in (("model", "cnn"), ("batch_size", 10), ("seed", 3), ("clip", 1.0)):
+        with pytest.raises(BadInput, match=rf"{key}=.* for study xin-ma.* only data can be said.*study compare"):
+            find("xin-ma", task={key: value})
+    assert find("xin-ma", task={"data": "digits"}).task["data"] == "digits"
+    with pytest.raises(UnknownName, match="Did you mean 'model'"):
+        find(study(), task={"modle": "cnn"})

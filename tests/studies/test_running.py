@@ -14,7 +14,7 @@ from manyhands.studies.grid import Cell, Grid, Study, find
 from manyhands.studies.progress import TimeLeft
 from manyhands.studies.reporting import REPORT, report
 from manyhands.studies.rows import Rows, read
-from manyhands.studies.running import Rounds, order
+from manyhands.studies.running import Rounds, asked, order
 from tests.studies.made import TINY, measurement, study
 
 GRID = {"plan.strategy": ["synchronous", "replica_average"], "plan.workers": [1, 2]}
@@ -30,11 +30,14 @@ def trained(monkeypatch):
     calls = Trained()
     calls.at = {}
 
-    def train(task, plan, **_):
+    calls.data = "digits"
+
+    def train(task, plan, *, evaluate, **_):
         calls.append((plan.strategy.name, plan.workers))
         if len(calls) in calls.at:
             raise calls.at[len(calls)]
-        return verbs.Result(None, plan, measurement(plan.workers), [], None)
+        looks = [{"step": 4, "test_accuracy": 0.95, "test_loss": 0.3}] if evaluate != "end" else []
+        return verbs.Result(None, plan, measurement(plan.workers, data=calls.data), looks, None)
 
     monkeypatch.setattr(verbs, "train", train)
     monkeypatch.setattr(calibration, "loop_s", lambda: 1.0)
@@ -113,8 +116,8 @@ def test_a_failing_cell_does_not_stop_the_others_and_is_tried_again(tmp_path, tr
 def test_a_round_that_would_end_too_late_is_left_out():
     times = iter([0, 0, 40, 80])
     rounds = Rounds(100, lambda: next(times))
-    asked = [rounds.may_run(repeat) for repeat in (1, 1, 1, 2, 2, 3)]
-    assert asked == [True, True, True, True, True, False]
+    may = [rounds.may_run(repeat) for repeat in (1, 1, 1, 2, 2, 3)]
+    assert may == [True, True, True, True, True, False]
 
 
 def test_without_a_limit_every_round_runs():
@@ -277,3 +280,64 @@ def test_data_that_is_not_there_is_refused(tmp_path):
     result = studies.run(lost, out=tmp_path)
     assert [row.status for row in result.rows] == ["refused"]
     assert "data set named 'no_such_data'" in result.rows[0].reason
+
+
+def test_a_cell_that_is_refused_now_keeps_what_it_measured(tmp_path, trained, monkeypatch):
+    first = studies.run(study(GRID), out=tmp_path)
+    trained.clear()
+
+    def refuse(*_):
+        raise BadInput("no longer")
+
+    monkeypatch.setattr(verbs, "resolved", refuse)
+    for again in (False, True):
+        assert studies.run(study(GRID), out=tmp_path, again=again).rows == first.rows
+    assert trained == []
+
+
+def test_again_keeps_a_measurement_when_the_new_run_fails_and_says_so(tmp_path, trained, caplog):
+    first = studies.run(study(GRID, repeats=1), out=tmp_path)
+    trained.clear()
+    trained.at = {2: RuntimeError("mine")}
+    result = studies.run(study(GRID, repeats=1), out=tmp_path, again=True)
+    assert {row.status for row in result.rows} == {"done"}
+    assert first.rows[1] in result.rows
+    assert "repeat 1 failed, and its earlier measurement is kept: mine" in caplog.text
+
+
+def test_what_was_looked_at_less_often_than_asked_runs_again(tmp_path, trained):
+    studies.run(study(GRID), out=tmp_path)
+    trained.clear()
+    finer = study(GRID, evaluate="epoch")
+    assert all(row.history for row in studies.run(finer, out=tmp_path).rows)
+    assert len(trained) == 8
+    trained.clear()
+    for one in (finer, study(GRID)):
+        studies.run(one, out=tmp_path)
+    assert trained == []
+
+
+def test_other_data_of_the_same_name_is_not_mixed_with_the_rows(tmp_path, trained):
+    auto = {**TINY, "data": "auto"}
+    trained.at = {3: KeyboardInterrupt()}
+    with pytest.raises(KeyboardInterrupt):
+        studies.run(study(GRID, task=auto), out=tmp_path)
+    trained.at, trained.data = {}, "mnist"
+    with pytest.raises(BadInput, match=r"data=auto is mnist now, and rows in .* measured digits.*--data-dir"):
+        studies.run(study(GRID, task=auto), out=tmp_path)
+    assert {row.measurement.data for row in read(tmp_path)} == {"digits"}
+    rows = studies.run(study(GRID, task=auto), out=tmp_path, again=True).rows
+    assert {row.measurement.data for row in rows} == {"mnist"}
+
+
+def test_going_on_is_told_with_the_folder_of_the_data(tmp_path, trained, caplog):
+    trained.at = {1: KeyboardInterrupt()}
+    with pytest.raises(KeyboardInterrupt):
+        studies.run(study(GRID), out=tmp_path, data_dir="my data")
+    assert "--data-dir 'my data'" in caplog.text
+
+
+def test_a_grid_that_says_its_repeats_keeps_them():
+    grids = (Grid({"plan.workers": (1,)}), Grid({"plan.workers": (2,)}, repeats=1))
+    one = asked(Study("two", TINY, grids=grids, repeats=3), repeats=5)
+    assert [cell.repeats for cell in one.cells()] == [5, 1]

@@ -144,3 +144,18 @@ def test_a_noise_cell_is_a_done_line_without_times_and_not_in_the_table():
     assert (line.step_s, line.samples_per_s, line.speed_up, line.efficiency) == (None, None, None, None)
     assert [each["variance"] for each in line.noise] == [0.4, 0.5]
     assert len(table(found).body) == 1
+
+
+def test_disturbed_rounds_count_in_no_ratio_where_two_others_remain():
+    def two_lines(disturbed):
+        rows = []
+        for repeat, (one_s, two_s) in enumerate([(0.010, 0.005), (0.010, 0.005), (0.010, 0.050), (0.010, 0.050)], 1):
+            done = row(TWO, repeat, measurement(2, two_s))
+            rows.append((ONE, row(ONE, repeat, measurement(1, one_s))))
+            rows.append((TWO, dataclasses.replace(done, noisy=repeat in disturbed)))
+        return lines_of(*rows)[1]
+
+    quiet = two_lines({3, 4})
+    assert (quiet.speed_up, quiet.speed_up_interval.high) == (pytest.approx(2.0), pytest.approx(2.0))
+    assert two_lines(()).speed_up < 2.0
+    assert two_lines({1, 3, 4}).speed_up == two_lines(()).speed_up

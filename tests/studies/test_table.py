@@ -1,14 +1,17 @@
 """What a person reads: the table in its two forms, and the sentences below it, from rows that are known."""
 
+import dataclasses
 import io
 
 import pytest
 from rich.console import Console
 
 from manyhands.contract import StepParts
-from manyhands.studies.findings import findings
+from manyhands.studies.analysis import Listing
+from manyhands.studies.contenders import contenders
+from manyhands.studies.findings import fastest, surprises
 from manyhands.studies.summary import summarize
-from manyhands.studies.table import in_bytes, table
+from manyhands.studies.table import in_bytes, listed, table
 from tests.studies.made import cell, measurement, row
 
 ONE, TWO, FOUR = (cell(workers=n) for n in (1, 2, 4))
@@ -91,27 +94,28 @@ def test_oversubscribed_refused_and_failed_cells_are_marked():
     marks = [line[-1] for line in table(lines).body]
     assert marks == ["1 of 2 failed", "refused", "correctness only"]
     assert "–" in table(lines).body[2]
-    said = findings(lines)
+    said = surprises(lines)
     assert "strategy=synchronous, workers=2 is refused: it cannot be." in said
     assert "synchronous with 1 worker failed in 1 of 2 runs: it broke" in said
 
 
-def test_the_fastest_plan_is_named_with_both_comparisons():
+def fastest_of(*pairs):
+    return fastest(contenders(lines_of(*pairs), [r for _, r in pairs]))
+
+
+def test_the_fastest_plan_is_named_with_the_best_single_process():
     threaded = cell(threads=2)
-    lines = lines_of(
+    assert fastest_of(
         (ONE, row(ONE)),
         (TWO, row(TWO, measured=measurement(2, 0.005))),
         (threaded, row(threaded, measured=measurement(1, 0.008), threads=2)),
-    )
-    assert findings(lines)[0] == (
-        "Fastest: synchronous with 2 workers on shared, 2.00× one worker with 1 thread and 1.60× one process with "
-        "2 threads, 95.0 % right."
-    )
+    ) == ["Fastest: synchronous with 2 workers, 1.60× as fast as one process with 2 threads, 95.0 % right."]
 
 
 def test_it_is_said_when_nothing_beats_one_process():
-    slow = some(measurement(2, 0.02))
-    assert findings(slow)[0] == "Nothing here is faster than one process with 1 thread: synchronous with 1 worker."
+    assert fastest_of((ONE, row(ONE)), (TWO, row(TWO, measured=measurement(2, 0.02)))) == [
+        "Nothing here is faster than one process with 1 thread: synchronous with 2 workers is 0.50× as fast."
+    ]
 
 
 @pytest.mark.parametrize(
@@ -130,28 +134,38 @@ def test_it_is_said_when_nothing_beats_one_process():
     ],
 )
 def test_what_surprises_is_one_sentence(two, says):
-    assert [x for x in findings(some(two)) if says in x]
+    assert [x for x in surprises(some(two)) if says in x]
 
 
 def test_what_a_whole_batch_strategy_costs_is_explained_by_its_design():
     own = cell("slice_update", 2)
-    said = findings(lines_of((ONE, row(ONE)), (own, row(own, measured=measurement(2, 0.02)))))
+    said = surprises(lines_of((ONE, row(ONE)), (own, row(own, measured=measurement(2, 0.02)))))
     assert [x for x in said if "every worker computes the whole batch, by design" in x]
 
 
 def test_what_goes_as_it_should_is_no_surprise():
-    assert len(findings(some())) == 1
+    assert surprises(some()) == []
 
 
-def test_a_disturbed_machine_is_said_first():
-    assert findings(some(load=7.0))[0].startswith("The machine had other work: load average up to 7.0 on 2 cores.")
-    noisy = lines_of((ONE, row(ONE, 1)), (ONE, row(ONE, 2, measurement(step_s=0.03))))
-    assert findings(noisy)[0].startswith("1 of 1 cells are noisy, most of all synchronous with 1 worker")
+def test_disturbed_runs_are_marked_where_a_reader_looks():
+    rows = [(ONE, dataclasses.replace(row(ONE, i), noisy=i > 1)) for i in (1, 2, 3)]
+    found = table(lines_of(*rows, (TWO, row(TWO))))
+    assert [line[-1] for line in found.body] == ["2 of 3 disturbed", ""]
+    assert any(remark.startswith("Disturbed: ") for remark in found.remarks)
+    assert "disturbed" not in table(some()).plain().lower()
+
+
+def test_a_table_of_an_analysis_is_plain_text_or_drawn_with_its_title_and_note():
+    found = listed(Listing("Plans", ("plan", "gain", "remark"), (("a", "1.5×", "good"), ("bcd", "10×", "")), "A note."))
+    assert found.plain() == "Plans\n\nplan  gain  remark\na     1.5×  good\nbcd    10×\n\nA note."
+    drawn = io.StringIO()
+    found.show(Console(file=drawn, force_terminal=True, width=80))
+    assert "\x1b[" in drawn.getvalue()
+    assert "A note." in drawn.getvalue()
 
 
 def test_nothing_measured_is_a_table_all_the_same():
     assert table(()).plain().startswith("strategy")
-    assert findings(()) == []
 
 
 @pytest.mark.parametrize(

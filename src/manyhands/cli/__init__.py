@@ -73,8 +73,9 @@ def _dry_run(said: argparse.Namespace, asked: Mapping[str, Any]) -> Answer:
     from manyhands.studies import estimate, rows, running
 
     held = "out" in said and "again" not in said and (said.out / rows.ROWS).is_file()
-    done = {(row.cell, row.repeat) for row in rows.read(said.out) if row.status == "done"} if held else set()
-    found = estimate.estimate(running.asked(said.name, **asked), done=done, **_given(said, "data_dir"))
+    wanted = running.asked(said.name, **asked)
+    done = rows.finished(rows.read(said.out), wanted.cells()) if held else set()
+    found = estimate.estimate(wanted, done=done, **_given(said, "data_dir"))
     return Answer(found.as_dict(), found.lines, found.exit_code)
 
 

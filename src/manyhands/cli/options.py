@@ -20,7 +20,10 @@ from manyhands.errors import BadInput, UnknownName
 #: The kinds that ``manyhands list`` knows.
 KINDS = ("strategies", "transports", "models", "data", "losses", "optimizers", "schedules")
 #: Of a task, what can be said to a study.
-STUDY_TASK = ("model", "data", "loss", "optimizer", "batch_size", "epochs", "steps")
+STUDY_TASK = (
+    *("model", "data", "loss", "optimizer", "schedule", "clip", "batch_size", "batch_per_worker"),
+    *("epochs", "steps", "seconds", "target_accuracy", "seed"),
+)
 #: Verbs of the design that this release does not have.
 LATER = ("predict", "search", "simulate", "calibrate")
 
@@ -160,22 +163,31 @@ def _train(parser: Parser) -> None:
 def _study(parser: Parser) -> None:
     parser.add_argument("name", nargs="?", default=None, metavar="NAME|FILE.toml", help="which study")
     parser.add_argument("--out", type=Path, metavar="DIR", help="rows and report; one that has rows goes on there")
-    parser.add_argument("--repeats", type=_whole, metavar="N", help="of every plan (default: as the study says)")
+    parser.add_argument(
+        "--repeats", type=_whole, metavar="N", help="of plans whose grid says none (default: the study's)"
+    )
     parser.add_argument("--workers", type=_whole, metavar="N", help="at most so many (default: as the study says)")
     parser.add_argument("--quick", action="store_true", help="the short form of a built-in study")
     parser.add_argument("--dry-run", action="store_true", help="only tell what would run, and how long that would take")
     parser.add_argument("--again", action="store_true", help="run what is done in --out anew, too")
     parser.add_argument("--data-dir", type=Path, metavar="DIR", help="where data lies (default: $MANYHANDS_DATA)")
     _quiet(parser)
-    task = parser.add_argument_group("what to learn, in place of the study's own (what a grid varies it varies still)")
+    task = parser.add_argument_group("what to learn, in place of the study's own, also of what its grids vary")
     task.add_argument("--model", metavar="MODEL", help="name or name(key=value, …)")
     task.add_argument("--data", metavar="DATA", help="data set")
     task.add_argument("--loss", metavar="LOSS", help="none: the model returns its own loss")
     task.add_argument("--optimizer", metavar="OPT", help="e.g. adamw(lr=1e-3)")
-    task.add_argument("--batch-size", type=_whole, metavar="N", help="global: over all workers")
+    task.add_argument("--schedule", metavar="SCHED", help="learning rate by the step, e.g. cosine")
+    task.add_argument("--clip", type=_number, metavar="NORM", help="limit of the gradient's norm")
+    size = task.add_mutually_exclusive_group()
+    size.add_argument("--batch-size", type=_whole, metavar="N", help="global: over all workers")
+    size.add_argument("--batch-per-worker", type=_whole, metavar="N", help="the global batch is N × workers")
     length = task.add_mutually_exclusive_group()
     length.add_argument("--epochs", type=_whole, metavar="N", help="passes over the data")
     length.add_argument("--steps", type=_whole, metavar="N", help="steps, instead of epochs")
+    task.add_argument("--seconds", type=_number, metavar="S", help="end earlier: after so much training")
+    task.add_argument("--target-accuracy", type=_number, metavar="A", help="end earlier: at an accuracy, 0 … 1")
+    task.add_argument("--seed", type=_whole, metavar="N", help="of weights and order")
 
 
 def _report(parser: Parser) -> None:

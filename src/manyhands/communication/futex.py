@@ -11,9 +11,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import os
 import platform
 import sys
+
+from manyhands.communication.quota import own_quota
 
 _SYS_FUTEX = {"x86_64": 202, "aarch64": 98}.get(platform.machine())
 _WAIT, _WAKE = 0, 1
@@ -85,6 +88,15 @@ def wake(address: int) -> None:
     _syscall(_SYS_FUTEX, ctypes.c_void_p(address), _WAKE, _EVERYONE, None, None, 0)
 
 
-def cores() -> int:
-    """How many cores this process may run on."""
+def affinity() -> int:
+    """How many cores the system lets this process run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cores() -> int:
+    """How many cores this process can keep busy: those it may run on, or what a container's quota pays for.
+
+    A part of a core counts as one: 1.5 cores are enough for two workers that wait now and then.
+    """
+    quota = own_quota()
+    return affinity() if quota is None else max(1, min(affinity(), math.ceil(quota)))

@@ -3,16 +3,19 @@
     target       the task's own target_accuracy; else what every run of one process had at its end, less one point
                  (of several batches: at the one with which one process learns best)
     time         seconds of training until the target, interpolated between evaluations
-    gain         time of the best single process / time of the plan, run by run, with Student's 95 % interval
-    it learns    its final accuracy is within one point of one process's or better, or, with three seeds and more, not
-                 significantly less; where the task says a target: every run reached it
+    gain         time of the best single process / time of the plan, run by run, with Student's 95 % interval, widened
+                 for as many plans as could have been the fastest (`contenders.mean_of`)
+    it learns    its final accuracy is one process's, better, or less by no more than chance makes it (one point at
+                 least, `charting.margin`), or, with three seeds and more, not significantly less; where the task says
+                 a target: every run reached it
 
-The plan with the largest gain wins, if its interval lies above 1. Where each plan ran once there is no interval, and a
-gain must be beyond what noise makes of equal plans (`ONCE`). A task without accuracy goes by its test loss, and one
-without a test set by samples per second; the advice then says that nobody knows what is learned.
+The plan with the largest gain wins, if its interval lies above 1. With three seeds and more that is an interval over
+the seeds' means; with fewer it is over runs, and each seed's own mean must lie above 1 too. Where each plan ran once
+there is no interval, and a gain must be beyond what noise makes of equal plans (`charting.NOISY`). A task without
+accuracy goes by its test loss, and one without a test set by samples per second; the advice then says that nobody knows
+what is learned.
 
-Nothing that uses more cores than there are is advised. An approximation: the interval does not know that its plan was
-chosen for being the fastest of several.
+Nothing that uses more cores than there are is advised.
 """
 
 from __future__ import annotations
@@ -23,16 +26,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from manyhands.studies.charting import ALIKE, LOSS_SHARE, POINT, no_worse
-from manyhands.studies.contenders import Contender, Run, by_seed, mean_of, ratio, task_of
+from manyhands.studies.charting import ALIKE, LOSS_SHARE, NOISY, POINT, no_worse, tested
+from manyhands.studies.contenders import SEEDS, Contender, Ratio, Run, by_seed, by_task, mean_of, ratio, task_of
 from manyhands.studies.curves import Scale, last, reached_at, scale_of
-from manyhands.studies.fits import Estimate
 from manyhands.task import DEFAULT_EPOCHS, Task
-
-#: What one run each must show: equal plans differ by less on an ordinary machine (`findings.NOISY`).
-ONCE = 1.25
-#: Seeds from which on a difference of means can be tested; with two Student's t is 12.7, and nothing would differ.
-SEEDS = 3
 
 Learning = Literal["as much", "less", "unknown"]
 
@@ -65,7 +62,7 @@ class Judged:
     final: Mapping[Run, float] = field(default_factory=dict)  # accuracy or loss at the end
     learns: Learning = "unknown"
     reached: bool = True  # by every run, where there is a target
-    gain: Estimate | None = None  # in time to the target, without one in samples/s; None: no claim about speed
+    gain: Ratio | None = None  # in time to the target, without one in samples/s; None: no claim about speed
 
     @property
     def mean_final(self) -> float | None:
@@ -98,7 +95,8 @@ def advise(found: Sequence[Contender]) -> Advice:
     standard = _standard(judged, scale)
     judged = [replace(each, learns=_learns(each, standard, target, scale)) for each in judged]
     alone = _best_alone(judged)
-    judged = [_compared(each, alone, target) for each in judged]
+    plans = sum(_able(each) and not each.plan.alone for each in judged)
+    judged = [_compared(each, alone, target, plans) for each in judged]
     alone = next((each for each in judged if alone is not None and each.plan is alone.plan), None)
     able = [each for each in judged if not each.plan.alone and _able(each)]
     fastest = max(able, key=lambda j: _rank(j, target), default=None)
@@ -111,7 +109,7 @@ def _chosen(alone: Judged | None, fastest: Judged | None) -> Judged | None:
     gain = fastest.gain
     if gain is None:
         return alone
-    surely = gain.value >= ONCE if gain.low is None else gain.low > 1 and gain.value > 1 + ALIKE
+    surely = gain.value >= NOISY if gain.low is None else gain.surely_more and gain.value > 1 + ALIKE
     return fastest if surely else alone
 
 
@@ -151,10 +149,7 @@ def _target(found: Sequence[Contender], scale: Scale | None) -> Target | None:
         return Target(float(told), "test_accuracy", told=True)
     if scale is None:
         return None
-    groups: dict[str, list[Contender]] = {}
-    for each in found:
-        if each.alone:
-            groups.setdefault(each.group, []).append(each)
+    groups = by_task(each for each in found if each.alone)
     ends = {
         group: [last(row.history, scale) for each in plans for row in each.rows.values()]
         for group, plans in groups.items()
@@ -202,12 +197,12 @@ def _learns(judged: Judged, standard: Mapping[Run, float], target: Target | None
     if scale is None or not judged.final or not standard:
         return "unknown"
     mean = statistics.fmean(judged.final.values())
-    if no_worse(mean, statistics.fmean(standard.values()), scale):
+    if no_worse(mean, statistics.fmean(standard.values()), scale, tested(judged.plan.lines[0])):
         return "as much"
     mine, theirs = by_seed(judged.final), by_seed(standard)
-    apart = mean_of([mine[seed] - theirs[seed] for seed in mine if seed in theirs])
-    common = len(mine.keys() & theirs.keys())
-    return "as much" if apart is not None and common >= SEEDS and apart.contains(0.0) else "less"
+    apart = {(seed, 0): mine[seed] - theirs[seed] for seed in mine if seed in theirs}
+    mean_apart = mean_of(apart)
+    return "as much" if mean_apart is not None and len(apart) >= SEEDS and mean_apart.contains(0.0) else "less"
 
 
 # -- speed -------------------------------------------------------------------------------------------------------------
@@ -230,10 +225,11 @@ def _best_alone(judged: Sequence[Judged]) -> Judged | None:
     )
 
 
-def _compared(judged: Judged, alone: Judged | None, target: Target | None) -> Judged:
+def _compared(judged: Judged, alone: Judged | None, target: Target | None, plans: int) -> Judged:
     if alone is None or judged.plan.oversubscribed or not judged.reached:
         return judged
-    gain = ratio(pace(alone, target), pace(judged, target))
+    noisy = alone.plan.noisy | judged.plan.noisy
+    gain = ratio(pace(alone, target), pace(judged, target), noisy=noisy, plans=plans)
     return replace(judged, gain=gain)
 
 

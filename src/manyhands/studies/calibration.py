@@ -6,6 +6,8 @@ A core that has nothing else to do repeats the loop to within a few percent; one
 process takes twice as long. A run beyond `BOUND` is repeated once, and marked as noisy when that was no better: see
 `manyhands.studies.running`.
 
+The quickest loop is kept in the study's folder, so that a study that goes on compares with the same.
+
 The loop sees what keeps cores busy around a run. It does not see a disturbance that begins and ends within the run, nor
 one that lasts for the whole study, as it has nothing quieter to compare that with; the load average of a row tells it.
 
@@ -22,7 +24,7 @@ from collections.abc import Callable
 import torch
 
 from manyhands.communication import futex
-from manyhands.studies.doctor import cpu_quota
+from manyhands.communication.quota import own_quota
 
 #: Beyond this a run is repeated. A free core spreads by some 5 %, one that is shared with another process takes 2
 #: (measured on a virtual machine of 2 cores); 1.5 lies between, and a step time would be wrong by a third there.
@@ -36,8 +38,10 @@ FIRST = 5
 
 
 def watched_cores() -> int:
-    """All that this process may keep busy: more than a container's quota would be stopped, and look like noise."""
-    return max(1, min(futex.cores(), int(cpu_quota() or futex.cores())))
+    """All that this process may keep busy all the time: the quota rounded down, as a part of a core would be stopped
+    now and then, and look like noise.
+    """
+    return max(1, min(futex.cores(), int(own_quota() or futex.cores())))
 
 
 def loop_s() -> float:
@@ -72,11 +76,12 @@ def loop_s() -> float:
 
 
 class Calibration:
-    """Remembers the quickest loop of a study and the one just done."""
+    """Remembers the quickest loop of a study and the one just done; ``quickest_s`` is what it was when it was left."""
 
-    def __init__(self, loop: Callable[[], float] | None = None) -> None:
+    def __init__(self, loop: Callable[[], float] | None = None, *, quickest_s: float | None = None) -> None:
         self._loop = loop or loop_s
-        self.quickest_s = self.last_s = min(self._loop() for _ in range(FIRST))
+        self.last_s = min(self._loop() for _ in range(FIRST))
+        self.quickest_s = self.last_s if quickest_s is None else min(self.last_s, quickest_s)
 
     def begins(self) -> None:
         """A run begins. The loop after the one before it will do, unless that was disturbed: it may be over."""

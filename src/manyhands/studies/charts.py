@@ -11,9 +11,10 @@ from collections.abc import Iterable, Sequence
 
 from manyhands.studies import fits
 from manyhands.studies.analysis import Chart, Point, Series
-from manyhands.studies.charting import ALIKE, MOST_BARS, a_chart_each, of_group, slug, titled
-from manyhands.studies.contenders import Contender, counted, task_of
+from manyhands.studies.charting import ALIKE, MOST_BARS, a_chart_each, left_out, of_group, slug, titled
+from manyhands.studies.contenders import Contender, task_of
 from manyhands.studies.grid import PER_WORKER
+from manyhands.studies.summary import counted, paired_s
 from manyhands.studies.table import in_bytes
 
 _WORDS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
@@ -76,9 +77,8 @@ def speed_ups_of(of: Contender) -> list[float]:
             continue
         if not of.alone and line.base.threads != line.threads:
             continue  # more workers would not be all that makes the difference
-        theirs = dict(line.base.medians_s)
         larger = line.measured.global_batch / line.base.measured.global_batch
-        ratios += [larger * theirs[r] / mine for r, mine in line.medians_s if r in theirs and mine > 0 < theirs[r]]
+        ratios += [larger * theirs / mine for mine, theirs in paired_s(line, line.base)]
     return ratios
 
 
@@ -104,10 +104,11 @@ def parts(found: Sequence[Contender]) -> tuple[Chart, ...]:
 
 
 def _parts(group: str, plans: Sequence[Contender]) -> Chart | None:
-    shown = [each for each in plans if not each.oversubscribed and _total_s(each) > 0][:MOST_BARS]
-    many = [each for each in shown if not each.alone]
-    if not shown:
+    able = [each for each in plans if not each.oversubscribed and _total_s(each) > 0]
+    many = [each for each in able if not each.alone]
+    if not able:
         return None
+    shown = able[:MOST_BARS]
     if many:
         worst = max(many, key=overhead)
         title = (
@@ -135,6 +136,7 @@ def _parts(group: str, plans: Sequence[Contender]) -> Chart | None:
             "Means over the steps of worker 0, medians over runs. Waiting is for slower workers, communicating is "
             "moving and adding what they send. Lower is faster"
             + (", as all compute the same batch." if not any(PER_WORKER in task_of(p) for p in plans) else ".")
+            + left_out(len(able) - len(shown), "further")
         ),
     )
 
@@ -152,43 +154,52 @@ def _total_s(of: Contender) -> float:
 
 def throughput(found: Sequence[Contender]) -> tuple[Chart, ...]:
     """Samples a second of every plan, the fastest first."""
-    shown = sorted((each for each in found if not each.oversubscribed and each.speeds), key=lambda c: -c.samples_per_s)
+    return a_chart_each(found, _throughput)
+
+
+def _throughput(group: str, plans: Sequence[Contender]) -> Chart | None:
+    shown = sorted((each for each in plans if not each.oversubscribed and each.speeds), key=lambda c: -c.samples_per_s)
     if len(shown) < 2:
-        return ()
+        return None
     best, others = shown[0], shown[1:]
     alone = next((each for each in shown if each.alone), None)
     second = alone if alone is not None and alone is not best else others[0]
-    title = (
-        f"{best.name} does most: {best.samples_per_s:,.0f} samples a second, {second.name} {second.samples_per_s:,.0f}"
-    )
+    speed, other = (f"{each.samples_per_s:,.0f}" for each in (best, second))
+    title = f"{best.short} does most: {speed} samples a second, {second.short} {other}"
     points = []
     for each in shown[:MOST_BARS]:
         middle = fits.bootstrap(each.speeds.values())
         assert isinstance(middle, fits.Estimate)
-        points.append(Point(each.name, middle.value, middle.low, middle.high))
+        points.append(Point(each.short, middle.value, middle.low, middle.high))
     note = (
         "Global batch over the median step, medians over runs with 95 % bootstrap intervals; speed alone, whatever was "
-        "learned."
+        "learned." + left_out(len(shown) - len(points), "slower")
     )
-    if len(shown) > MOST_BARS:
-        note += f" The {len(shown) - MOST_BARS} slowest plans are left out."
-    return (
-        Chart(
-            "throughput", titled(title), "plan", "samples/s", (Series("samples/s", tuple(points)),), "bars", note=note
-        ),
+    return Chart(
+        slug("throughput", group),
+        titled(title) + of_group(group),
+        "plan",
+        "samples/s",
+        (Series("samples/s", tuple(points)),),
+        "bars",
+        note=note,
     )
 
 
 def sent(found: Sequence[Contender]) -> tuple[Chart, ...]:
     """Bytes that a worker sends in a step, strategy by strategy at the same number of workers."""
-    many = [each for each in found if not each.alone]
+    return a_chart_each(found, _sent)
+
+
+def _sent(group: str, plans: Sequence[Contender]) -> Chart | None:
+    many = [each for each in plans if not each.alone]
     if not many:
-        return ()
+        return None
     most = max(each.workers for each in many)
     shown = list({each.strategy: each for each in reversed(many) if each.workers == most}.values())[::-1]
     top = max(each.sent_B_per_step for each in shown)
     if not top:
-        return ()
+        return None
     unit, divisor = next((u, d) for u, d in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("B", 1.0)) if top >= d or d == 1.0)
     high, low = max(shown, key=lambda c: c.sent_B_per_step), min(shown, key=lambda c: c.sent_B_per_step)
     each_of = f"in a step from each of {most} workers"
@@ -200,16 +211,14 @@ def sent(found: Sequence[Contender]) -> tuple[Chart, ...]:
         title += f"{low.strategy} least, {in_bytes(low.sent_B_per_step)}"
     points = tuple(Point(each.strategy, each.sent_B_per_step / divisor) for each in shown)
     note = "Payload, counted as the reference algorithms send it: the same on every transport and at every batch."
-    return (
-        Chart(
-            "bytes-per-step",
-            titled(title),
-            "strategy",
-            f"sent by a worker in a step, {unit}",
-            (Series("sent", points),),
-            "bars",
-            note=note,
-        ),
+    return Chart(
+        slug("bytes-per-step", group),
+        titled(title) + of_group(group),
+        "strategy",
+        f"sent by a worker in a step, {unit}",
+        (Series("sent", points),),
+        "bars",
+        note=note,
     )
 
 

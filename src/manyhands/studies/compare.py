@@ -12,16 +12,15 @@ from collections.abc import Mapping, Sequence
 from manyhands.studies import charts, learning_charts
 from manyhands.studies.advice import Advice, Judged, advise, command
 from manyhands.studies.analysis import Analysis, Chart, Listing, Point, Series
-from manyhands.studies.charting import ALIKE, MOST_BARS, said, seconds, titled
-from manyhands.studies.contenders import Contender, Run, contenders, counted, mean_of, ratio
+from manyhands.studies.charting import ALIKE, MOST_BARS, left_out, said, seconds, titled
+from manyhands.studies.contenders import Contender, Run, contenders, mean_of, ratio
 from manyhands.studies.findings import limits, trust, wrong
 from manyhands.studies.fits import Estimate
 from manyhands.studies.grid import Study
 from manyhands.studies.rows import Row
-from manyhands.studies.summary import Line
-from manyhands.studies.table import in_bytes, percent
+from manyhands.studies.summary import Line, counted
+from manyhands.studies.table import NONE, disturbed, in_bytes, in_ms, percent
 
-_NONE = "–"
 #: An interval whose ends lie further apart than this factor is of no use to anybody.
 WIDE = 10
 
@@ -93,7 +92,7 @@ def gained(judged: Judged) -> str:
     assert gain is not None
     if gain.low is None or gain.high is None or _useless(gain):
         return f"{gain.value:.2f}× as fast"
-    return f"{gain.value:.2f}× [{gain.low:.2f} … {gain.high:.2f}, 95 % over {len(judged.plan.rows)} runs] as fast"
+    return f"{gain.value:.2f}× [{gain.low:.2f} … {gain.high:.2f}, 95 % over {gain.over}] as fast"
 
 
 def _doubt(judged: Judged) -> str:
@@ -101,7 +100,7 @@ def _doubt(judged: Judged) -> str:
     gain = judged.gain
     if gain is None or gain.low is None:
         return "; measured once, so that nobody knows how sure this is"
-    return f"; its {len(judged.plan.rows)} runs differ too much to bound that" if _useless(gain) else ""
+    return f"; its {gain.over} differ too much to bound that" if _useless(gain) else ""
 
 
 def _useless(of: Estimate) -> bool:
@@ -111,7 +110,7 @@ def _useless(of: Estimate) -> bool:
 
 def _because(use: Judged, alone: Judged) -> str:
     """Time to a target is samples to it over samples a second; which of the two makes the difference."""
-    speed = ratio(use.plan.speeds, alone.plan.speeds)
+    speed = ratio(use.plan.speeds, alone.plan.speeds, noisy=use.plan.noisy | alone.plan.noisy)
     fewer = ratio(alone.samples, use.samples)
     reasons = []
     if speed is not None and abs(math.log(speed.value)) > math.log(1 + ALIKE):
@@ -135,6 +134,8 @@ def _why_stay(advice: Advice, alone: Judged) -> str:
         return said + (", too little for one run" if gain.value > 1 else "") + _doubt(fastest)
     if _useless(gain):
         return said + _doubt(fastest)
+    if gain.low > 1 and gain.value > 1 + ALIKE:
+        return f"{said}, but not with every seed"
     more = "; more repeats could show one (--repeats)" if gain.value > 1 + ALIKE else ""
     return f"{said}, no difference that these runs can show{more}"
 
@@ -219,8 +220,8 @@ def _method(advice: Advice) -> list[str]:
     able = [each for each in advice.judged if not each.plan.alone and each.gain is not None]
     if len(able) > 1 and any(each.gain is not None and each.gain.low is not None for each in able):
         found.append(
-            f"The interval of the gain is Student's over runs of the same seed and round; that the plan was chosen as "
-            f"the fastest of {len(able)} is not in it, so that a new measurement will rather be lower than higher."
+            f"The interval of the gain is Student's over runs of the same seed and round, or over the means of three "
+            f"seeds and more, widened as the plan was chosen as the fastest of {len(able)}."
         )
     return found
 
@@ -254,7 +255,7 @@ def listing(advice: Advice, lines: Sequence[Line]) -> Listing:
     )
     body = [_listed(each, advice) for each in ordered]
     body += [
-        (line.name, *[_NONE] * (len(head) - 2), line.status)
+        (line.name, *[NONE] * (len(head) - 2), line.status)
         for line in lines
         if line.status != "done" and line.cell.measure == "train"
     ]
@@ -269,9 +270,10 @@ def listing(advice: Advice, lines: Sequence[Line]) -> Listing:
     if advice.target is not None:
         note += f"Target: {said(advice.target.value, advice.target.scale)}, {advice.target.why}. "
     note += (
-        "In brackets 95 % intervals by Student's t over seeds and repeats; [?]: the runs are too few or differ too "
-        f"much, the ends would lie more than {WIDE} times apart. Parts of a step are means over worker 0's steps. "
-        "Memory is the largest worker's, sent/step the payload of one worker."
+        "In brackets 95 % intervals by Student's t over the means of three seeds and more, else over runs, those of "
+        "gain widened for picking the best of plans; [?]: the runs are too few or differ too much, the ends would lie "
+        f"more than {WIDE} times apart. Disturbed runs count in no ratio where two others remain. Parts of a step are "
+        "means over worker 0's steps. Memory is the largest worker's, sent/step the payload of one worker."
     )
     return Listing("Every plan against one process", head, tuple(body), note)
 
@@ -279,19 +281,21 @@ def listing(advice: Advice, lines: Sequence[Line]) -> Listing:
 def _listed(judged: Judged, advice: Advice) -> tuple[str, ...]:
     plan = judged.plan
     p = plan.parts_s
-    against = None if advice.alone is None or plan.oversubscribed else ratio(plan.speeds, advice.alone.plan.speeds)
+    against = None
+    if advice.alone is not None and not plan.oversubscribed:
+        against = ratio(plan.speeds, advice.alone.plan.speeds, noisy=plan.noisy | advice.alone.plan.noisy)
     timed = advice.target is not None and judged.reached
     return (
         plan.name,
-        _ms(plan.step_s),
-        " + ".join(_ms(part) for part in (p.compute, p.communicate, p.wait, p.update)),
+        in_ms(plan.step_s),
+        " + ".join(in_ms(part) for part in (p.compute, p.communicate, p.wait, p.update)),
         _interval(against, "×"),
-        _interval(_positive(judged.samples), digits=0) if timed else _NONE if advice.target is None else "not reached",
-        _NONE if not timed or plan.oversubscribed else _duration(_positive(judged.seconds)),
+        _interval(_positive(judged.samples), digits=0) if timed else NONE if advice.target is None else "not reached",
+        NONE if not timed or plan.oversubscribed else _duration(_positive(judged.seconds)),
         _interval(judged.gain, "×"),
         in_bytes(plan.sent_B_per_step),
         in_bytes(plan.peak_memory_B),
-        _NONE
+        NONE
         if judged.mean_final is None
         else percent(judged.mean_final)
         if advice.scale == "test_accuracy"
@@ -312,6 +316,8 @@ def _remark(judged: Judged, advice: Advice) -> str:
         found.append("learns less")
     elif not judged.reached:
         found.append(f"target in {len(judged.seconds)} of {len(judged.plan.rows)} runs")
+    if judged.plan.noisy:
+        found.append(disturbed(len(judged.plan.noisy), len(judged.plan.rows)))
     if judged.plan.failures:
         found.append(f"{judged.plan.failures} failed")
     return ", ".join(found)
@@ -319,12 +325,12 @@ def _remark(judged: Judged, advice: Advice) -> str:
 
 def _positive(values: Mapping[Run, float]) -> Estimate | None:
     """Of times and counts, which are above 0: the geometric mean."""
-    return mean_of([v for v in values.values() if v > 0], form=math.log, back=math.exp)
+    return mean_of({run: v for run, v in values.items() if v > 0}, form=math.log, back=math.exp)
 
 
 def _interval(found: Estimate | None, unit: str = "", *, digits: int = 2) -> str:
     if found is None:
-        return _NONE
+        return NONE
     text = f"{found.value:,.{digits}f}{unit}"
     if found.low is None or found.high is None:
         return text
@@ -337,16 +343,12 @@ def _interval(found: Estimate | None, unit: str = "", *, digits: int = 2) -> str
 
 def _duration(found: Estimate | None) -> str:
     if found is None:
-        return _NONE
+        return NONE
     if found.low is None or found.high is None:
         return seconds(found.value)
     if _useless(found):
         return f"{seconds(found.value)} [?]"
     return f"{seconds(found.value)} [{seconds(found.low)} … {seconds(found.high)}]"
-
-
-def _ms(value: float) -> str:
-    return f"{1e3 * value:.3g}"
 
 
 def _mean(values: Mapping[Run, float]) -> float:
@@ -381,6 +383,7 @@ def time_to_target(advice: Advice) -> tuple[Chart, ...]:
     if missing:
         note += f" Left out: {counted(len(missing), 'plan')} that did not reach it in every run."
     points = tuple(Point(j.plan.name, e.value, e.low, e.high) for j, e in shown[:MOST_BARS])
+    note += left_out(len(shown) - len(points), "slower")
     return (
         Chart(
             "time-to-target",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,10 +17,13 @@ from manyhands.contract import StepParts
 from manyhands.studies.fits import Estimate, student_t
 from manyhands.studies.grid import PER_WORKER
 from manyhands.studies.rows import Row
-from manyhands.studies.summary import Line
+from manyhands.studies.summary import Line, counted, quiet
 
 #: One run of a contender: its seed and its round.
 Run = tuple[int, int]
+
+#: Seeds from which on their means are a sample; with two Student's t is 12.7, and nothing would differ.
+SEEDS = 3
 
 #: Of a plan, what a label says by itself.
 _SAID = ("strategy", "workers", "threads", "transport", "mesh")
@@ -116,6 +119,11 @@ class Contender:
         return found
 
     @property
+    def noisy(self) -> frozenset[Run]:
+        """Runs that other work disturbed."""
+        return frozenset(run for run, row in self.rows.items() if row.noisy)
+
+    @property
     def failures(self) -> int:
         """Runs that came to nothing."""
         return sum(line.failures for line in self.lines)
@@ -130,7 +138,7 @@ def contenders(lines: Sequence[Line], rows: Iterable[Row]) -> tuple[Contender, .
     pooled: dict[str, list[Line]] = {}
     for line in lines:
         if line.measured is not None and line.cell.id in by_cell:
-            pooled.setdefault(_key(line), []).append(line)
+            pooled.setdefault(plan_of(line), []).append(line)
     found = []
     for alike in pooled.values():
         runs = {
@@ -152,7 +160,8 @@ def task_of(of: Contender) -> dict[str, Any]:
     return {k: v for k, v in of.lines[0].cell.task.items() if k != "seed"}
 
 
-def _key(line: Line) -> str:
+def plan_of(line: Line) -> str:
+    """What lines of one contender have in common: all but the seed."""
     task = {k: v for k, v in line.cell.task.items() if k != "seed"}
     return repr((sorted(task.items()), sorted(line.cell.plan.items())))
 
@@ -214,39 +223,72 @@ def _said(key: str, value: Any) -> str:
     return f"{value} samples a worker" if key == PER_WORKER else f"{key.replace('_', ' ')} {value}"
 
 
-def counted(number: int, noun: str) -> str:
-    """``1 worker``, ``2 workers``."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
 # -- ratios ------------------------------------------------------------------------------------------------------------
 
 
-def ratio(of: Mapping[Run, float], to: Mapping[Run, float]) -> Estimate | None:
+@dataclass(frozen=True)
+class Ratio(Estimate):
+    """How many times as much, and what that rests on."""
+
+    pairs: int = 0  # of runs
+    seeds: Mapping[int, float] = field(default_factory=dict, hash=False)  # each seed's own mean
+
+    @property
+    def over(self) -> str:
+        """What the interval is one over."""
+        return (
+            counted(len(self.seeds), "seed") if len(self.seeds) >= SEEDS else f"{counted(self.pairs, 'pair')} of runs"
+        )
+
+    @property
+    def surely_more(self) -> bool:
+        """Whether the interval lies above 1; of fewer than `SEEDS` seeds each must say the same by itself."""
+        each = len(self.seeds) >= SEEDS or all(mean > 1 for mean in self.seeds.values())
+        return self.low is not None and self.low > 1 and each
+
+
+def ratio(
+    of: Mapping[Run, float], to: Mapping[Run, float], *, noisy: Collection[Run] = (), plans: int = 1
+) -> Ratio | None:
     """The geometric mean of of/to over the runs that both have, with Student's 95 % interval; None without any.
 
-    The interval is one of the logarithms, n − 1 degrees of freedom, so that a ratio and its inverse say the same. An
-    approximation: runs of one seed in several rounds count as independent.
+    The interval is one of the logarithms (see `mean_of`), so that a ratio and its inverse say the same. ``noisy`` runs
+    are left out where two others remain. ``plans``: from how many the best was picked, of which this is the ratio.
     """
-    return mean_of(
-        [of[run] / to[run] for run in of if run in to and of[run] > 0 and to[run] > 0], form=math.log, back=math.exp
-    )
+    both = [run for run in of if run in to and of[run] > 0 and to[run] > 0]
+    logs = {run: math.log(of[run] / to[run]) for run in quiet(both, noisy)}
+    found = mean_of(logs, plans=plans)
+    if found is None:
+        return None
+    low, high = (None if end is None else math.exp(end) for end in (found.low, found.high))
+    seeds = {seed: math.exp(mean) for seed, mean in by_seed(logs).items()}
+    return Ratio(math.exp(found.value), low, high, pairs=len(logs), seeds=seeds)
 
 
 def mean_of(
-    values: Sequence[float],
+    values: Mapping[Run, float],
     *,
     form: Callable[[float], float] = float,
     back: Callable[[float], float] = float,
+    plans: int = 1,
 ) -> Estimate | None:
-    """The mean and Student's 95 % interval, ``form`` being what is normal; one value has no interval, none no mean."""
+    """The mean and Student's 95 % interval, ``form`` being what is normal; one value has no interval, none no mean.
+
+    Of three seeds or more it is an interval over the seeds' means. Of fewer it is one over runs: those of one seed
+    count as independent then, so that it says how times repeat and not what another seed would do.
+
+    Of the best of m ``plans`` the interval has 1 − 0.05/m instead of 95 % (Bonferroni): all m hold together then.
+    """
     if not values:
         return None
-    formed = [form(value) for value in values]
-    mean = statistics.fmean(formed)
-    if len(formed) == 1:
+    formed = {run: form(value) for run, value in values.items()}
+    seeds = by_seed(formed)
+    sample = list(seeds.values() if len(seeds) >= SEEDS else formed.values())
+    mean = statistics.fmean(sample)
+    if len(sample) == 1:
         return Estimate(back(mean))
-    half = student_t(len(formed) - 1) * statistics.stdev(formed) / math.sqrt(len(formed))
+    t = student_t(len(sample) - 1, 1 - 0.025 / max(plans, 1))
+    half = t * statistics.stdev(sample) / math.sqrt(len(sample))
     return Estimate(back(mean), back(mean - half), back(mean + half))
 
 

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from manyhands.communication import futex
+from manyhands.communication.quota import cpu_quota
 from manyhands.communication.transports import transports
 from manyhands.data import mnist
 from manyhands.errors import BadInput, ManyhandsError
@@ -136,7 +137,7 @@ def _mpi() -> Finding:
 
 
 def _machine() -> Iterator[Finding]:
-    cores, all_cores = futex.cores(), os.cpu_count() or 1
+    cores, all_cores = futex.affinity(), os.cpu_count() or 1
     rest = f" of {all_cores}" if cores != all_cores else ""
     yield Finding("cores", f"{cores}{rest} for this process ({platform.machine()})")
     quota = cpu_quota()
@@ -181,29 +182,6 @@ def _memfd() -> Finding:
     except (AttributeError, OSError) as e:
         return Finding("memfd", f"not available ({e})", ok=False, cure="--transport gloo needs no shared memory")
     return Finding("memfd", "available", ok=True)
-
-
-def cpu_quota(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float | None:
-    """How many cores' worth of time the control group (version 2 or 1) allows; None = no limit, or none to see."""
-    try:
-        groups = [line.split(":", 2) for line in own.read_text().splitlines()]
-    except OSError:
-        groups = []
-    unified = next((path for number, _, path in groups if number == "0"), "/").lstrip("/")
-    cpu = next((path for _, controllers, path in groups if "cpu" in controllers.split(",")), "/").lstrip("/")
-    for folder in (root / unified, root):
-        try:
-            quota, period = (folder / "cpu.max").read_text().split()
-        except (OSError, ValueError):
-            continue
-        return None if quota == "max" else int(quota) / int(period)
-    for folder in (root / "cpu" / cpu, root / "cpu"):
-        try:
-            quota_us = int((folder / "cpu.cfs_quota_us").read_text())
-            return None if quota_us <= 0 else quota_us / int((folder / "cpu.cfs_period_us").read_text())
-        except (OSError, ValueError):
-            continue
-    return None
 
 
 def memory() -> tuple[int, int]:

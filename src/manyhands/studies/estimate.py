@@ -93,6 +93,7 @@ class DryRun:
     left_out: int  # that would end after the limit
     done: int  # that have a row already
     seconds: float
+    first_round_s: float  # which no limit bounds
     cores: int
     load_average: float  # of the minute before
 
@@ -111,6 +112,7 @@ class DryRun:
             "refused": sum(bool(each.refused) for each in self.cells),
             "seconds": self.seconds,
             "minutes": self.seconds / 60,
+            "first_round_s": self.first_round_s,
             "assumed": ASSUMED,
             "cores": self.cores,
             "load_average": self.load_average,
@@ -149,6 +151,11 @@ class DryRun:
             said.append(f"{_counted(self.done, 'run')} done already.")
         if self.left_out:
             said.append(f"{_counted(self.left_out, 'run')} left out: that would end after {self.study.limit_s:g} s.")
+        if self.study.limit_s is not None and self.first_round_s > self.study.limit_s:
+            said.append(
+                f"The first round alone takes {_duration(self.first_round_s)}, more than the study's limit of "
+                f"{self.study.limit_s:g} s: every plan is measured once, whatever the limit."
+            )
         untimed = sum(bool(each.untimed) for each in self.cells)
         if untimed:
             said.append(f"{_counted(untimed, 'cell')} could not be timed and counted as nothing.")
@@ -174,15 +181,17 @@ def estimate(
         if (cell.id, repeat) not in done
     ]
     clock = watch.first_start_s if left else 0.0
-    rounds, runs = Rounds(study.limit_s, lambda: clock), 0
+    rounds, runs, first_round_s = Rounds(study.limit_s, lambda: clock), 0, 0.0
     for repeat, cell in left:
         if not rounds.may_run(repeat):
             break
         clock += seconds[cell.id]
         runs += 1
+        if repeat == left[0][0]:
+            first_round_s = clock
     every = sum(each.cell.repeats for each in cells if not each.refused)
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    return DryRun(study, cells, runs, len(left) - runs, every - len(left), clock, futex.cores(), load)
+    return DryRun(study, cells, runs, len(left) - runs, every - len(left), clock, first_round_s, futex.cores(), load)
 
 
 def _expected(each: Planned, watch: _Timings) -> Expected:

@@ -1,41 +1,30 @@
-"""What a person should notice in a study, in sentences computed from its lines."""
+"""What a person should notice in a study, in sentences computed from its lines and contenders."""
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 
 from manyhands.contract import StepParts
 from manyhands.errors import BadInput
-from manyhands.studies.contenders import Contender, counted
+from manyhands.studies.charting import ALIKE, NOISY, margin, tested
+from manyhands.studies.contenders import Contender, Ratio, by_task, plan_of, ratio
 from manyhands.studies.fits import Estimate
-from manyhands.studies.summary import Line
+from manyhands.studies.summary import Line, counted
 from manyhands.studies.table import percent
 
-#: Below this a plan counts as slower than one worker; closer to 1 it is noise on an ordinary machine.
-SLOWER = 0.97
 #: Of the cores a plan uses, at least this share should come back as speed.
 EFFICIENT = 0.5
 #: Beyond linear by more than this is worth doubting.
 SUPERLINEAR = 1.1
-#: The slowest repeat's median step over the fastest's.
-NOISY = 1.25
-#: Accuracy below the base's; a point is some three standard errors of a test set of 10,000 at 95 %.
-LEARNS_LESS = 0.01
-#: Load average over cores. The study itself keeps all cores busy, which is 1.
-BUSY = 1.5
-
-
-def findings(lines: Sequence[Line]) -> list[str]:
-    """How far the figures can be trusted, the fastest plan, then a sentence for each surprise."""
-    return [*_disturbances(lines), *_fastest(lines), *(sentence for line in lines for sentence in _sentences(line))]
 
 
 # -- sentences for the top of a report, at most one each ---------------------------------------------------------------
 
 
-def fastest(lines: Sequence[Line]) -> list[str]:
-    """The fastest plan that learns, against one worker and against one process with all threads."""
-    return _fastest(lines)
+def fastest(found: Sequence[Contender]) -> list[str]:
+    """Of each task the fastest plan of several workers that learns, run by run against the best single process."""
+    return [sentence for plans in by_task(found).values() for sentence in _fastest(plans)]
 
 
 def surprises(lines: Sequence[Line]) -> list[str]:
@@ -82,12 +71,10 @@ def trust(lines: Sequence[Line]) -> list[str]:
     if not done:
         return []
     runs, noisy = sum(line.repeats for line in done), sum(line.noisy for line in done)
-    cores, load = max(line.cores for line in done), max(line.load_average for line in done)
+    cores = max(line.cores for line in done)
     said = [_repeats(done)]
     if noisy:
         said.append(f"{noisy} of {runs} runs were disturbed by other work, also when repeated, so take times lightly")
-    elif load > BUSY * cores:
-        said.append(f"the machine had other work (load average up to {load:.1f} on {counted(cores, 'core')})")
     worst = max(done, key=_noise)
     if _noise(worst) > NOISY:
         said.append(f"repeats differ by up to {_noise(worst):.1f}× ({worst.name})")
@@ -101,12 +88,27 @@ def trust(lines: Sequence[Line]) -> list[str]:
 
 
 def _repeats(done: Sequence[Line]) -> str:
-    seeds = {line.cell.task.get("seed", 0) for line in done}
-    least, most = min(line.repeats for line in done), max(line.repeats for line in done)
-    if most == 1 and len(seeds) == 1:
-        return "Every plan ran once, so that nothing tells a difference from noise"
-    often = "once" if most == 1 else f"{most} times" if least == most else f"{least} to {most} times"
-    return f"Every plan ran {often}" + (f" with each of {len(seeds)} seeds" if len(seeds) > 1 else "")
+    plans: dict[str, list[int]] = {}  # the runs of each seed
+    for line in done:
+        plans.setdefault(plan_of(line), []).append(line.repeats)
+    seeds = [len(runs) for runs in plans.values()]
+    if max(seeds) == min(seeds):
+        often = _times([each for runs in plans.values() for each in runs])
+        if often == "once" and seeds[0] == 1:
+            return "Every plan ran once, so that nothing tells a difference from noise"
+        return f"Every plan ran {often}" + (f" with each of {seeds[0]} seeds" if seeds[0] > 1 else "")
+    several = [each for each in seeds if each > 1]
+    how_many = f"{several[0]}" if max(several) == min(several) else f"{min(several)} to {max(several)}"
+    others = "" if len(several) == len(seeds) else ", the others with one"
+    return (
+        f"Every plan ran {_times([sum(runs) for runs in plans.values()])} in all, {len(several)} of {len(seeds)} plans "
+        f"with {how_many} seeds{others}"
+    )
+
+
+def _times(runs: Sequence[int]) -> str:
+    least, most = min(runs), max(runs)
+    return "once" if most == 1 else f"{most} times" if least == most else f"{least} to {most} times"
 
 
 def wrong(lines: Sequence[Line]) -> list[str]:
@@ -132,39 +134,44 @@ def _brief(line: Line) -> str:
 # -- in detail ---------------------------------------------------------------------------------------------------------
 
 
-def _disturbances(lines: Sequence[Line]) -> list[str]:
-    found = []
-    load = max((line.load_average for line in lines), default=0.0)
-    cores = max((line.cores for line in lines), default=1)
-    if load > BUSY * cores:
-        found.append(
-            f"The machine had other work: load average up to {load:.1f} on {cores} core{'' if cores == 1 else 's'}. "
-            "Take the times lightly."
-        )
-    noisy = [line for line in lines if _noise(line) > NOISY]
-    if noisy:
-        worst = max(noisy, key=_noise)
-        found.append(
-            f"{len(noisy)} of {len(lines)} cells are noisy, most of all {worst.name}: its slowest repeat took "
-            f"{_noise(worst):.1f} times its fastest."
-        )
-    return found
-
-
-def _fastest(lines: Sequence[Line]) -> list[str]:
-    able = [line for line in lines if line.speed_up and line.base and not _learns_less(line)]
-    best = max(able, key=lambda line: line.samples_per_s or 0.0, default=None)
-    if best is None or best.base is None or len(able) == 1:
+def _fastest(plans: Sequence[Contender]) -> list[str]:
+    able = [each for each in plans if not each.oversubscribed and each.speeds and not _learns_less(*each.lines)]
+    single = max((each for each in able if each.alone), key=lambda each: each.samples_per_s, default=None)
+    many = sorted((each for each in able if not each.alone), key=lambda each: -each.samples_per_s)
+    if single is None or len(able) == 1:
         return []
-    if best.workers == 1:
-        return [f"Nothing here is faster than one process with {_threads(best)}: {best.name}."]
-    against = f"{best.speed_up:.2f}×{_interval(best.speed_up_interval)} one worker with {_threads(best.base)}"
-    alone = [line for line in able if line.workers == 1 and line.base is best.base]
-    single = max(alone, key=lambda line: line.samples_per_s or 0.0, default=best.base)
-    if single.cores_used > best.base.cores_used and single.samples_per_s and best.samples_per_s:
-        against += f" and {best.samples_per_s / single.samples_per_s:.2f}× one process with {_threads(single)}"
-    right = f", {percent(best.accuracy)} right" if best.accuracy is not None else ""
-    return [f"Fastest: {best.name}, {against}{right}."]
+    if not many:
+        return [f"Nothing here is faster than {single.name}."]
+    best, others = many[0], many[1:]
+    gain = _faster(best, single, plans=len(many))
+    if gain is None:
+        return []
+    if _alike(gain):
+        return [f"{best.name} and {single.name} are alike: {_gained(gain)} in samples a second."]
+    if gain.value < 1:
+        return [f"Nothing here is faster than {single.name}: {best.name} is {_gained(gain)} as fast."]
+    text = f"Fastest: {best.name}, {_gained(gain)} as fast as {single.name}"
+    right = statistics.fmean(best.accuracies.values()) if best.accuracies else None
+    text += f", {percent(right)} right" if right is not None else ""
+    same = [each.name for each in others if (over := _faster(best, each)) is not None and _alike(over)]
+    if same:
+        text += f"; {same[0] if len(same) == 1 else counted(len(same), 'other plan')} "
+        text += "is alike" if len(same) == 1 else "are alike"
+    return [f"{text}."]
+
+
+def _faster(of: Contender, to: Contender, *, plans: int = 1) -> Ratio | None:
+    return ratio(of.speeds, to.speeds, noisy=of.noisy | to.noisy, plans=plans)
+
+
+def _alike(gain: Ratio) -> bool:
+    """Whether the runs show no difference; of one run each, whether it is one that noise makes of equal plans."""
+    within = gain.contains(1.0)
+    return abs(gain.value - 1) <= ALIKE if within is None else within
+
+
+def _gained(gain: Ratio) -> str:
+    return f"{gain.value:.2f}×{_interval(gain)}"
 
 
 def _sentences(line: Line) -> list[str]:
@@ -179,7 +186,7 @@ def _sentences(line: Line) -> list[str]:
         found.append(f"{line.name} learns less: {percent(line.accuracy)} right against {percent(base)} of one worker.")
     if line.speed_up is None or line.efficiency is None or line.cores_used == 1:
         return found
-    if line.speed_up < SLOWER:
+    if line.speed_up < 1 - ALIKE:
         found.append(
             f"{line.name} is slower than one worker with {_threads(line.base)} ({line.speed_up:.2f}×): {_why(line)}."
         )
@@ -230,10 +237,17 @@ def _whole_batch(line: Line) -> bool:
         return False
 
 
-def _learns_less(line: Line) -> bool:
-    if line.base is None or line.accuracy is None or line.base.accuracy is None:
+def _learns_less(*lines: Line) -> bool:
+    """Whether accuracies are below those of the bases by more than chance makes them, in the mean over the lines."""
+    known = [
+        (line.accuracy, line.base.accuracy)
+        for line in lines
+        if line.accuracy is not None and line.base is not None and line.base.accuracy is not None
+    ]
+    if not known:
         return False
-    return line.accuracy < line.base.accuracy - LEARNS_LESS
+    mine, theirs = (statistics.fmean(values) for values in zip(*known, strict=True))
+    return theirs - mine > margin(mine, theirs, tested(lines[0])) * (1 + 1e-9)  # 0.95 − 0.94 is a little more than 0.01
 
 
 def _interval(of: Estimate | None) -> str:
@@ -241,10 +255,11 @@ def _interval(of: Estimate | None) -> str:
 
 
 def _threads(line: Line | None) -> str:
-    threads = line.threads or 1 if line else 1
-    return f"{threads} thread{'' if threads == 1 else 's'}"
+    return counted(line.threads or 1 if line else 1, "thread")
 
 
 def _noise(line: Line) -> float:
+    """The slowest repeat over the fastest; of what is oversubscribed no time means anything."""
     medians = [step for _, step in line.medians_s]
-    return max(medians) / min(medians) if len(medians) > 1 and min(medians) > 0 else 1.0
+    steady = line.oversubscribed or len(medians) < 2 or min(medians) <= 0
+    return 1.0 if steady else max(medians) / min(medians)

@@ -16,8 +16,9 @@ def analyse(study: Study, rows: Sequence[Row], lines: Sequence[Line]) -> Analysi
     """See the file's head."""
     trained = [line for line in lines if line.cell.measure == "train"]
     found = contenders(trained, rows)
+    fastest = findings.fastest(found)
     sentences = [
-        *findings.fastest(trained),
+        *fastest[:1],
         *findings.learning(trained),
         *_limits(found),
         *findings.trust(trained),
@@ -32,7 +33,7 @@ def analyse(study: Study, rows: Sequence[Row], lines: Sequence[Line]) -> Analysi
         *learning_charts.against_batch(found),
         *charts.sent(found),
     )
-    return Analysis(tuple(sentences[:5]), drawn, notes=(*findings.surprises(trained), *laws(found)))
+    return Analysis(tuple(sentences[:5]), drawn, notes=(*fastest[1:], *findings.surprises(trained), *laws(found)))
 
 
 def _limits(found: Sequence[Contender]) -> list[str]:

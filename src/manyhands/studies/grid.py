@@ -67,6 +67,9 @@ HEAD = ("name", "repeats", "limit_s", "evaluate", "analysis")
 GRID_HEAD = ("name", "repeats", "measure", "evaluate")
 FACTORS = (*(f"plan.{k}" for k in PLAN_KEYS), *(f"task.{k}" for k in TASK_KEYS))
 
+#: Analyses that read what their own study varies: of its task, only these can be said. Another task is another study.
+SAYABLE = {"xin-ma": ("data",)}
+
 #: Two ways to say one thing: a factor of one kind takes the place of the other in ``[task]``.
 ALTERNATIVES = ({"batch_size", PER_WORKER}, {"epochs", "steps"})
 
@@ -272,6 +275,14 @@ def find(
     study = _found(name_or_file, workers, quick=quick, task=task or {})
     if not task:
         return study
+    sayable = SAYABLE.get(study.analysis)
+    for key, value in task.items():
+        if sayable is not None and key not in sayable:
+            raise BadInput(
+                f"{key}={value!r} for study {study.name}: its analysis {study.analysis} reads models, batches, lengths "
+                f"and seeds that the study chooses itself. Of its task only {', '.join(sayable)} can be said; for a "
+                "task of your own: manyhands study compare."
+            )
     said = {f"task.{key}" for key in _with_alternatives(task)}
     grids = (
         dataclasses.replace(grid, factors={k: v for k, v in grid.factors.items() if k not in said})
@@ -332,9 +343,14 @@ def _at_most(study: Study, workers: int | None) -> Study:
         )
         for grid in study.grids
     ]
-    kept = tuple(grid for grid in grids if all(grid.factors.values()))
-    if study.grids and not kept:
-        raise BadInput(f"study {study.name} has no plan of at most {workers} workers; give a larger number.")
+    too_many = "workers" in study.plan and not _up_to([study.plan["workers"]], workers)  # where a grid says nothing
+    kept = tuple(
+        grid for grid in grids if all(grid.factors.values()) and ("plan.workers" in grid.factors or not too_many)
+    )
+    if not kept and (study.grids or too_many):
+        raise BadInput(
+            f"study {study.name} has no plan of at most {workers} worker{'s' * (workers > 1)}; give a larger number."
+        )
     return dataclasses.replace(study, grids=kept)
 
 

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 
 from manyhands.studies.analysis import Chart, Point, Series
 from manyhands.studies.charting import (
-    POINT,
     a_chart_each,
     alike,
     of_each_strategy,
@@ -19,6 +18,7 @@ from manyhands.studies.charting import (
     said,
     seconds,
     slug,
+    tested,
     titled,
 )
 from manyhands.studies.contenders import Contender, task_of
@@ -50,7 +50,7 @@ def _curves(group: str, plans: Sequence[Contender], cost: Cost, target: float | 
     if not shown:
         return None
     drawn = {each.short: curves[each.short] for each in shown}
-    title = _ends(drawn, scale) if cost == "samples" else _first_there(drawn, scale, target)
+    title = _ends(drawn, scale, tested(shown[0].lines[0])) if cost == "samples" else _first_there(drawn, scale, target)
     unit = 100.0 if scale == "test_accuracy" else 1.0
     series = [
         Series(
@@ -92,14 +92,14 @@ def _most_workers(of: Contender) -> tuple[float, ...]:
     return of.workers, of.samples_per_s
 
 
-def _ends(drawn: dict[str, tuple[Learned, ...]], scale: Scale) -> str:
+def _ends(drawn: dict[str, tuple[Learned, ...]], scale: Scale, samples_tested: int | None) -> str:
     ends = {name: curve[-1].value for name, curve in drawn.items()}
     samples = max(curve[-1].samples for curve in drawn.values())
     best = max(ends, key=lambda n: ends[n] if scale == "test_accuracy" else -ends[n])
     worst = min(ends, key=lambda n: ends[n] if scale == "test_accuracy" else -ends[n])
     if len(ends) == 1:
         return f"{best} gets {said(ends[best], scale)} after {samples:,.0f} samples"
-    if alike(ends[worst], ends[best], scale):
+    if alike(ends[worst], ends[best], scale, samples_tested):
         low, high = sorted((ends[worst], ends[best]))
         within = (
             f"{100 * low:.1f} to {100 * high:.1f} % right"
@@ -134,14 +134,16 @@ def _first_there(drawn: dict[str, tuple[Learned, ...]], scale: Scale, target: fl
 
 def against_batch(found: Sequence[Contender]) -> tuple[Chart, ...]:
     """Final accuracy against the global batch: of each strategy its plan with most workers, and of one process."""
-    usual: dict[tuple[str, str], list[Contender]] = {}
+    usual: dict[tuple[str, bool, str], list[Contender]] = {}
     for each in found:
         rest = {k: v for k, v in task_of(each).items() if k not in ("batch_size", PER_WORKER)}
         if each.accuracies:
-            usual.setdefault((repr(sorted(rest.items())), each.short), []).append(each)
+            usual.setdefault((repr(sorted(rest.items())), _weak(each), each.short), []).append(each)
     several = [plans for plans in usual.values() if len({each.batch for each in plans}) > 1]
-    shown = of_each_strategy([plans[0] for plans in several], _most_workers)
-    series, falls = [], []
+    kinds = [[plans[0] for plans in several if _weak(plans[0]) == weak] for weak in (False, True)]
+    both = all(kinds)  # a batch for all and a batch per worker: two studies of the same plans
+    shown = [each for kind in kinds for each in of_each_strategy(kind, _most_workers)]
+    series, falls, drawn = [], [], list[Contender]()
     for plans in (plans for plans in several if any(each is plans[0] for each in shown)):
         ordered = sorted(plans, key=lambda c: c.batch)
         points = []
@@ -149,12 +151,14 @@ def against_batch(found: Sequence[Contender]) -> tuple[Chart, ...]:
             right = list(each.accuracies.values())
             low, high = (min(right), max(right)) if len(right) > 1 else (None, None)
             points.append(_in_percent(Point(each.batch, statistics.fmean(right), low, high)))
-        series.append(Series(ordered[0].short, tuple(points)))
-        falls.append((points[-1].y - points[0].y, ordered[0].short, points[0], points[-1]))
+        name = ordered[0].short + (", batch per worker" if both and _weak(ordered[0]) else "")
+        series.append(Series(name, tuple(points)))
+        drawn += ordered
+        falls.append((points[-1].y - points[0].y, name, ordered[0], points[0], points[-1]))
     if not series:
         return ()
-    change, name, first, end = max(falls, key=lambda x: abs(x[0]))
-    if abs(change) <= 100 * POINT:
+    change, name, of, first, end = max(falls, key=lambda x: abs(x[0]))
+    if alike(first.y / 100, end.y / 100, "test_accuracy", tested(of.lines[0])):
         title = (
             f"The batch does not change what is learned: at most {abs(change):.1f} points from batch {first.x:g} to "
             f"{end.x:g}"
@@ -170,12 +174,26 @@ def against_batch(found: Sequence[Contender]) -> tuple[Chart, ...]:
             "right answers in the test set, %",
             tuple(series),
             log_x=True,
-            note=(
-                "At the end of equally many passes over the data, so a larger batch has fewer steps. Means over runs; "
-                "bars from the lowest to the highest run, no interval."
-            ),
+            note=f"{_length(drawn)} Means over runs; bars from the lowest to the highest run, no interval.",
         ),
     )
+
+
+def _weak(of: Contender) -> bool:
+    """Whether its batch is one per worker."""
+    return PER_WORKER in task_of(of)
+
+
+def _length(drawn: Sequence[Contender]) -> str:
+    """What ends a run, and what that means for a larger batch."""
+    in_steps = {"steps" in task_of(each) for each in drawn}
+    if any(key in task_of(each) for each in drawn for key in ("seconds", "target_accuracy")):
+        return "At the end of runs that need not be equally long: a time or a target ends them too."
+    if in_steps == {True}:
+        return "At the end of equally many steps, so a larger batch has seen more samples."
+    if in_steps == {False}:
+        return "At the end of equally many passes over the data, so a larger batch has fewer steps."
+    return "At the end of runs of which some are given in steps, others in passes over the data."
 
 
 def _in_percent(point: Point) -> Point:

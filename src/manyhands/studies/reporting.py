@@ -22,13 +22,13 @@ from manyhands.studies import analyses
 from manyhands.studies.analysis import Analysis
 from manyhands.studies.grid import Study, parse
 from manyhands.studies.rows import STUDY, Row, read, write
-from manyhands.studies.summary import Line, summarize
-from manyhands.studies.table import Table, table
+from manyhands.studies.summary import Line, counted, summarize
+from manyhands.studies.table import Table, listed, table
 
 REPORT, FIGURES = "report.html", "figures"
 
 
-#: Cells up to which a terminal shows the table: a screen.
+#: Rows up to which a terminal shows a table: a screen.
 MOST_SHOWN = 40
 
 
@@ -57,9 +57,14 @@ class StudyResult:
         )
 
     @property
+    def tables(self) -> tuple[Table, ...]:
+        """What is shown: the analysis's own, where it has any, else that of all cells."""
+        return tuple(listed(each) for each in self.analysis.tables) or (self.drawn,)
+
+    @property
     def table(self) -> str:
-        """The table as plain text, and the findings."""
-        return "\n".join([self.drawn.plain(), "", *self._said()]).rstrip()
+        """The tables as plain text, and the findings."""
+        return "\n".join([*(line for each in self.tables for line in (each.plain(), "")), *self._said()]).rstrip()
 
     @property
     def report(self) -> Path:
@@ -74,11 +79,15 @@ class StudyResult:
         return 0 if any(line.status == "done" for line in self.summary) else 2
 
     def show(self, console: Console) -> None:
-        """Table, findings and the page's place: drawn on a terminal, plain text elsewhere."""
-        if len(self.drawn.body) > MOST_SHOWN:
-            console.print(Text(f"{len(self.drawn.body)} cells: their table is in the report."), soft_wrap=True)
-        else:
-            self.drawn.show(console)
+        """Tables, findings and the page's place: drawn on a terminal, plain text elsewhere."""
+        for i, each in enumerate(self.tables):
+            if i:
+                console.print()
+            if len(each.body) > MOST_SHOWN:
+                text = f"{counted(len(each.body), 'row')}: the table is in the report."
+                console.print(Text(f"{each.title}, {text}" if each.title else text), soft_wrap=True)
+            else:
+                each.show(console)
         for sentence in ("", *self._said(), "", f"Report: {self.report}"):
             console.print(Text(sentence), soft_wrap=not console.is_terminal)
 

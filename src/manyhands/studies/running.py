@@ -13,6 +13,7 @@ import dataclasses
 import logging
 import os
 import re
+import shlex
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,12 +27,12 @@ from manyhands import verbs
 from manyhands.errors import BadInput, WorkerFailed
 from manyhands.plan import Plan
 from manyhands.studies import gradient_noise
-from manyhands.studies.calibration import BOUND, Calibration
-from manyhands.studies.circumstances import Started
+from manyhands.studies.calibration import BOUND, Calibration, watched_cores
+from manyhands.studies.circumstances import Started, processor
 from manyhands.studies.grid import Cell, Study, Value, find
 from manyhands.studies.progress import StudyProgress
 from manyhands.studies.reporting import StudyResult, command, made_of, write_page
-from manyhands.studies.rows import Row, Rows
+from manyhands.studies.rows import Row, Rows, finished
 from manyhands.studies.summary import called
 from manyhands.task import Task
 from manyhands.training import environment
@@ -64,8 +65,9 @@ def run(
     Without a name, the small default study of this machine. ``workers``: at most so many; ``quick``: the short form of
     a built-in study; ``task``: in place of the study's own ``[task]``, key by key. With an ``out`` that holds rows
     already what is done is not done again, so that a study which was ended goes on where it was; ``again`` does it all
-    anew, and each new row takes the place of the old one. ``console`` gets a progress bar, or a line for each run where
-    it is no terminal. Ctrl-C passes through, after a report of what there is has been written.
+    anew, and each new row takes the place of the old one unless it failed. ``repeats``: in place of the study's own; a
+    grid that says how often its plans are measured keeps that. ``console`` gets a progress bar, or a line for each run
+    where it is no terminal. Ctrl-C passes through, after a report of what there is has been written.
 
     Raises `BadInput` when the study cannot be read or its folder not be written.
     """
@@ -82,7 +84,7 @@ def run(
             _measure(rows, study, again=again, data_dir=data_dir, console=console)
         except KeyboardInterrupt:
             write_page(made_of(study, folder, rows.all()))
-            log.warning("the rows so far are kept in %s; to go on: %s", folder, command(folder))
+            log.warning("the rows so far are kept in %s; to go on: %s", folder, _to_go_on(folder, data_dir))
             raise
         result = made_of(study, folder, rows.all())
         write_page(result)
@@ -192,12 +194,16 @@ def _measure(
                 rows.add(Started.now(study.name, each.cell, 1).row("refused", reason=each.refused))
         able = {each.cell.id: each for each in decided if not each.refused}
         called_so = names(decided)
-        done = set() if again else rows.done()
+        before = rows.all()
+        measured = rows.done()
+        done = set() if again else finished(before, cells)
         runs = order([cell for cell in cells if cell.id in able])
         left = [(repeat, able[cell.id]) for repeat, cell in runs if (cell.id, repeat) not in done]
         if not left:
             return
-        calibration = Calibration()
+        data = _Data(rows.folder, [] if again else before, cells)
+        quickest = f"calibration loop on {watched_cores()} cores of {processor()}, s"
+        calibration = Calibration(quickest_s=rows.recall(quickest))
         rounds = Rounds(study.limit_s)
         with StudyProgress([each.cell.id for _, each in left], console) as progress:
             for repeat, each in left:
@@ -206,14 +212,49 @@ def _measure(
                         "repeat %d would end after the study's limit of %g s and is left out; to measure it, too: %s",
                         repeat,
                         study.limit_s,
-                        command(rows.folder),
+                        _to_go_on(rows.folder, data_dir),
                     )
                     break
                 what = f"{called_so[each.cell.id]}, repeat {repeat}"
                 progress.starts(what)
                 row = _watched(study, each, repeat, calibration, data_dir=data_dir)
+                data.check(row)
                 rows.add(row)
+                rows.remember(quickest, calibration.quickest_s)
                 progress.ends(what, row)
+                if row.status != "done" and (row.cell, row.repeat) in measured:
+                    log.warning("%s %s, and its earlier measurement is kept: %s", what, row.status, row.reason)
+
+
+class _Data:
+    """Keeps rows apart that call by one name what was two data sets: ``auto`` is MNIST only where that is at hand."""
+
+    def __init__(self, folder: Path, rows: Sequence[Row], cells: Sequence[Cell]) -> None:
+        self._folder = folder
+        own = {cell.id for cell in cells}
+        self._found = {
+            (str(row.task.get("data", Task().data)), row.measurement.data)
+            for row in rows
+            if row.measurement is not None and row.cell in own
+        }
+
+    def check(self, row: Row) -> None:
+        """Raises `BadInput` before ``row`` would lie beside rows of other data."""
+        if row.measurement is None:
+            return
+        said, now = str(row.task.get("data", Task().data)), row.measurement.data
+        others = sorted(name for asked, name in self._found if asked == said and name != now)
+        if others:
+            raise BadInput(
+                f"data={said} is {now} now, and rows in {self._folder} measured {' and '.join(others)}: they do not "
+                f"compare. Say where {others[0]} lies (--data-dir), measure everything anew (--again), or choose "
+                "another folder with out= (--out)."
+            )
+
+
+def _to_go_on(folder: Path, data_dir: str | os.PathLike[str] | None) -> str:
+    """The command that goes on with the same data."""
+    return command(folder) + ("" if data_dir is None else " " + shlex.join(["--data-dir", os.fspath(data_dir)]))
 
 
 def _watched(

@@ -6,9 +6,10 @@
     efficiency    speed-up / (cores used / cores used by the base),  cores used = workers × threads
 
 Repeats go round all cells in turn, so two runs of the same repeat lie close in time, and their ratio is steadier than
-either on a machine whose speed drifts. The base is one worker of the same strategy at the same task and batch (the same
-batch per worker where the study fixes that: weak scaling), with the fewest threads. One worker is plain SGD under every
-strategy, so another strategy's will do where there is none of its own.
+either on a machine whose speed drifts. A repeat that other work disturbed (`Row.noisy`) is left out of the ratios where
+two quiet ones remain. The base is one worker of the same strategy at the same task and batch (the same batch per worker
+where the study fixes that: weak scaling), with the fewest threads. One worker is plain SGD under every strategy, so
+another strategy's will do where there is none of its own.
 
 Step time and speed-up have a 95 % interval by the bootstrap over repeats (`manyhands.studies.fits`), where there are
 two or more. A cell that measures its update's noise has that, and no times.
@@ -20,13 +21,16 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from manyhands.contract import Measurement, Spread, StepParts
 from manyhands.studies.fits import CannotFit, Estimate, bootstrap, bootstrap_ratio
 from manyhands.studies.grid import PER_WORKER, Cell
 from manyhands.studies.rows import Row, Status
+
+_K = TypeVar("_K")
 
 #: What a base may differ in: these are what is compared.
 _COMPARED = ("strategy", "workers", "threads", "transport", "mesh", "shard")
@@ -46,8 +50,8 @@ class Line:
     repeats: int  # done
     failures: int
     reason: str = ""
-    load_average: float = 0.0  # the highest
     noisy: int = 0  # runs that were beyond the bound on disturbance, also when repeated
+    noisy_repeats: frozenset[int] = frozenset()  # which
     disturbance: float | None = None  # the highest of a run that counts
     measured: Measurement | None = None  # of the first repeat, for what does not vary: data, parameters, global batch
     step_s: Spread | None = None
@@ -98,11 +102,16 @@ class Line:
         return called(self.cell, self.workers, self.threads, self.transport)
 
 
+def counted(number: int, noun: str) -> str:
+    """``1 worker``, ``2 workers``."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def called(cell: Cell, workers: int | None, threads: int | None, transport: str | None) -> str:
     """A cell in words, from what was decided for it."""
     text = str(cell.plan.get("strategy", "synchronous"))
     if workers is not None:
-        text += f" with {workers} worker{'' if workers == 1 else 's'}"
+        text += f" with {counted(workers, 'worker')}"
     if (threads or 1) > 1:
         text += f" of {threads} threads"
     if transport not in (None, "single"):
@@ -134,8 +143,8 @@ def _line(cell: Cell, rows: list[Row]) -> Line:
         repeats=len(done),
         failures=sum(r.status == "failed" for r in wrong),
         reason=wrong[-1].reason if wrong else "",
-        load_average=max(r.load_average for r in rows),
         noisy=sum(r.noisy for r in done),
+        noisy_repeats=frozenset(r.repeat for r in done if r.noisy),
         disturbance=max((r.disturbance for r in done if r.disturbance is not None), default=None),
         noise=tuple(r.noise for r in done if r.noise is not None),
     )
@@ -205,9 +214,20 @@ def _speed(line: Line, step_s: float) -> float:
 
 
 def _speed_up(line: Line, base: Line) -> Estimate | None:
-    theirs = dict(base.medians_s)
-    pairs = [(_speed(line, mine), _speed(base, theirs[n])) for n, mine in line.medians_s if n in theirs]
-    return _known(bootstrap_ratio(pair for pair in pairs if min(pair) > 0))
+    return _known(bootstrap_ratio((_speed(line, mine), _speed(base, its)) for mine, its in paired_s(line, base)))
+
+
+def paired_s(line: Line, base: Line) -> list[tuple[float, float]]:
+    """Median steps of the rounds that both have: the line's and its base's."""
+    mine, theirs = dict(line.medians_s), dict(base.medians_s)
+    both = [n for n, step_s in mine.items() if n in theirs and min(step_s, theirs[n]) > 0]
+    return [(mine[n], theirs[n]) for n in quiet(both, line.noisy_repeats | base.noisy_repeats)]
+
+
+def quiet(runs: Sequence[_K], noisy: Collection[_K]) -> list[_K]:
+    """Those that nothing disturbed, if they are two at least; else all, as one run is no sample."""
+    found = [run for run in runs if run not in noisy]
+    return found if len(found) >= 2 else list(runs)
 
 
 def _known(found: Estimate | CannotFit) -> Estimate | None:

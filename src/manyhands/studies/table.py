@@ -1,4 +1,4 @@
-"""The one table of a study, in two forms: plain aligned text, and rich for a terminal."""
+"""A study's tables, its own and an analysis's, in two forms: plain aligned text, and rich for a terminal."""
 
 from __future__ import annotations
 
@@ -9,11 +9,25 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from manyhands.studies.summary import Line, family
+from manyhands.studies.analysis import Listing
+from manyhands.studies.summary import Line, counted, family
 
 _SHOWN = ("plan.strategy", "plan.workers", "plan.transport")  # factors that have their column anyway
-_DISPENSABLE = ("sent/sample", "efficiency", "samples/s", "sent/step")  # on a narrow terminal, the first first
-_NONE = "–"
+_WORDS = ("strategy", "transport", "remark")  # columns of words, and so is the first
+#: What a narrow terminal does without, the first first: here and in the table of `compare`.
+_DISPENSABLE = (
+    "compute + communicate + wait + update, ms",
+    "sent/sample",
+    "samples to target",
+    "memory",
+    "efficiency",
+    "samples/s",
+    "sent/step",
+    "step, ms",
+    "time to target",
+)
+#: Where there is no figure.
+NONE = "–"
 
 
 @dataclass(frozen=True)
@@ -24,6 +38,7 @@ class Table:
     body: tuple[tuple[str, ...], ...]
     left: frozenset[int]  # columns of words; numbers stand on the right
     remarks: tuple[str, ...]
+    title: str = ""
 
     def plain(self) -> str:
         """Aligned by spaces."""
@@ -35,13 +50,16 @@ class Table:
             )
             return "  ".join(cells).rstrip()
 
-        return "\n".join([joined(self.head), *(joined(row) for row in self.body), "", *self.remarks])
+        title = [self.title, ""] if self.title else []
+        return "\n".join([*title, joined(self.head), *(joined(row) for row in self.body), "", *self.remarks])
 
     def show(self, console: Console) -> None:
         """Drawn on a terminal, plain elsewhere (a file, a pipe)."""
         if not console.is_terminal:
             console.print(Text(self.plain()), soft_wrap=True)
             return
+        if self.title:
+            console.print(Text(self.title, style="bold"))
         shown = self._fitting(console.width)
         drawn = RichTable(box=None, header_style="bold", pad_edge=False)
         for i in shown:
@@ -61,6 +79,13 @@ class Table:
             if sum(need[i] + 1 for i in shown) > width and title in self.head:
                 shown.remove(self.head.index(title))
         return shown
+
+
+def listed(listing: Listing) -> Table:
+    """A table of an analysis."""
+    words = {i for i, title in enumerate(listing.head) if i == 0 or title in _WORDS}
+    remarks = (listing.note,) if listing.note else ()
+    return Table(listing.head, listing.body, frozenset(words), remarks, listing.title)
 
 
 def table(lines: Sequence[Line]) -> Table:
@@ -85,13 +110,13 @@ def table(lines: Sequence[Line]) -> Table:
     body = tuple(
         (
             line.strategy,
-            str(line.workers or line.cell.plan.get("workers", _NONE)),
+            str(line.workers or line.cell.plan.get("workers", NONE)),
             *(_factor(line, factor) for factor in extra),
-            line.transport or str(line.cell.plan.get("transport", _NONE)),
+            line.transport or str(line.cell.plan.get("transport", NONE)),
             _step(line),
-            f"{line.samples_per_s:,.0f}" if line.samples_per_s is not None else _NONE,
-            f"{line.speed_up:.2f}×" if line.speed_up is not None else _NONE,
-            f"{100 * line.efficiency:.0f} %" if line.efficiency is not None else _NONE,
+            f"{line.samples_per_s:,.0f}" if line.samples_per_s is not None else NONE,
+            f"{line.speed_up:.2f}×" if line.speed_up is not None else NONE,
+            f"{100 * line.efficiency:.0f} %" if line.efficiency is not None else NONE,
             percent(line.accuracy),
             in_bytes(line.sent_B_per_step),
             in_bytes(line.sent_B_per_sample),
@@ -99,7 +124,7 @@ def table(lines: Sequence[Line]) -> Table:
         )
         for line in lines
     )
-    words = {i for i, title in enumerate(head) if title in ("strategy", "transport", "remark")}
+    words = {i for i, title in enumerate(head) if title in _WORDS}
     return Table(head, body, frozenset(words), _remarks(lines))
 
 
@@ -113,24 +138,27 @@ def _factor(line: Line, factor: str) -> str:
     if factor == "plan.threads" and line.threads is not None:
         return str(line.threads)
     value = (line.cell.task if kind == "task" else line.cell.plan).get(key)
-    return _NONE if value is None else str(value)
+    return NONE if value is None else str(value)
 
 
 def _step(line: Line) -> str:
     if line.step_s is None:
-        return _NONE
+        return NONE
     s = line.step_s
-    return f"{_ms(s.median)} [{_ms(s.p10)} … {_ms(s.p90)}]"
+    return f"{in_ms(s.median)} [{in_ms(s.p10)} … {in_ms(s.p90)}]"
 
 
-def _ms(seconds: float) -> str:
+def in_ms(seconds: float) -> str:
+    """Three digits, without the unit."""
     ms = 1e3 * seconds
+    if not ms:
+        return "0"
     return f"{ms:.3f}" if ms < 1 else f"{ms:.2f}" if ms < 10 else f"{ms:.1f}" if ms < 100 else f"{ms:,.0f}"
 
 
 def percent(share: float | None) -> str:
     """To a tenth of a percent."""
-    return _NONE if share is None else f"{100 * share:.1f} %"
+    return NONE if share is None else f"{100 * share:.1f} %"
 
 
 def in_bytes(count: float | None) -> str:
@@ -140,7 +168,7 @@ def in_bytes(count: float | None) -> str:
     ('116 kB', '0 B', '–')
     """
     if count is None:
-        return _NONE
+        return NONE
     for unit in ("B", "kB", "MB"):
         if count < 999.5:
             return f"{count:.3g} {unit}"
@@ -152,9 +180,16 @@ def _remark(line: Line) -> str:
     if line.status != "done":
         return line.status
     said = ["correctness only"] if line.oversubscribed else []
+    if line.noisy:
+        said.append(disturbed(line.noisy, line.repeats))
     if line.failures:
         said.append(f"{line.failures} of {line.failures + line.repeats} failed")
     return ", ".join(said)
+
+
+def disturbed(noisy: int, runs: int) -> str:
+    """That other work kept cores busy about runs, also when they were repeated."""
+    return f"{noisy} of {runs} disturbed"
 
 
 def _remarks(lines: Sequence[Line]) -> tuple[str, ...]:
@@ -163,6 +198,11 @@ def _remarks(lines: Sequence[Line]) -> tuple[str, ...]:
     if repeats:
         over = f"medians over {repeats} repeats that took turns" if repeats > 1 else "one run each"
         said.append(f"Times: {over}; warm-up left out. samples/s: global batch / step.")
+    if any(line.noisy for line in lines):
+        said.append(
+            "Disturbed: cores were busy with other work, also when the run was repeated; a ratio leaves such runs out "
+            "where two others remain."
+        )
     compared = [line for line in lines if line.base is not None]
     if compared:
         turn = ", median of each round's ratio" if repeats > 1 else ""
@@ -181,9 +221,9 @@ def _remarks(lines: Sequence[Line]) -> tuple[str, ...]:
 def _bases(lines: Sequence[Line]) -> str:
     bases = [line.base for line in lines if line.base is not None]
     threads = sorted({base.threads or 1 for base in bases})
-    counted = " or ".join(map(str, threads)) + (" thread" if threads == [1] else " threads")
+    of_threads = counted(threads[0], "thread") if len(threads) == 1 else f"{' or '.join(map(str, threads))} threads"
     weak = any("batch_per_worker" in line.cell.task for line in lines)
-    text = f"one worker (single, {counted}) of the same strategy at the same batch{' per worker' if weak else ''}"
+    text = f"one worker (single, {of_threads}) of the same strategy at the same batch{' per worker' if weak else ''}"
     foreign = [line for line in lines if line.base is not None and family(line.base) != family(line)]
     if foreign:
         others = ", ".join(dict.fromkeys(f"{family(x)}: {x.base.strategy}'s" for x in foreign if x.base is not None))
