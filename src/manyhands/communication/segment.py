@@ -15,6 +15,7 @@ import fcntl
 import mmap
 import os
 import sys
+import threading
 import weakref
 
 import torch
@@ -27,6 +28,10 @@ _KEEP_SIZE, _PUNCH_HOLE = 1, 2  # linux/falloc.h
 if sys.platform == "linux":
     _fallocate = ctypes.CDLL(None, use_errno=True).fallocate
     _fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+
+
+#: A record lock is a process's: it keeps other processes out, and not the threads of this one.
+_THREADS = threading.Lock()
 
 
 class Segment:
@@ -49,16 +54,17 @@ class Segment:
 
     def reserve(self, size_B: int) -> int:
         """Reserve ``size_B`` zeroed bytes; returns their page-aligned offset. Any process may call it at any time."""
-        fcntl.lockf(self.fd, fcntl.LOCK_EX, 1)
-        try:
-            offset = self._words[_FREE]
-            end = offset + -(-max(size_B, 1) // PAGE_B) * PAGE_B
-            if os.fstat(self.fd).st_size < end:
-                os.ftruncate(self.fd, end)
-            self._words[_FREE] = end
-            return offset
-        finally:
-            fcntl.lockf(self.fd, fcntl.LOCK_UN, 1)
+        with _THREADS:
+            fcntl.lockf(self.fd, fcntl.LOCK_EX, 1)
+            try:
+                offset = self._words[_FREE]
+                end = offset + -(-max(size_B, 1) // PAGE_B) * PAGE_B
+                if os.fstat(self.fd).st_size < end:
+                    os.ftruncate(self.fd, end)
+                self._words[_FREE] = end
+                return offset
+            finally:
+                fcntl.lockf(self.fd, fcntl.LOCK_UN, 1)
 
     def map(self, offset: int, size_B: int) -> Region:
         """Map ``size_B`` bytes from ``offset`` on; every process that maps them sees the same bytes."""
