@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from manyhands.studies import findings
+from manyhands.studies import contenders, findings
 from tests.studies.made import measurement
 from tests.studies.made_curves import Runs
 
@@ -149,3 +149,9 @@ def test_learning_less_depends_on_the_size_of_the_test_set(data, ends, less):
     lines = Runs().add(ends=0.95, data=data).add(workers=2, ends=ends, data=data).lines
     assert ("1 plan of 2 learns less" in findings.learning(lines)[0]) == less
     assert any("learns less" in said for said in findings.surprises(lines)) == less
+
+
+def test_an_interval_that_says_nothing_is_not_said():
+    gain = contenders.Ratio(1.15, 0.03, 44.52, 2)
+    assert contenders.useless(gain)
+    assert not contenders.useless(contenders.Ratio(1.15, 1.05, 1.25, 3))

@@ -13,16 +13,13 @@ from manyhands.studies import charts, learning_charts
 from manyhands.studies.advice import Advice, Judged, advise, command
 from manyhands.studies.analysis import Analysis, Chart, Listing, Point, Series
 from manyhands.studies.charting import ALIKE, MOST_BARS, left_out, said, seconds, titled
-from manyhands.studies.contenders import Contender, Run, contenders, mean_of, ratio
+from manyhands.studies.contenders import WIDE, Contender, Run, contenders, mean_of, ratio, useless
 from manyhands.studies.findings import limits, trust, wrong
 from manyhands.studies.fits import Estimate
 from manyhands.studies.grid import Study
 from manyhands.studies.rows import Row
 from manyhands.studies.summary import Line, counted
 from manyhands.studies.table import NONE, disturbed, in_bytes, in_ms, percent
-
-#: An interval whose ends lie further apart than this factor is of no use to anybody.
-WIDE = 10
 
 
 def analyse(study: Study, rows: Sequence[Row], lines: Sequence[Line]) -> Analysis:
@@ -90,7 +87,7 @@ def gained(judged: Judged) -> str:
     """How many times as fast, with the interval where there is one of use."""
     gain = judged.gain
     assert gain is not None
-    if gain.low is None or gain.high is None or _useless(gain):
+    if gain.low is None or gain.high is None or useless(gain):
         return f"{gain.value:.2f}× as fast"
     return f"{gain.value:.2f}× [{gain.low:.2f} … {gain.high:.2f}, 95 % over {gain.over}] as fast"
 
@@ -100,12 +97,7 @@ def _doubt(judged: Judged) -> str:
     gain = judged.gain
     if gain is None or gain.low is None:
         return "; measured once, so that nobody knows how sure this is"
-    return f"; its {gain.over} differ too much to bound that" if _useless(gain) else ""
-
-
-def _useless(of: Estimate) -> bool:
-    """Whether the interval of what is above 0 is so wide that its ends say nothing."""
-    return of.low is not None and of.high is not None and of.high > WIDE * of.low
+    return f"; its {gain.over} differ too much to bound that" if useless(gain) else ""
 
 
 def _because(use: Judged, alone: Judged) -> str:
@@ -132,7 +124,7 @@ def _why_stay(advice: Advice, alone: Judged) -> str:
         return f"{said}, surely slower{why}"
     if gain.low is None:
         return said + (", too little for one run" if gain.value > 1 else "") + _doubt(fastest)
-    if _useless(gain):
+    if useless(gain):
         return said + _doubt(fastest)
     if gain.low > 1 and gain.value > 1 + ALIKE:
         return f"{said}, but not with every seed"
@@ -334,7 +326,7 @@ def _interval(found: Estimate | None, unit: str = "", *, digits: int = 2) -> str
     text = f"{found.value:,.{digits}f}{unit}"
     if found.low is None or found.high is None:
         return text
-    if _useless(found):
+    if useless(found):
         return f"{text} [?]"
     if found.low == found.high:
         return text
@@ -346,7 +338,7 @@ def _duration(found: Estimate | None) -> str:
         return NONE
     if found.low is None or found.high is None:
         return seconds(found.value)
-    if _useless(found):
+    if useless(found):
         return f"{seconds(found.value)} [?]"
     return f"{seconds(found.value)} [{seconds(found.low)} … {seconds(found.high)}]"
 

@@ -28,6 +28,9 @@ SEEDS = 3
 #: Of a plan, what a label says by itself.
 _SAID = ("strategy", "workers", "threads", "transport", "mesh")
 
+#: An interval whose ends lie further apart than this factor is of no use to anybody.
+WIDE = 10
+
 
 @dataclass(frozen=True)
 class Contender:
@@ -245,6 +248,11 @@ class Ratio(Estimate):
         """Whether the interval lies above 1; of fewer than `SEEDS` seeds each must say the same by itself."""
         each = len(self.seeds) >= SEEDS or all(mean > 1 for mean in self.seeds.values())
         return self.low is not None and self.low > 1 and each
+
+
+def useless(of: Estimate) -> bool:
+    """Whether the interval of what is above 0 is so wide that its ends say nothing."""
+    return of.low is not None and of.high is not None and of.high > WIDE * of.low
 
 
 def ratio(

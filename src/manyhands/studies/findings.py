@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from manyhands.contract import StepParts
 from manyhands.errors import BadInput
 from manyhands.studies.charting import ALIKE, NOISY, margin, tested
-from manyhands.studies.contenders import Contender, Ratio, by_task, plan_of, ratio
+from manyhands.studies.contenders import Contender, Ratio, by_task, plan_of, ratio, useless
 from manyhands.studies.fits import Estimate
 from manyhands.studies.summary import Line, counted
 from manyhands.studies.table import percent
@@ -146,6 +146,9 @@ def _fastest(plans: Sequence[Contender]) -> list[str]:
     gain = _faster(best, single, plans=len(many))
     if gain is None:
         return []
+    if useless(gain):
+        told = f"{gain.value:.2f}× as many samples a second as {single.name} by {gain.over}"
+        return [f"{best.name} took {told}, which differ too much to say more; more repeats (--repeats) tell."]
     if _alike(gain):
         return [f"{best.name} and {single.name} are alike: {_gained(gain)} in samples a second."]
     if gain.value < 1:
