@@ -234,3 +234,18 @@ def fragile(
     where: str = "forward",
 ) -> nn.Module:
     return Fragile(inputs, classes, how, on, step, where, folder)
+
+
+class LateBuffer(nn.Module):
+    """Makes a buffer in its first forward, and outputs that are not finite in its third."""
+
+    def __init__(self, inputs: Any, classes: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(inputs[0], classes).double()
+        self.calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        if self.calls == 1:
+            self.register_buffer("seen", torch.zeros(1))
+        return self.linear(x) * (float("nan") if self.calls == 3 else 1.0)

@@ -293,3 +293,9 @@ def test_when_the_launcher_ends_so_do_its_workers(tmp_path, number, status, tran
         if process.poll() is None:
             process.kill()
             process.communicate()
+
+
+def test_a_buffer_made_on_the_way_does_not_hide_a_loss_that_is_not_finite():
+    task = mh.Task(model=f"{HERE}:LateBuffer", data=f"{HERE}:data", batch_size=10, steps=5)
+    with pytest.raises(NonFiniteLoss, match="step 2"):
+        mh.train(task, mh.Plan(workers=1, threads=1), evaluate="never", progress=False)

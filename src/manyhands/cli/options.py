@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -111,24 +111,29 @@ class _Version(argparse.Action):
 # -- each command ------------------------------------------------------------------------------------------------------
 
 
-def _train(parser: Parser) -> None:
-    task = parser.add_argument_group("what to learn")
-    task.add_argument("--model", metavar="MODEL", help="name or name(key=value, …) (default: perceptron)")
-    task.add_argument("--data", metavar="DATA", help="data set; auto: MNIST if at hand, else digits (default: auto)")
-    task.add_argument("--loss", metavar="LOSS", help="none: the model returns its own loss (default: cross_entropy)")
-    task.add_argument("--optimizer", metavar="OPT", help="e.g. adamw(lr=1e-3) (default: sgd(lr=0.1))")
-    task.add_argument("--lr", type=_number, metavar="RATE", help="learning rate, in place of the optimizer's")
-    task.add_argument("--schedule", metavar="SCHED", help="learning rate by the step, e.g. cosine (default: none)")
-    task.add_argument("--clip", type=_number, metavar="NORM", help="limit of the gradient's norm (default: none)")
+def _what_to_learn(task: argparse._ArgumentGroup, *, default: Callable[[str], str]) -> None:
+    """What `train` and `study` may say of a task; ``default`` words what holds when it is not said."""
+    task.add_argument("--model", metavar="MODEL", help="name or name(key=value, …)" + default("perceptron"))
+    task.add_argument("--data", metavar="DATA", help="data set; auto: MNIST if at hand, else digits" + default("auto"))
+    task.add_argument("--loss", metavar="LOSS", help="none: the model returns its own loss" + default("cross_entropy"))
+    task.add_argument("--optimizer", metavar="OPT", help="e.g. adamw(lr=1e-3)" + default("sgd(lr=0.1)"))
+    task.add_argument("--schedule", metavar="SCHED", help="learning rate by the step, e.g. cosine" + default("none"))
+    task.add_argument("--clip", type=_number, metavar="NORM", help="limit of the gradient's norm" + default("none"))
     size = task.add_mutually_exclusive_group()
-    size.add_argument("--batch-size", type=_whole, metavar="N", help="global: over all workers (default: 100)")
+    size.add_argument("--batch-size", type=_whole, metavar="N", help="global: over all workers" + default("100"))
     size.add_argument("--batch-per-worker", type=_whole, metavar="N", help="the global batch is N × workers")
     length = task.add_mutually_exclusive_group()
-    length.add_argument("--epochs", type=_whole, metavar="N", help="passes over the data (default: 1)")
+    length.add_argument("--epochs", type=_whole, metavar="N", help="passes over the data" + default("1"))
     length.add_argument("--steps", type=_whole, metavar="N", help="steps, instead of epochs")
     task.add_argument("--seconds", type=_number, metavar="S", help="end earlier: after so much training")
     task.add_argument("--target-accuracy", type=_number, metavar="A", help="end earlier: at an accuracy, 0 … 1")
-    task.add_argument("--seed", type=_whole, metavar="N", help="of weights and order (default: 0)")
+    task.add_argument("--seed", type=_whole, metavar="N", help="of weights and order" + default("0"))
+
+
+def _train(parser: Parser) -> None:
+    task = parser.add_argument_group("what to learn")
+    _what_to_learn(task, default=lambda text: f" (default: {text})")
+    task.add_argument("--lr", type=_number, metavar="RATE", help="learning rate, in place of the optimizer's")
 
     plan = parser.add_argument_group("how the work is split")
     plan.add_argument("--strategy", metavar="STRATEGY", help="how workers agree (default: synchronous)")
@@ -173,21 +178,7 @@ def _study(parser: Parser) -> None:
     parser.add_argument("--data-dir", type=Path, metavar="DIR", help="where data lies (default: $MANYHANDS_DATA)")
     _quiet(parser)
     task = parser.add_argument_group("what to learn, in place of the study's own, also of what its grids vary")
-    task.add_argument("--model", metavar="MODEL", help="name or name(key=value, …)")
-    task.add_argument("--data", metavar="DATA", help="data set")
-    task.add_argument("--loss", metavar="LOSS", help="none: the model returns its own loss")
-    task.add_argument("--optimizer", metavar="OPT", help="e.g. adamw(lr=1e-3)")
-    task.add_argument("--schedule", metavar="SCHED", help="learning rate by the step, e.g. cosine")
-    task.add_argument("--clip", type=_number, metavar="NORM", help="limit of the gradient's norm")
-    size = task.add_mutually_exclusive_group()
-    size.add_argument("--batch-size", type=_whole, metavar="N", help="global: over all workers")
-    size.add_argument("--batch-per-worker", type=_whole, metavar="N", help="the global batch is N × workers")
-    length = task.add_mutually_exclusive_group()
-    length.add_argument("--epochs", type=_whole, metavar="N", help="passes over the data")
-    length.add_argument("--steps", type=_whole, metavar="N", help="steps, instead of epochs")
-    task.add_argument("--seconds", type=_number, metavar="S", help="end earlier: after so much training")
-    task.add_argument("--target-accuracy", type=_number, metavar="A", help="end earlier: at an accuracy, 0 … 1")
-    task.add_argument("--seed", type=_whole, metavar="N", help="of weights and order")
+    _what_to_learn(task, default=lambda _: "")
 
 
 def _report(parser: Parser) -> None:

@@ -450,12 +450,12 @@ def train(run: Run, metrics: MetricsLog, member: Member) -> dict[str, Any]:
             if device != "cpu":
                 inputs, target = to_device(inputs, device), to_device(target, device)
             if good:
-                torch._foreach_copy_(good, replica.buffers)
+                torch._foreach_copy_(good, replica.buffers[: len(good)])  # a forward may have made more since
             moved_before = counters.moved_B
             try:
                 loss = worker.step(Batch(inputs, target, count))
             except NonFiniteLoss as e:
-                for buffer, before in zip(replica.buffers, good, strict=True):
+                for buffer, before in zip(replica.buffers, good, strict=False):
                     buffer.copy_(before)  # the forward pass has put the bad batch into running statistics
                 spoilt = _spoilt(run)
                 if not spoilt and saved_step != share.before.step:

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 from manyhands.studies.analysis import Chart, Point, Series
+from manyhands.studies.charting import slug
 from manyhands.studies.fits import Estimate, noise_scale
 from manyhands.studies.xin_ma import PUBLISHED_S, VARIANTS, design
 from manyhands.studies.xin_ma.conclusions import variance_law, variances
@@ -46,7 +47,7 @@ def time_against_nodes(found: Sequence[Trial], setting: str) -> Chart | None:
     twice = {v.name: bars[v.name].y / bars["one node"].y for v in VARIANTS if v.own_batch and v.name in bars}
     told = f"two nodes do twice the work of one in {_named_range(twice)} its time" if twice else "one node beside two"
     return Chart(
-        f"time-against-nodes-{_slug(setting)}",
+        f"time-against-nodes-{slug(setting)}",
         f"{setting}: {told}",
         "update variant, two nodes",
         "time per step, ms",
@@ -128,7 +129,7 @@ def accuracy_against_nodes(found: Sequence[Trial], setting: str) -> Chart | None
     gains = [f"{s.points[-1].y - s.points[0].y:+.1f}".replace("-", "−") for s in series]
     least, most = series[0].points[0].x, series[0].points[-1].x
     return Chart(
-        f"accuracy-against-nodes-{_slug(setting)}",
+        f"accuracy-against-nodes-{slug(setting)}",
         f"{setting}: {most} nodes instead of {least} change accuracy by {gains[0]} points at batch {SMALL} and by "
         f"{gains[1]} at batch {LARGE}",
         "nodes",
@@ -155,7 +156,7 @@ def noise(found: Sequence[Trial], setting: str) -> Chart | None:
     law = variance_law(found, setting, "U1")
     fell = f"falls as nodes to the power of {law.exponent}" if law else "is drawn against nodes"
     return Chart(
-        f"noise-{_slug(setting)}",
+        f"noise-{slug(setting)}",
         f"{setting}: the variance of U1's update {fell.replace('-', '−')}",
         "nodes",
         "variance of an update (trace of its covariance)",
@@ -265,7 +266,3 @@ def _bar(label: str, estimate: Estimate, times: float) -> Point:
 def _from_to(values: Sequence[float]) -> str:
     low, high = min(values, default=0.0), max(values, default=0.0)
     return f"{low:.2f}" if f"{low:.2f}" == f"{high:.2f}" else f"{low:.2f} to {high:.2f}"
-
-
-def _slug(setting: str) -> str:
-    return "-".join(setting.lower().replace(",", " ").split())
