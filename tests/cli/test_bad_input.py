@@ -86,7 +86,7 @@ SAID = {
     (*SMALL, "--micro-batches", "0"): "micro_batches=0",
     (*SMALL, "--timeout", "0"): "timeout_s=0.0",
     (*SMALL, "--evaluate", "always"): "it is epoch, end, never, or",
-    (*SMALL, "--checkpoint-steps", "0"): "checkpoint_steps=0",
+    (*SMALL, "--checkpoint", "0"): "checkpoint=0",
     (*SMALL, "--keep", "0"): "keep=0",
     (*SMALL, "--resume"): "resume without out",
     (*SMALL, "--out", "/dev/null/run"): "/dev/null/run cannot be written",

@@ -72,7 +72,10 @@ def test_each_kind_is_listed_in_full(run, kind):
 
 def test_a_strategy_is_listed_with_guarantee_paper_and_survey(run):
     entries = {e["name"]: e for e in json.loads(run("list", "strategies", "--json")[1])["strategies"]}
-    assert entries["synchronous"]["parameters"] == [{"name": "update", "default": "auto"}]
+    assert entries["synchronous"]["parameters"] == [
+        {"name": "update", "default": "auto"},
+        {"name": "aggregate", "default": "mean"},
+    ]
     assert entries["synchronous"]["facts"]["guarantee"].startswith("exact")
     assert entries["slice_own_batch"]["facts"]["guarantee"] == "an approximation"
     assert "plain SGD" in entries["replica_average"]["facts"]["guarantee of replica_average(what='parameters')"]

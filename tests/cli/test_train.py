@@ -173,7 +173,7 @@ def test_a_resumed_run_takes_its_workers_from_the_launcher(tmp_path, monkeypatch
 
 def test_how_a_run_was_kept_is_not_forgotten_on_resume(run, tmp_path):
     out = tmp_path / "run"
-    assert run(*DIGITS, "--steps", 6, "--checkpoint-steps", 2, "--keep", 9, "--out", out)[0] == 0
+    assert run(*DIGITS, "--steps", 6, "--checkpoint", 2, "--keep", 9, "--out", out)[0] == 0
     assert run("train", "--resume", "--out", out, "--steps", 10, "-q")[0] == 0
     assert [p.name[-2:] for p in sorted(out.glob("checkpoints/step-*"))] == ["02", "04", "06", "08", "10"]
 

@@ -91,8 +91,9 @@ def steps(monkeypatch):
     """Nothing is trained; each run has the next of these step times, or fails where that is an exception."""
     times = []
 
-    def train(task, plan, **_):
+    def train(task, plan, *, out, **_):
         step_s = times.pop(0) if times else 0.010
+        (out / "took").write_text(str(step_s))
         if isinstance(step_s, Exception):
             raise step_s
         return verbs.Result(None, plan, measurement(plan.workers, step_s), [], None)
@@ -104,6 +105,11 @@ def steps(monkeypatch):
 def one_run(tmp_path):
     (row,) = studies.run(study({"plan.workers": [1]}, repeats=1), out=tmp_path).rows
     return row
+
+
+def kept_run(tmp_path):
+    (run,) = (tmp_path / "runs").iterdir()
+    return {path.name: path.read_text() for path in run.iterdir()}
 
 
 def test_a_quiet_run_is_done_once(tmp_path, loops, steps):
@@ -118,6 +124,7 @@ def test_a_disturbed_run_is_repeated_and_the_quieter_one_kept(tmp_path, loops, s
     row = one_run(tmp_path)
     assert (row.disturbance, row.noisy, row.attempts) == (1.2, False, 2)
     assert row.measurement.step_s.median == 0.011
+    assert kept_run(tmp_path) == {"took": "0.011"}
 
 
 def test_of_two_noisy_runs_the_less_disturbed_is_kept_and_marked(tmp_path, loops, steps):
@@ -134,6 +141,7 @@ def test_a_second_attempt_that_fails_leaves_the_first(tmp_path, loops, steps):
     steps += [0.010, RuntimeError("mine")]
     row = one_run(tmp_path)
     assert (row.status, row.noisy, row.attempts) == ("done", True, 2)
+    assert kept_run(tmp_path) == {"took": "0.01"}
 
 
 def test_a_run_that_fails_is_not_repeated(tmp_path, loops, steps):

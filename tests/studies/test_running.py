@@ -1,5 +1,6 @@
 """Running a study: rounds, refusals, failures, interruption, going on; once with real workers."""
 
+import dataclasses
 import io
 import itertools
 import json
@@ -257,7 +258,11 @@ def test_two_cells_end_to_end(tmp_path):
     assert shared.measurement.sent_B_per_step == 650 * 4
     assert [record["step"] for record in shared.history] == [4, 8, 12, 16, 20]
     assert shared.history[-1]["train_loss"] == shared.measurement.train_loss
-    assert not (tmp_path / "runs").exists()
+    for row in result.rows:
+        run = tmp_path / "runs" / f"{row.cell}-{row.repeat}"
+        assert {path.name for path in run.iterdir()} >= {"plan.toml", "metrics.jsonl", "events.jsonl", "summary.json"}
+        assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000020"]
+        assert json.loads((run / "summary.json").read_text()) == json.loads(json.dumps(row.measurement.as_dict()))
     assert find(tmp_path / "study.toml") == one
     assert "synchronous        2  shared" in result.table
     json.dumps(result.as_dict())
@@ -265,6 +270,38 @@ def test_two_cells_end_to_end(tmp_path):
     assert report(tmp_path).summary == result.summary
     assert (tmp_path / REPORT).is_file()
     assert result.lines()[-1] == f"Report: {tmp_path / REPORT}"
+
+
+def test_a_run_of_a_study_can_be_trained_further(tmp_path):
+    (row,) = studies.run(study({"plan.workers": [1]}, repeats=1), out=tmp_path).rows
+    task, plan = Cell(row.task, row.plan).make()
+    longer = dataclasses.replace(task, epochs=int(row.measurement.epochs) + 1)
+    further = verbs.train(longer, plan, out=tmp_path / "runs" / f"{row.cell}-1", resume=True, progress=False)
+    assert further.summary.steps > row.measurement.steps
+
+
+def test_a_run_that_was_cut_off_leaves_nothing_to_the_next(tmp_path):
+    one = study({"plan.workers": [1]}, repeats=1)
+    (cell,) = one.cells()
+    left = tmp_path / "runs" / f"{cell.id}-1" / "checkpoints" / "step-00000003"
+    left.mkdir(parents=True)
+    assert studies.run(one, out=tmp_path).rows[0].status == "done"
+    assert not left.exists()
+
+
+def test_rows_only_where_the_disk_is_short(tmp_path):
+    studies.run(study({"plan.workers": [1]}, repeats=1, keep="rows"), out=tmp_path)
+    assert not (tmp_path / "runs").exists()
+    with pytest.raises(BadInput, match=r"keep in \[study\].*'rows'"):
+        study(keep="row")
+
+
+def test_a_model_that_could_not_be_kept_costs_no_row(tmp_path, trained, caplog):
+    kept = verbs.Result(None, None, measurement(1), [], tmp_path)
+    trained.at = {1: verbs.LastCheckpointNotWritten("No space left.", kept)}
+    result = studies.run(study({"plan.workers": [1]}, repeats=1), out=tmp_path)
+    assert result.rows[0].measurement == kept.summary
+    assert "No space left." in caplog.text
 
 
 def test_a_model_that_breaks_is_a_failed_row_with_its_traceback(tmp_path):

@@ -206,7 +206,7 @@ def test_bytes_a_step_are_the_declared_ones(strategy):
     from manyhands.plan import strategy_from
 
     summary = trained(4, strategy).summary
-    declared = strategy_from(summary.strategy).traffic(summary.parameters, 4, 8).sent_B
+    declared = strategy_from(summary.strategy).traffic(summary.parameters, 4, 8).sent_B_per_step
     assert summary.sent_B_per_step == declared
 
 
@@ -323,7 +323,7 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path):
     assert (tmp_path / "summary.json").read_text() == before
 
 
-@pytest.mark.parametrize("said", [{"checkpoint_steps": "5"}, {"checkpoint_steps": True}, {"keep": 1.5}, {"keep": 0}])
+@pytest.mark.parametrize("said", [{"checkpoint": "5"}, {"checkpoint": True}, {"keep": 1.5}, {"keep": 0}])
 def test_what_is_no_whole_number_is_refused(said):
     with pytest.raises(BadInput, match="whole number"):
         train(task(), **said)
@@ -383,13 +383,13 @@ SUMMARY = {
     *("strategy", "model", "data", "workers", "transport", "device", "parameters", "global_batch", "steps", "epochs"),
     *("seed", "train_loss", "test_accuracy", "samples_per_s", "step_s", "step_parts_s", "sent_B_per_step"),
     "moved_B_per_step",
-    *("peak_memory_B", "wall_s", "versions"),
+    *("peak_memory_B", "wall_s", "versions", "wait_s_by_worker", "staleness_mean", "staleness_max"),
 }
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_runs_folder_holds_what_the_design_says(tmp_path, workers):
-    result = train(task(), workers=workers, out=tmp_path / "out", checkpoint_steps=5, keep=2)
+    result = train(task(), workers=workers, out=tmp_path / "out", checkpoint=5, keep=2)
     out = tmp_path / "out"
     names = {p.name for p in out.iterdir()} - {"tensorboard"}  # no half-written files either
     assert names == {"plan.toml", "metrics.jsonl", "summary.json", "events.jsonl", "checkpoints"}
@@ -406,7 +406,7 @@ def test_a_runs_folder_holds_what_the_design_says(tmp_path, workers):
 
     table = tomllib.loads((out / "plan.toml").read_text())
     assert set(table) == {"task", "plan", "run", "machine"}
-    assert table["run"] == {"evaluate": "epoch", "checkpoint_steps": 5, "keep": 2}
+    assert table["run"] == {"evaluate": "epoch", "checkpoint": 5, "keep": 2}
     assert from_table(Task, table["task"], "[task]").as_table() == task().as_table()
     assert from_table(Plan, table["plan"], "[plan]") == result.plan
 

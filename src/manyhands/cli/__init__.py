@@ -39,7 +39,7 @@ def train(said: argparse.Namespace) -> Answer:
     from manyhands.cli.request import requested
 
     task, plan, run = requested(said)
-    run |= _given(said, "out", "resume", "data_dir", "evaluate", "checkpoint_steps", "keep")
+    run |= _given(said, "out", "resume", "data_dir", "evaluate", "checkpoint", "keep")
     status = 0
     try:
         result = verbs.train(task, plan, progress="no_progress" not in said, **run)

@@ -160,7 +160,9 @@ def _train(parser: Parser) -> None:
     run.add_argument(
         "--evaluate", type=_when, metavar="WHEN", help="epoch, end, never, or every so many steps (default: epoch)"
     )
-    run.add_argument("--checkpoint-steps", type=_whole, metavar="N", help="(default: at every epoch's end)")
+    run.add_argument(
+        "--checkpoint", type=_when, metavar="WHEN", help="epoch, end, or every so many steps (default: epoch)"
+    )
     run.add_argument("--keep", type=_whole, metavar="N", help="newest checkpoints that stay (default: 3)")
     _quiet(run)
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from manyhands.plan import Plan
 
 #: How a run is watched and kept.
-RUN = ("evaluate", "checkpoint_steps", "keep")
+RUN = ("evaluate", "checkpoint", "keep")
 #: Of a file that describes a run: what a launcher decides anew.
 LAUNCHERS = ("workers", "mesh", "transport", "threads")
 #: What is said here puts aside what a file said of the same thing: the length of a run, and the number of workers.

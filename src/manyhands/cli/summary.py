@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from manyhands.contract import Measurement
 from manyhands.studies.table import in_bytes as size
 from manyhands.task import Task, described
 from manyhands.verbs import Result
@@ -28,11 +29,25 @@ def lines(task: Task, result: Result) -> list[str]:
         ),
         ("samples per second", f"{said.samples_per_s:,.0f}"),
         ("sent", f"{size(said.sent_B_per_step)} a step by each worker"),
+        *_of_workers(said),
         ("memory", f"{size(said.peak_memory_B)}, the largest worker"),
         ("files", str(result.out) if result.out is not None else "none kept; --out DIR keeps them"),
     ]
     head = f"{said.model} ({said.parameters:,} parameters) on {said.data}: {said.strategy}, {workers}, {said.transport}"
     return [head, *(f"  {name:<18}  {value}" for name, value in rows)]
+
+
+def _of_workers(said: Measurement) -> list[tuple[str, str]]:
+    """How long each worker waits for others, and how late updates come."""
+    rows = []
+    if said.workers > 1 and said.wait_s_by_worker:
+        least, most = min(said.wait_s_by_worker), max(said.wait_s_by_worker)
+        who = said.wait_s_by_worker.index(most)
+        rows.append(("waiting", f"{seconds(least)} to {seconds(most)} a step (most: worker {who})"))
+    if said.staleness_mean is not None:
+        text = f"{said.staleness_mean:.2f} updates of others on average, {said.staleness_max} at most"
+        rows.append(("staleness", text))
+    return rows
 
 
 def _shares(batch: int, workers: int) -> str:

@@ -28,7 +28,8 @@ turning fastest, and a cell that comes up twice counts once. Beside its factors 
     measure = "noise"                       # not a training but the noise of its update (see gradient_noise)
 
 ``evaluate`` in ``[study]`` is when runs are evaluated: "end" (the default), "epoch", "never" or every so many steps.
-``analysis`` names what is made of the rows: "general", "compare" or "xin-ma".
+``analysis`` names what is made of the rows: "general", "compare" or "xin-ma". ``keep = "rows"`` saves the disk what
+runs leave there (``runs/``: a checkpoint each); the default is "runs".
 """
 
 from __future__ import annotations
@@ -63,7 +64,9 @@ PER_WORKER = "batch_per_worker"
 
 TASK_KEYS = (*(f.name for f in dataclasses.fields(Task)), PER_WORKER)
 PLAN_KEYS = tuple(f.name for f in dataclasses.fields(Plan))
-HEAD = ("name", "repeats", "limit_s", "evaluate", "analysis")
+HEAD = ("name", "repeats", "limit_s", "evaluate", "analysis", "keep")
+#: What stays of a run beside its row: its folder with the trained model, or nothing.
+KEEP = ("runs", "rows")
 GRID_HEAD = ("name", "repeats", "measure", "evaluate")
 FACTORS = (*(f"plan.{k}" for k in PLAN_KEYS), *(f"task.{k}" for k in TASK_KEYS))
 
@@ -144,6 +147,7 @@ class Study:
     limit_s: float | None = None  # no further round of repeats begins that would end later than this
     evaluate: str | int = "end"
     analysis: str = "general"
+    keep: str = "runs"
 
     def __post_init__(self) -> None:
         if not str(self.name).strip() or type(self.name) is not str:
@@ -159,6 +163,8 @@ class Study:
         _check_evaluate("[study]", self.evaluate)
         if self.analysis not in analyses:
             raise UnknownName("analysis", str(self.analysis), analyses)
+        if self.keep not in KEEP:
+            raise UnknownName("keep in [study]", str(self.keep), KEEP)
         for grid in self.grids:
             if grid.repeats is not None and not is_whole(grid.repeats, 1):
                 raise BadInput(f"repeats={grid.repeats!r} in [grid]: it is a whole number from 1. E.g. repeats = 3.")
@@ -205,6 +211,8 @@ class Study:
             head["evaluate"] = self.evaluate
         if self.analysis != "general":
             head["analysis"] = self.analysis
+        if self.keep != "runs":
+            head["keep"] = self.keep
         grids = [_table(grid) for grid in self.grids]
         tables = {"study": head, "task": dict(self.task), "plan": dict(self.plan), "grid": grids}
         return tomli_w.dumps({k: v for k, v in tables.items() if v})

@@ -192,4 +192,7 @@ def _plain(line: Line) -> dict[str, Any]:
         "test_accuracy": line.accuracy,
         "sent_B_per_step": line.sent_B_per_step,
         "sent_B_per_sample": line.sent_B_per_sample,
+        "wait_s": line.wait_s,
+        "staleness_mean": line.staleness_mean,
+        "staleness_max": line.staleness_max,
     }

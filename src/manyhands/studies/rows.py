@@ -3,6 +3,7 @@
     study.toml     the description
     rows.sqlite    the rows, a column for each figure; this file is the truth
     rows.jsonl     the same rows, a line each, for tools that read text; written anew when the folder is opened
+    runs/          the runs themselves, see run_folder
 
 A row is there as soon as its run has ended, so whatever ends a study costs the run under way and no other. One process
 at a time writes to a folder.
@@ -32,7 +33,7 @@ from manyhands.training.metrics import json_text
 STUDY, ROWS, LINES, LOCK = "study.toml", "rows.sqlite", "rows.jsonl", ".lock"
 
 #: Of the table's form; another number, another form.
-VERSION = 2
+VERSION = 3
 
 Status = Literal["done", "refused", "failed"]
 
@@ -92,7 +93,7 @@ def _sql_type(hint: Any) -> str:
 
 def _is_json(hint: Any) -> bool:
     """Whether a column holds a table or a list, as JSON."""
-    return "dict" in str(hint)
+    return "dict" in str(hint) or "list" in str(hint)
 
 
 # Names of columns come from our own classes; values go in as parameters only.
@@ -198,7 +199,7 @@ class Rows:
             with open(self.folder / LINES, "a", encoding="utf-8") as file:
                 file.write(_line(row))
         except (sqlite3.Error, OSError) as e:
-            raise _lost(self.folder, e) from e
+            raise lost(self.folder, e) from e
 
     def done(self) -> set[tuple[str, int]]:
         """(cell, repeat) of what was measured; which of these need not run again, `finished` says."""
@@ -350,14 +351,15 @@ def write(folder: Path, name: str, text: str) -> None:
         fresh.write_text(text, encoding="utf-8")
         fresh.replace(folder / name)
     except OSError as e:
-        raise _lost(folder, e) from e
+        raise lost(folder, e) from e
 
 
 def _unwritable(folder: Path, reason: object) -> BadInput:
     return BadInput(f"the study's folder {folder} cannot be written ({reason}). Choose another with out= (--out).")
 
 
-def _lost(folder: Path, e: Exception) -> ManyhandsError:
+def lost(folder: Path, e: Exception) -> ManyhandsError:
+    """What ends a study whose folder can no longer be written."""
     return ManyhandsError(
         f"the study's folder {folder} cannot be written ({e}). The rows so far are kept; free some space and go on "
         f"with out={str(folder)!r} (--out {folder})."

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
 import re
@@ -33,6 +34,7 @@ from manyhands.studies.grid import Cell, Study, Value, find
 from manyhands.studies.progress import StudyProgress
 from manyhands.studies.reporting import StudyResult, command, made_of, write_page
 from manyhands.studies.rows import Row, Rows, finished
+from manyhands.studies.run_folder import RunFolder
 from manyhands.studies.summary import called
 from manyhands.task import Task
 from manyhands.training import environment
@@ -217,7 +219,7 @@ def _measure(
                     break
                 what = f"{called_so[each.cell.id]}, repeat {repeat}"
                 progress.starts(what)
-                row = _watched(study, each, repeat, calibration, data_dir=data_dir)
+                row = _watched(rows.folder, study, each, repeat, calibration, data_dir=data_dir)
                 data.check(row)
                 rows.add(row)
                 rows.remember(quickest, calibration.quickest_s)
@@ -258,26 +260,35 @@ def _to_go_on(folder: Path, data_dir: str | os.PathLike[str] | None) -> str:
 
 
 def _watched(
-    study: Study, each: Planned, repeat: int, calibration: Calibration, *, data_dir: str | os.PathLike[str] | None
+    folder: Path,
+    study: Study,
+    each: Planned,
+    repeat: int,
+    calibration: Calibration,
+    *,
+    data_dir: str | os.PathLike[str] | None,
 ) -> Row:
     """A run between two calibrations; once more if those were slow, and of two the one less disturbed.
 
     The noise of an update depends on no time, so that what measures it is not watched.
     """
+    started = functools.partial(Started.now, study.name, each.cell, repeat)
+    if each.cell.measure == "noise":
+        return _noise(started(), each, data_dir=data_dir)
 
-    watched = each.cell.measure == "train"
+    def once(out: Path | None) -> Row:
+        calibration.begins()
+        row = _trained(started(), each, out=out, data_dir=data_dir)
+        return dataclasses.replace(row, disturbance=calibration.ends())
 
-    def once() -> Row:
-        if watched:
-            calibration.begins()
-        row = _run(Started.now(study.name, each.cell, repeat), each, data_dir=data_dir)
-        return dataclasses.replace(row, disturbance=calibration.ends()) if watched else row
-
-    first = once()
+    kept = RunFolder(folder, f"{each.cell.id}-{repeat}") if study.keep == "runs" else None
+    first = once(kept.begin() if kept else None)
     if first.status != "done" or _disturbance(first) <= BOUND:
         return first
-    done = [row for row in (first, once()) if row.status == "done"]
+    done = [row for row in (first, once(kept.again() if kept else None)) if row.status == "done"]
     better = min(done, key=_disturbance)
+    if kept:
+        kept.keep(first=better is first)
     return dataclasses.replace(better, attempts=2, noisy=_disturbance(better) > BOUND)
 
 
@@ -285,24 +296,46 @@ def _disturbance(row: Row) -> float:
     return row.disturbance or 0.0
 
 
-def _run(started: Started, each: Planned, *, data_dir: str | os.PathLike[str] | None) -> Row:
-    """One run, whatever becomes of it; without a folder of its own, as the row holds all that would lie there."""
-    task, plan = each.task, each.plan
-    assert task is not None
-    assert plan is not None
+def _trained(started: Started, each: Planned, *, out: Path | None, data_dir: str | os.PathLike[str] | None) -> Row:
+    """One training, whatever becomes of it."""
+    assert each.task is not None
     try:
-        if each.cell.measure == "noise":
-            noise = gradient_noise.measure(task, plan, data_dir=data_dir)
-            return started.row("done", plan=plan, noise=noise.as_dict())
-        result = verbs.train(task, plan, data_dir=data_dir, evaluate=each.cell.evaluate, progress=False)
-        return started.row("done", plan=plan, measurement=result.summary, history=result.history)
-    except BadInput as e:
-        return started.row("refused", plan=plan, reason=str(e))
+        try:
+            result = verbs.train(
+                each.task,
+                each.plan,
+                out=out,
+                data_dir=data_dir,
+                evaluate=each.cell.evaluate,
+                checkpoint="end",
+                keep=1,
+                progress=False,
+            )
+        except verbs.LastCheckpointNotWritten as e:
+            log.warning("%s", e)
+            result = e.result
     except Exception as e:
-        own = e.traceback if isinstance(e, WorkerFailed) else ""
-        return started.row(
-            "failed", plan=plan, reason=str(e) or type(e).__name__, traceback=own or traceback.format_exc()
-        )
+        return _not_done(started, each, e)
+    return started.row("done", plan=each.plan, measurement=result.summary, history=result.history)
+
+
+def _noise(started: Started, each: Planned, *, data_dir: str | os.PathLike[str] | None) -> Row:
+    """One measurement of an update's noise, whatever becomes of it."""
+    assert each.task is not None
+    assert each.plan is not None
+    try:
+        noise = gradient_noise.measure(each.task, each.plan, data_dir=data_dir)
+    except Exception as e:
+        return _not_done(started, each, e)
+    return started.row("done", plan=each.plan, noise=noise.as_dict())
+
+
+def _not_done(started: Started, each: Planned, e: Exception) -> Row:
+    if isinstance(e, BadInput):
+        return started.row("refused", plan=each.plan, reason=str(e))
+    own = e.traceback if isinstance(e, WorkerFailed) else ""
+    text = own or "".join(traceback.format_exception(e))
+    return started.row("failed", plan=each.plan, reason=str(e) or type(e).__name__, traceback=text)
 
 
 def _folder(study: Study, out: str | os.PathLike[str] | None) -> Path:

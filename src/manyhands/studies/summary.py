@@ -62,6 +62,9 @@ class Line:
     sent_B_per_step: float | None = None
     moved_B_per_step: float | None = None  # None where the transport does not know it
     peak_memory_B: float | None = None  # of the largest worker
+    staleness_mean: float | None = None
+    staleness_max: int | None = None
+    wait_s: float | None = None  # of the worker that waits longest, a step
     base: Line | None = None
     speed_up: float | None = None
     speed_up_interval: Estimate | None = None
@@ -152,8 +155,6 @@ def _line(cell: Cell, rows: list[Row]) -> Line:
     if not measured:
         return line
     found = [m for _, m in measured]
-    accuracies = [m.test_accuracy for m in found if m.test_accuracy is not None]
-    moved = [m.moved_B_per_step for m in found if m.moved_B_per_step is not None]
     return dataclasses.replace(
         line,
         measured=found[0],
@@ -163,9 +164,12 @@ def _line(cell: Cell, rows: list[Row]) -> Line:
         parts_s=StepParts(
             *(statistics.median(getattr(m.step_parts_s, f.name) for m in found) for f in dataclasses.fields(StepParts))
         ),
-        accuracy=statistics.median(accuracies) if accuracies else None,
+        accuracy=_median(m.test_accuracy for m in found),
         sent_B_per_step=statistics.median(m.sent_B_per_step for m in found),
-        moved_B_per_step=statistics.median(moved) if moved else None,
+        moved_B_per_step=_median(m.moved_B_per_step for m in found),
+        staleness_mean=_median(m.staleness_mean for m in found),
+        staleness_max=max((m.staleness_max for m in found if m.staleness_max is not None), default=None),
+        wait_s=_median(max(m.wait_s_by_worker, default=None) for m in found),
         peak_memory_B=statistics.median(m.peak_memory_B for m in found),
     )
 
@@ -228,6 +232,12 @@ def quiet(runs: Sequence[_K], noisy: Collection[_K]) -> list[_K]:
     """Those that nothing disturbed, if they are two at least; else all, as one run is no sample."""
     found = [run for run in runs if run not in noisy]
     return found if len(found) >= 2 else list(runs)
+
+
+def _median(values: Iterable[float | None]) -> float | None:
+    """Of those that are known."""
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
 
 
 def _known(found: Estimate | CannotFit) -> Estimate | None:

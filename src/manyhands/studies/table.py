@@ -180,6 +180,8 @@ def _remark(line: Line) -> str:
     if line.status != "done":
         return line.status
     said = ["correctness only"] if line.oversubscribed else []
+    if line.staleness_mean is not None:
+        said.append(f"staleness {line.staleness_mean:.1f}, at most {line.staleness_max}")
     if line.noisy:
         said.append(disturbed(line.noisy, line.repeats))
     if line.failures:
@@ -211,6 +213,8 @@ def _remarks(lines: Sequence[Line]) -> tuple[str, ...]:
         )
     if any(line.sent_B_per_step is not None for line in lines):
         said.append("sent/step: payload that one worker sends; sent/sample: all workers together.")
+    if any(line.staleness_mean is not None for line in lines):
+        said.append("Staleness: updates of other workers between a gradient's parameters and its own update; mean.")
     if any(line.status == "done" and line.oversubscribed for line in lines):
         said.append(
             f"Correctness only: workers × threads are more than the {lines[0].cores} cores, so no speed-up is stated."
