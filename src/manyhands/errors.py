@@ -95,21 +95,36 @@ class FactoryFailed(WorkerFailed):
 
 
 class NonFiniteLoss(ManyhandsError):
-    """The loss (or ``what`` else) became NaN or infinite; every worker stopped at the same step.
+    """The loss (or ``what`` else) became NaN or infinite, and every worker stopped.
 
-    ``spoilt``: the parameters had become so before, by a gradient that was not finite though its loss was.
+    In the same step where they go in ``lockstep``; else when they next met: ``rank`` is whose it was. ``spoilt``: the
+    parameters had become so before, by a gradient that was not finite though its loss was. ``steadier``: what of the
+    strategy to change against it.
     """
 
-    def __init__(self, step: int | None, kept: str = "", *, what: str = "loss", spoilt: bool = False) -> None:
-        self.step, self.kept, self.what, self.spoilt = step, kept, what, spoilt
+    def __init__(
+        self,
+        step: int | None,
+        kept: str = "",
+        *,
+        what: str = "loss",
+        spoilt: bool = False,
+        rank: int | None = None,
+        steadier: str = "",
+    ) -> None:
+        self.step, self.kept, self.what, self.spoilt, self.rank = step, kept, what, spoilt, rank
         when = f" at step {step}" if step is not None else ""
-        said = [f"The {what} is not finite{when}. Every worker stopped there and none applied that update."]
+        if rank is None:
+            said = [f"The {what} is not finite{when}. Every worker stopped there and none applied that update."]
+        else:
+            said = [f"The {what} of worker {rank} is not finite{when}. It applied nothing more, and all stopped."]
         if spoilt:
             said.append("The parameters are not finite either: an earlier gradient was not, though its loss was.")
             said.append(f"The newest good state is {kept}." if kept else "No checkpoint of a good state exists.")
         elif kept:
             said.append(f"The last good state is kept in {kept}.")
-        said.append("A smaller learning rate or a gradient clip (--clip 1.0) usually helps.")
+        also = f", or {steadier}" if steadier else ""
+        said.append(f"A smaller learning rate or a gradient clip (--clip 1.0) usually helps{also}.")
         super().__init__(" ".join(said))
 
 

@@ -26,7 +26,7 @@ PRECISIONS = ("float32", "bfloat16")
 DEVICES = ("auto", "cpu", "cuda")
 ALLOCATORS = ("tuned", "plain")
 #: The transports whose class says ``shares_memory``; asking the classes would load torch.
-SHARE_MEMORY = ("single", "threads", "shared")
+SHARE_MEMORY = ("single", "threads", "shared", "simulated")
 
 
 def strategy_from(value: str | Strategy) -> Strategy:
@@ -130,6 +130,7 @@ class Facts:
     stateless: bool = False
     optimizer_problem: Problem | None = None
     clip: bool = False
+    served: bool = True  # a parameter server can apply the optimizer
     batch_size: int = 1
     memory_B: int | None = None  # of the machine, where that is known
 
@@ -163,6 +164,7 @@ def resolve(plan: Plan, facts: Facts) -> Resolved:
         elementwise=facts.elementwise,
         stateless=facts.stateless,
         clip=facts.clip,
+        served=facts.served,
     )
     strategy = _sharded(plan, found)
     found.extend(strategy.problems(setting))

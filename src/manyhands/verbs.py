@@ -23,6 +23,7 @@ from manyhands.contract import Measurement, Spread, StepParts
 from manyhands.errors import BadInput, FactoryFailed, ManyhandsError
 from manyhands.models import losses, optimizers, schedules
 from manyhands.models.factory import settle
+from manyhands.models.update_rules import served
 from manyhands.plan import Facts, Plan, Resolved, resolve
 from manyhands.task import Task, described
 from manyhands.training import environment
@@ -106,6 +107,7 @@ def resolved(task: Task, plan: Plan) -> Resolved:
         stateless=optimizers.is_stateless(trial),
         optimizer_problem=optimizers.gradients_problem(trial),
         clip=task.clip is not None,
+        served=served(trial),
         batch_size=task.batch_size,
         memory_B=environment.memory_B(),
     )
@@ -120,7 +122,7 @@ def train(
     resume: bool = False,
     data_dir: str | os.PathLike[str] | None = None,
     evaluate: str | int = "epoch",
-    checkpoint_steps: int | None = None,
+    checkpoint: str | int = "epoch",
     keep: int = 3,
     progress: bool = True,
 ) -> Result:
@@ -132,7 +134,8 @@ def train(
     ``out`` keeps plan, metrics, summary and checkpoints in a folder; with ``resume`` the newest good checkpoint there
     is taken up exactly, in the middle of an epoch too, and also on another number of workers. A live model that was
     passed in holds the final parameters afterwards. ``evaluate``: at every ``epoch``, at the ``end``, ``never``, or a
-    number of steps. Under torchrun, mpirun or srun this joins the ranks they started.
+    number of steps; ``checkpoint``: likewise, and always at the end, of which the newest ``keep`` stay. Under torchrun,
+    mpirun or srun this joins the ranks they started.
 
     Raises `BadInput` (the request cannot work: found before anything is started or, of a resume and of data that
     differs between workers, before the first step; no file is changed), `WorkerFailed` with the worker's own traceback
@@ -142,8 +145,8 @@ def train(
     _check_evaluation(evaluate, task)
     if resume and out is None:
         raise BadInput("resume without out: say which run's folder to take up, e.g. out='runs/first' (--out).")
-    if checkpoint_steps is not None and not is_whole(checkpoint_steps, 1):
-        raise BadInput(f"checkpoint_steps={checkpoint_steps!r}: it is a whole number of steps from 1.")
+    if checkpoint not in ("epoch", "end") and not is_whole(checkpoint, 1):
+        raise BadInput(f"checkpoint={checkpoint!r}: it is epoch, end, or a whole number of steps from 1.")
     if not is_whole(keep, 1):
         raise BadInput(f"keep={keep!r}: how many checkpoints to keep is a whole number from 1.")
     decided = resolved(task, plan or Plan())
@@ -154,7 +157,7 @@ def train(
     folder = None if out is None else Path(out)
     if folder is not None and not joins:
         _take_folder(folder, resume)
-    watched: dict[str, Any] = {"evaluate": evaluate, "checkpoint_steps": checkpoint_steps, "keep": keep}
+    watched: dict[str, Any] = {"evaluate": evaluate, "checkpoint": checkpoint, "keep": keep}
     options = dataclasses.asdict(
         Options(
             out=None if folder is None else str(folder),
@@ -217,8 +220,7 @@ def _take_folder(out: Path, resume: bool) -> None:
 def _plan_file(task: Task, plan: Plan, watched: Mapping[str, Any]) -> str:
     import tomli_w
 
-    run = {k: v for k, v in watched.items() if v is not None}
-    return tomli_w.dumps({"task": task.as_table(), "plan": plan.as_table(), "run": run, "machine": machine()})
+    return tomli_w.dumps({"task": task.as_table(), "plan": plan.as_table(), "run": dict(watched), "machine": machine()})
 
 
 def machine() -> dict[str, Any]:

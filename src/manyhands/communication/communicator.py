@@ -11,7 +11,7 @@ really does; a transport that knows better reports what it moved in ``Counters.m
     all_gather       ring                     (P−1)/P · n   n = the gathered vector
     all_to_all       pairwise                 (P−1)/P · n
     broadcast        chain from the root              n     (0 for the last rank of the chain)
-    send                                              n
+    send, pull, push                                  n   pull, push: between memory that stands for a server and a rank
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def reference_B(operation: str, n_B: int, size: int, *, rank: int = 0, root: int
         return (size - 1) * n_B // size
     if operation == "broadcast":
         return 0 if (rank - root) % size == size - 1 else n_B
-    if operation == "send":
+    if operation in ("send", "pull", "push"):
         return n_B
     return 0
 
@@ -58,6 +58,36 @@ class Work(Protocol):
 
     def wait(self) -> None:
         """Return when the operation is over."""
+
+
+class Lock(Protocol):
+    """Held by one rank at a time; a context manager. Entering has a deadline that names the holder."""
+
+    #: Ranks that died while they held it, as far as this rank has found out by taking it after them.
+    lost: list[int]
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+class Board(Protocol):
+    """A counter a rank, which all ranks see. Counters only grow."""
+
+    def post(self, value: int) -> None:
+        """Set this rank's counter."""
+
+    def read(self) -> list[int]:
+        """All counters, in rank order."""
+
+    def wait(self, least: int, doing: str, *, rank: int | None = None) -> list[int]:
+        """All counters, once those of the other ranks (or that of ``rank``) are at least ``least``.
+
+        The deadline's message names who is behind.
+        """
+
+    def wait_for_one(self, least: int, doing: str) -> list[int]:
+        """All counters, once one of them is at least ``least``."""
 
 
 class Done:
@@ -184,6 +214,26 @@ class Communicator(ABC):
     def is_common(self, x: Tensor) -> bool:
         """Whether ``x`` lies in memory that all ranks see as one copy."""
         return False
+
+    def locks(self, count: int) -> list[Lock]:
+        """So many locks that all ranks share, for what they write in common memory. Collective.
+
+        Only where `shares_memory`; a strategy that needs it says so when the plan is made.
+        """
+        raise BadInput(f"transport={self.transport} has no memory that its workers share, so there is nothing to lock.")
+
+    def board(self) -> Board:
+        """A new board of counters, all 0. Collective; only where `shares_memory`."""
+        raise BadInput(f"transport={self.transport} has no memory that its workers share, so there is no board in it.")
+
+    def access(self, operation: str, x: Tensor) -> None:
+        """Count ``x`` as payload that comes from (``pull``) or goes to (``push``) memory which stands for a server.
+
+        Called before the memory is touched. In virtual time its price passes, and ranks that are earlier go first.
+        """
+        self._count(operation, x, 1)
+        if self.size > 1:
+            self._access(operation, x)
 
     def mark(self) -> int:
         """This moment, for `release`. Collective; of the communicator of all ranks only."""
@@ -369,6 +419,9 @@ class Communicator(ABC):
         return
 
     # -- what a transport fills in: x is contiguous and flat, size > 1 --------------------------------------------
+
+    def _access(self, operation: str, x: Tensor) -> None:
+        return
 
     def _allocate(self, numel: int, dtype: torch.dtype, common: bool) -> Tensor:
         return torch.zeros(numel, dtype=dtype)

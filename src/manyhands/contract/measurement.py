@@ -61,6 +61,11 @@ class Measurement:
     peak_memory_B: int
     wall_s: float
     versions: dict[str, str] = field(default_factory=dict)
+    #: Mean time that each worker spent waiting for others in a step, in rank order.
+    wait_s_by_worker: list[float] = field(default_factory=list)
+    #: By how many updates of others the parameters had moved on when a gradient was applied; None: by none ever.
+    staleness_mean: float | None = None
+    staleness_max: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values only, ready for JSON."""

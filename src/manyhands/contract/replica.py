@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 #: ``ready(i, lo, hi, loss, count)``; see `Replica.gradients`.
@@ -16,12 +17,14 @@ Ready = Callable[[int, int, int, Tensor, float], None]
 class Batch:
     """A worker's share of one step: any pytrees of tensors whose leading dim is the sample, and how many samples.
 
-    ``count`` may be 0 (more workers than samples): the tensors then have no rows, or are None.
+    ``count`` may be 0 (more workers than samples): the tensors then have no rows, or are None. ``total`` is the count
+    of all workers together; None: nobody has said.
     """
 
     inputs: Any
     target: Any
     count: int
+    total: int | None = None
 
 
 @dataclass(eq=False)
@@ -29,14 +32,21 @@ class Piece:
     """Some of the parameters, laid end to end. Every parameter lies in exactly one piece.
 
     There is one piece per (parameter group, axes, dtype). ``flat`` and ``grad`` have one dim and equal length.
-    A strategy aggregates ``grad`` only over the mesh axes in ``replicated_over``.
+    A strategy aggregates ``grad`` only over the mesh axes in ``replicated_over``. ``group`` is that of the optimizer
+    whose hyper-parameters update it; ``spans`` are the bounds of the single parameters.
+
+    A *sparse* piece is a table whose rows have ``width`` elements: ``rows`` names those that the last backward touched,
+    each once and in order, and ``grad`` holds their gradients alone. Only strategies that ask for them get any.
     """
 
     flat: Tensor
     grad: Tensor
     replicated_over: frozenset[str]
-    rows: Tensor | None = None  # the rows that the last gradient touched, where the piece is sparse; None = dense
+    rows: Tensor | None = None
     name: str = ""
+    group: int = 0
+    spans: Sequence[tuple[int, int]] = ()
+    width: int = 0  # 0: dense
 
 
 @dataclass(frozen=True)
@@ -57,6 +67,8 @@ class Replica(Protocol):
     """A worker's model and optimizer, whole or cut. Made by ``partition``; all compute goes through it."""
 
     pieces: list[Piece]
+    #: The user's; its hyper-parameters are as the schedule has them now.
+    optimizer: torch.optim.Optimizer
     #: Whether there may be parameters that no worker's backward has reached so far; see `reached`.
     watching: bool
     #: Global-norm limit of the task, or None.
@@ -95,6 +107,17 @@ class Replica(Protocol):
 
     def settle(self, reached: Mapping[int, Tensor]) -> None:
         """What is 0 in a `reached` (or a sum of them) stays as it is; a piece without a 0 is watched no longer."""
+        ...
+
+    def before_lookup(self, piece: int, tell: Callable[[Tensor], None]) -> None:
+        """``tell`` which rows of a sparse piece a training forward is about to look up, each once and in order."""
+        ...
+
+    def share(self, batch: Batch) -> float:
+        """This worker's part in the mean over all workers, as far as it is known without asking them.
+
+        The part of the samples; alike for a loss that is a sum. Approximation where the loss counts something else.
+        """
         ...
 
     def apply(self, piece: Piece, lo: int, hi: int) -> None:

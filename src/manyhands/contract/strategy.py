@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
@@ -21,13 +21,54 @@ Parameters = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Traffic:
-    """Payload bytes and messages that one rank sends per step, under the operations' reference algorithms."""
+    """Payload bytes and messages that one rank sends at its exchanges, under the operations' reference algorithms.
+
+    An exchange happens in the steps ``first``, ``first + every``, … (the first step is 1; ``first`` 0 means ``every``:
+    at the end of each period). Exchanges of other periods are ``also``; traffics add up.
+
+        Traffic(100, 2, every=16).sent_B_in(steps=40) == 200
+    """
 
     sent_B: int = 0
     messages: int = 0
+    every: int = 1
+    first: int = 0
+    also: tuple[Traffic, ...] = ()
 
     def __add__(self, other: Traffic) -> Traffic:
-        return Traffic(self.sent_B + other.sent_B, self.messages + other.messages)
+        parts = [*self._parts(), *other._parts()]
+        periods = dict.fromkeys((part.every, part._first) for part in parts if part.sent_B or part.messages)
+        joined = [
+            Traffic(sum(p.sent_B for p in same), sum(p.messages for p in same), every, first)
+            for every, first in periods
+            for same in [[p for p in parts if (p.every, p._first) == (every, first)]]
+        ]
+        return replace(joined[0], also=tuple(joined[1:])) if joined else Traffic()
+
+    @property
+    def sent_B_per_step(self) -> float:
+        """The mean over a long run."""
+        return sum(part.sent_B / part.every for part in self._parts())
+
+    def sent_B_in(self, steps: int, *, after: int = 0) -> int:
+        """Bytes of the ``steps`` steps that follow the first ``after`` ones."""
+        return sum(part.sent_B * part._exchanges(steps, after) for part in self._parts())
+
+    def messages_in(self, steps: int, *, after: int = 0) -> int:
+        """Messages of those steps."""
+        return sum(part.messages * part._exchanges(steps, after) for part in self._parts())
+
+    @property
+    def _first(self) -> int:
+        return self.first or self.every
+
+    def _parts(self) -> tuple[Traffic, ...]:
+        return (replace(self, also=()), *self.also)
+
+    def _exchanges(self, steps: int, after: int) -> int:
+        """How many of the steps ``after + 1 … after + steps`` are ``first + i · every``."""
+        up_to = [max(0, (last - self._first) // self.every + 1) for last in (after + steps, after)]
+        return up_to[0] - up_to[1]
 
 
 @dataclass(frozen=True)
@@ -40,6 +81,7 @@ class Setting:
     elementwise: bool  # the optimizer updates element by element, so that an update may be cut anywhere
     stateless: bool  # the optimizer keeps no state between steps (plain SGD)
     clip: bool = False  # gradients are clipped by their global norm
+    served: bool = True  # a parameter server can apply the optimizer
 
 
 @dataclass(frozen=True)
@@ -52,6 +94,14 @@ class Strategy(ABC):
     identical: ClassVar[bool] = False
     #: Every worker computes on the whole global batch rather than on a share of it.
     whole_batch: ClassVar[bool] = False
+    #: It knows what to do with a piece of which only some rows have a gradient (see `Piece`); else pieces are dense.
+    sparse: ClassVar[bool] = False
+    #: The result is a function of task and plan: no race decides, and a resume is exact bit for bit.
+    deterministic: ClassVar[bool] = True
+    #: Promise 1 for one worker: it is the user's optimizer and nothing else. False where a second rule works on top.
+    plain_alone: ClassVar[bool] = True
+    #: What makes this strategy diverge where lock-step would not; completes "…, or with ssp, a smaller staleness=".
+    steadier: ClassVar[str] = ""
 
     def __str__(self) -> str:
         return format_description(self.name, self)
@@ -77,6 +127,16 @@ class Strategy(ABC):
         return self
 
     @property
+    def sends_at_most(self) -> bool:
+        """`traffic` is a bound: what is really sent depends on who is late, or has anything to send."""
+        return False
+
+    @property
+    def lockstep(self) -> bool:
+        """All workers exchange in every step: what stops one stops all in that very step."""
+        return True
+
+    @property
     def parameters(self) -> Literal["common", "own"]:
         """``common``: workers hold equal parameters whenever they compute and each element has one writer, so one
         copy in shared memory serves all. ``own``: every worker has a copy of its own.
@@ -95,8 +155,23 @@ class Worker(ABC):
     def step(self, batch: Batch) -> Tensor:
         """One training step on this worker's share; returns the local loss (0-dim). May communicate.
 
-        Calls ``replica.gradients`` exactly once; workers that update alike settle what it has reached.
+        Calls ``replica.gradients`` exactly once; workers that update alike settle what it has reached. A loss that is
+        not finite raises `NonFiniteLoss` on all workers: at once in lock-step strategies, in the others when they next
+        exchange or `meet`.
         """
+
+    @property
+    def stands_still(self) -> bool:
+        """Whether this worker has met a loss that is not finite and waits for the others to be told."""
+        return False
+
+    def meet(self) -> None:
+        """Workers that go their own ways come together: raises on all of them what has stopped one. Collective.
+
+        The loop calls it before every evaluation, checkpoint and end; so does a worker itself that must stop.
+        Nothing to do where every step is a meeting.
+        """
+        return
 
     def consensus(self) -> Parameters:
         """What `finish` would agree on now; for evaluation, export and checkpoints. Collective, counted apart."""
@@ -107,6 +182,17 @@ class Worker(ABC):
         for piece, agreed in zip(self.replica.pieces, self.consensus(), strict=True):
             if piece.flat.data_ptr() != agreed.data_ptr():
                 piece.flat.copy_(agreed)
+
+    @property
+    def staleness(self) -> Mapping[int, int]:
+        """How often a gradient was applied to parameters that were so many updates newer than those it was taken at."""
+        return {}
+
+    def rebase(self) -> None:
+        """The replica's parameters have been replaced by everybody's: what is derived from them (a centre, what a
+        server keeps) follows. Collective; `load_state_dict` comes after it, if the workers are the same.
+        """
+        return
 
     def state_dict(self) -> dict[str, Any]:
         """Everything of this rank that an exact resume needs beyond parameters and optimizer: tensors and numbers."""

@@ -20,13 +20,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from manyhands.communication.communicator import Communicator
 from manyhands.contract import Batch, Piece, Ready, StateSlice, carried, put_down
 from manyhands.errors import BadInput
 from manyhands.partition.backward import backward
 from manyhands.partition.buckets import Announcer
+from manyhands.partition.rows import RowUpdate, before_lookup, tables, take_gradient, updates_rows_alone
 from manyhands.partition.update import LOST, SliceUpdate, Span, strides_of
 
 log = logging.getLogger(__name__)
@@ -42,7 +43,8 @@ class DataReplica:
 
     ``common=True``: one copy of the parameters may serve all workers (the strategy keeps them equal). Collective:
     every worker starts with rank 0's parameters and buffers. ``shares``: into how many a batch is divided (default: the
-    mesh's data axis), by which a sum over samples is scaled.
+    mesh's data axis), by which a sum over samples is scaled. ``sparse``: tables with sparse gradients become pieces of
+    their own, where the optimizer allows it (see `rows`).
 
     Trainable parameters that the optimizer does not have stay as they are, and their gradients are dropped. A buffer
     whose elements share memory (``expand``) becomes a copy of its own, since nobody can write to it.
@@ -60,6 +62,7 @@ class DataReplica:
         clip: float | None = None,
         precision: str = "float32",
         shares: int | None = None,
+        sparse: bool = False,
     ) -> None:
         self.model, self.optimizer, self.loss = model, optimizer, loss
         self.clip = clip
@@ -75,6 +78,8 @@ class DataReplica:
         self._spans: list[list[Span]] = []
         self._groups: list[int] = []
         self._updates: dict[tuple[int, int, int], SliceUpdate] = {}
+        self._tables: dict[int, nn.Module] = {}  # by sparse piece: what looks rows up in it
+        self._row_updates: dict[int, RowUpdate] = {}
         self._saved_state: Sequence[StateSlice] = ()
         self._lost: set[tuple[str, str]] = set()  # optimizer state that no checkpoint can hold, named once
         self._index: dict[int, int] = {}
@@ -89,7 +94,7 @@ class DataReplica:
             self._autocast = lambda: torch.autocast(device, dtype=torch.bfloat16)
         _separate_elements(model)
         self._buffers = _places_of_buffers(model)
-        self._lay_out(common)
+        self._lay_out(common, tables(model) if sparse and not self._l2 else {})
         self._start_alike()
         if not self.pieces:
             raise BadInput("The optimizer has no trainable parameter; there is nothing to learn.")
@@ -103,17 +108,19 @@ class DataReplica:
             return []
         return [b for place, name in self._buffers if (b := place.get(name)) is not None]
 
-    def _lay_out(self, common: bool) -> None:
+    def _lay_out(self, common: bool, sparse: Mapping[int, nn.Module]) -> None:
         names = {id(p): name for name, p in self.model.named_parameters()}
-        chunks: dict[tuple[int, torch.dtype, torch.device], list[torch.nn.Parameter]] = {}
+        chunks: dict[tuple[int, torch.dtype, torch.device, int], list[torch.nn.Parameter]] = {}
         for g, group in enumerate(self.optimizer.param_groups):
+            by_rows = updates_rows_alone(self.optimizer, g)
             for p in group["params"]:
                 if p.requires_grad:
-                    chunks.setdefault((g, p.dtype, p.device), []).append(p)
-        for (g, dtype, device), parameters in chunks.items():
+                    table = id(p) if by_rows and id(p) in sparse else 0
+                    chunks.setdefault((g, p.dtype, p.device, table), []).append(p)
+        for (g, dtype, device, table), parameters in chunks.items():
             numel = sum(p.numel() for p in parameters)
             flat = self._allocate(numel, dtype, device, common=common)
-            grad = self._allocate(numel, dtype, device, common=False)
+            grad = flat.new_empty(0) if table else self._allocate(numel, dtype, device, common=False)
             spans: list[Span] = []
             at = 0
             writes = self._comm.rank == 0 or not self._comm.is_common(flat)
@@ -123,13 +130,20 @@ class DataReplica:
                 if writes:
                     view.copy_(p.data)
                 p.data = view
-                p.grad = grad[at : at + p.numel()].as_strided(shape, strides, at + grad.storage_offset())
+                if not table:
+                    p.grad = grad[at : at + p.numel()].as_strided(shape, strides, at + grad.storage_offset())
                 spans.append(Span(names.get(id(p), f"group{g}.{len(spans)}"), p, at, at + p.numel()))
                 at += p.numel()
             self._comm.broadcast(flat).wait()
             self._index[id(flat)] = len(self.pieces)
             self._unsettled.add(len(self.pieces))
-            self.pieces.append(Piece(flat, grad, frozenset({"data"}), name=f"group{g}.{str(dtype)[6:]}"))
+            name, bounds = f"group{g}.{str(dtype)[6:]}", [(s.start, s.stop) for s in spans]
+            piece = Piece(flat, grad, frozenset({"data"}), name=name, group=g, spans=bounds)
+            if table:
+                piece.width = parameters[0].shape[1]
+                self._tables[len(self.pieces)] = sparse[table]
+                self._row_updates[len(self.pieces)] = RowUpdate(self.optimizer, piece, spans[0].name)
+            self.pieces.append(piece)
             self._spans.append(spans)
             self._groups.append(g)
 
@@ -166,7 +180,8 @@ class DataReplica:
         """See `contract.Replica.gradients`."""
         t0 = time.perf_counter()
         for piece in self.pieces:
-            piece.grad.zero_()
+            if not piece.width:
+                piece.grad.zero_()
         self._decayed = False
         parameter, grad = next(self._turns)
         if parameter.grad is not grad:
@@ -182,6 +197,8 @@ class DataReplica:
             loss, count = self._passes(batch, _nothing if announcer is None else announcer.last_pass)
             if announcer is not None:
                 announcer.finish(loss, count)
+        for i in self._tables:
+            take_gradient(self.pieces[i], self._spans[i][0].parameter)
         self.compute_s += time.perf_counter() - t0
         self.count = count
         return loss, count
@@ -222,8 +239,10 @@ class DataReplica:
                 last_pass(loss, count)
             backward(objective)
         if counts_itself:
-            for piece in self.pieces:
-                piece.grad.div_(count or 1.0)
+            for i, piece in enumerate(self.pieces):
+                grad = self._spans[i][0].parameter.grad if piece.width else piece.grad
+                if grad is not None:  # no row of a table need have been touched
+                    grad.div_(count or 1.0)
             loss = loss / (count or 1.0)
         return loss, count
 
@@ -236,6 +255,16 @@ class DataReplica:
 
     def _sums(self) -> bool:
         return getattr(self.loss, "reduction", "mean") == "sum"
+
+    def before_lookup(self, piece: int, tell: Callable[[Tensor], None]) -> None:
+        """See `contract.Replica.before_lookup`."""
+        before_lookup(self._tables[piece], tell)
+
+    def share(self, batch: Batch) -> float:
+        """See `contract.Replica.share`."""
+        if self._sums() or batch.total is None:
+            return 1 / self._shares
+        return batch.count / batch.total
 
     def _summed(self, total: Tensor) -> Tensor:
         """A sum over a share, scaled so that the mean over shares is the sum over the batch.
@@ -266,7 +295,7 @@ class DataReplica:
             for hook in hooks:
                 hook.remove()
         for s, (parameter, view) in zip(spans, self._views, strict=True):
-            if parameter.grad is not view:
+            if parameter.grad is not view and view is not None:
                 self._refuse_replaced(parameter)
             s.unused = s.name not in self._in_use
         self._buffers = _places_of_buffers(self.model)  # a first forward may have made some
@@ -309,6 +338,10 @@ class DataReplica:
             return
         t0 = time.perf_counter()
         i = self._index[id(piece.flat)]
+        if i in self._row_updates:
+            self._row_updates[i]()
+            self.update_s += time.perf_counter() - t0
+            return
         if self._l2 and not self._decayed:
             self._add_l2(i, lo, hi)
         self._update(i, lo, hi)()
@@ -386,14 +419,19 @@ class DataReplica:
                 # torch leaves out what has no gradient; one zero more would round the sum of squares otherwise.
                 if start < stop and not s.unused:
                     whole = s.parameter.grad if (start, stop) == (s.start, s.stop) else None
-                    parts[id(s.parameter)] = piece.grad[start:stop] if whole is None else whole
+                    own = piece.grad if piece.width else piece.grad[start:stop]
+                    parts[id(s.parameter)] = own if whole is None else whole
         ordered = [parts.pop(id(p)) for p in self.model.parameters() if id(p) in parts]
         ordered += parts.values()  # of the optimizer's parameters those that are not the model's, such as a loss's
         return torch.nn.utils.get_total_norm(ordered) if ordered else torch.zeros(())
 
     def optimizer_state(self) -> list[StateSlice]:
         """See `contract.Replica.optimizer_state`."""
-        state = [x for update in self._updates.values() for x in update.state()]
+        state = [x for update in self._row_updates.values() for x in update.state()]
+        if not self._updates:  # none since `load_optimizer_state`
+            tables = {s.parameter for s in state}
+            return [*(s for s in self._saved_state if s.parameter not in tables), *state]
+        state += [x for update in self._updates.values() for x in update.state()]
         lost = {(s.parameter, s.key.removesuffix(LOST)) for s in state if s.key.endswith(LOST)} - self._lost
         if lost:
             self._lost |= lost
@@ -405,6 +443,8 @@ class DataReplica:
         """See `contract.Replica.load_optimizer_state`."""
         self._saved_state = tuple(state)
         self._updates.clear()
+        for update in self._row_updates.values():
+            update.load(state)
         if state:
             self.watching, self._unsettled = True, set(range(len(self.pieces)))
             self._in_use = {s.parameter for s in state}

@@ -67,7 +67,7 @@ class Options:
     resume: bool = False
     data_dir: str | None = None
     evaluate: str | int = "epoch"  # epoch | end | never | every so many steps
-    checkpoint_steps: int | None = None  # None: at every epoch's end
+    checkpoint: str | int = "epoch"  # epoch | end | every so many steps
     keep: int = 3
     progress: bool = True
     described: str = ""  # what plan.toml shall say
@@ -178,6 +178,7 @@ def prepare(member: Member, task: Task, plan: Plan, options: Options) -> Run:
         clip=task.clip,
         precision=plan.precision,
         shares=sampler.workers,
+        sparse=strategy.sparse,
     )
     with comm.counting("control"):
         worker = strategy.start(replica, comm)
@@ -291,6 +292,7 @@ def resume(run: Run) -> None:
     for buffer, key in zip(run.replica.buffers, (n for n, _ in run.model.named_buffers()), strict=True):
         if key in found.model:
             buffer.copy_(found.model[key])
+    run.worker.rebase()
     assert isinstance(run.plan.strategy, Strategy)
     since = state.restore(saved, run.worker, run.plan.strategy, comm, run.schedule, device=device_of(run.plan, comm))
     run.cursor, run.history, run.trained_s = cursor, list(saved["history"]), saved["trained_s"]
@@ -449,19 +451,18 @@ def train(run: Run, metrics: MetricsLog, member: Member) -> dict[str, Any]:
             count = len(share.indices)
             if device != "cpu":
                 inputs, target = to_device(inputs, device), to_device(target, device)
-            if good:
+            if good and not worker.stands_still:
                 torch._foreach_copy_(good, replica.buffers[: len(good)])  # a forward may have made more since
             moved_before = counters.moved_B
+            at_end = share.after.epoch != share.before.epoch
+            record_due = _record_is_due(run.options.evaluate, share.after, at_end=at_end)
+            checkpoint_due = _checkpoint_is_due(run.options.checkpoint, share.after, at_end=at_end)
             try:
-                loss = worker.step(Batch(inputs, target, count))
+                loss = worker.step(Batch(inputs, target, count, share.global_count))
+                if record_due or checkpoint_due or _time_is_asked(run, share.after):
+                    worker.meet()
             except NonFiniteLoss as e:
-                for buffer, before in zip(replica.buffers, good, strict=False):
-                    buffer.copy_(before)  # the forward pass has put the bad batch into running statistics
-                spoilt = _spoilt(run)
-                if not spoilt and saved_step != share.before.step:
-                    save(run, share.before, metrics)  # ends with a barrier, so the newest is the same for every rank
-                kept = _newest_finite(run) if spoilt else _newest(run)
-                raise NonFiniteLoss(share.before.step, kept or "", what=e.what, spoilt=spoilt) from None
+                raise stopped(run, e, share.before, good, metrics, saved_step=saved_step) from None
             if run.schedule is not None:
                 _advance(run.schedule)
             cost.moved_B += counters.moved_B - moved_before
@@ -485,15 +486,13 @@ def train(run: Run, metrics: MetricsLog, member: Member) -> dict[str, Any]:
                     },
                 )
                 logged_seen, logged_s = cost.seen, run.trained_s
-            at_end = cursor.epoch != share.before.epoch
             reached = False
-            if _record_is_due(run.options.evaluate, cursor, at_end=at_end):
+            if record_due:
                 with cost.aside(run):
                     record(run, share.before.epoch, metrics)
                 recorded_step = cursor.step
                 reached = _reached_target(run)
-            every = run.options.checkpoint_steps
-            if (at_end and every is None) or (every is not None and cursor.step % every == 0):
+            if checkpoint_due:
                 with cost.aside(run):
                     if run.at_full_length and recorded_step != cursor.step:  # the last checkpoint has the last record
                         record(run, cursor.epoch, metrics, cut_short=True)
@@ -504,11 +503,32 @@ def train(run: Run, metrics: MetricsLog, member: Member) -> dict[str, Any]:
                 metrics.event("ended_early", step=cursor.step, why="target_accuracy" if reached else "seconds")
                 break
     measured = cost.measured(run, clock() - cost.began)
+    if run.cursor.step not in (recorded_step, cost.first_step):
+        try:
+            worker.meet()
+        except NonFiniteLoss as e:
+            raise stopped(run, e, run.cursor, good, metrics, saved_step=saved_step) from None
     if recorded_step != run.cursor.step:  # a run that ends within an epoch, or between two evaluations
         record(run, run.cursor.epoch, metrics, cut_short=True)
     if saved_step != run.cursor.step:
         save(run, run.cursor, metrics)
     return conclude(run, measured, metrics, member)
+
+
+def stopped(
+    run: Run, e: NonFiniteLoss, before: Cursor, good: list[torch.Tensor], metrics: MetricsLog, *, saved_step: int
+) -> NonFiniteLoss:
+    """Keep the last good state, and say what happened. Collective; ``good``: the buffers as they were then."""
+    for buffer, then in zip(run.replica.buffers, good, strict=False):
+        buffer.copy_(then)  # the forward pass has put the bad batch into running statistics
+    spoilt = _spoilt(run)
+    if not spoilt and saved_step != before.step:
+        save(run, before, metrics)  # ends with a barrier, so the newest is the same for every rank
+    kept = _newest_finite(run) if spoilt else _newest(run)
+    assert isinstance(run.plan.strategy, Strategy)
+    steadier = run.plan.strategy.steadier
+    step = before.step if e.rank is None else e.step
+    return NonFiniteLoss(step, kept or "", what=e.what, spoilt=spoilt, rank=e.rank, steadier=steadier)
 
 
 def conclude(run: Run, measured: dict[str, Any], metrics: MetricsLog, member: Member) -> dict[str, Any]:
@@ -522,12 +542,12 @@ def conclude(run: Run, measured: dict[str, Any], metrics: MetricsLog, member: Me
     accuracy = run.history[-1]["test_accuracy"] if run.history else None
     if run.options.evaluate == "end" and run.splits.test is not None:
         accuracy, _ = evaluate(run.model, run.loss, run.splits.test, comm, device=device_of(run.plan, comm))
-    memory_B = _peak_memory(comm)
+    measured |= _of_all_workers(run, measured["step_parts_s"].wait)
     if comm.rank != 0:
         return {}
     summary = _kept_summary(run)
     if summary is None:
-        summary = summarized(run, measured, accuracy, memory_B)
+        summary = summarized(run, measured, accuracy)
         metrics.summary(summary)  # the folder's own, too
     return {
         "summary": summary,
@@ -539,7 +559,7 @@ def conclude(run: Run, measured: dict[str, Any], metrics: MetricsLog, member: Me
     }
 
 
-def summarized(run: Run, measured: dict[str, Any], accuracy: float | None, memory_B: int) -> dict[str, Any]:
+def summarized(run: Run, measured: dict[str, Any], accuracy: float | None) -> dict[str, Any]:
     """``summary.json``."""
     task, cursor = run.task, run.cursor
     return Measurement(
@@ -556,7 +576,6 @@ def summarized(run: Run, measured: dict[str, Any], accuracy: float | None, memor
         seed=task.seed,
         train_loss=run.history[-1]["train_loss"] if run.history else None,
         test_accuracy=accuracy,
-        peak_memory_B=memory_B,
         versions=versions(),
         **measured,
     ).as_dict()
@@ -581,6 +600,11 @@ def _advance(schedule: Any) -> None:
 
 def _record_is_due(evaluate: str | int, cursor: Cursor, *, at_end: bool) -> bool:
     return at_end if isinstance(evaluate, str) else cursor.step % evaluate == 0
+
+
+def _checkpoint_is_due(when: str | int, cursor: Cursor, *, at_end: bool) -> bool:
+    """Before the end of the run, where there always is one."""
+    return at_end and when == "epoch" if isinstance(when, str) else cursor.step % when == 0
 
 
 def record(run: Run, epoch: int, metrics: MetricsLog, *, cut_short: bool = False) -> None:
@@ -623,10 +647,15 @@ def _reached_target(run: Run) -> bool:
     return target is not None and found is not None and found >= target
 
 
+def _time_is_asked(run: Run, cursor: Cursor) -> bool:
+    return run.task.seconds is not None and cursor.step % ASK_EVERY == 0
+
+
 def _out_of_time(run: Run) -> bool:
     """Whether rank 0's clock says so; asked now and then, so that all end at the same step."""
-    if run.task.seconds is None or run.cursor.step % ASK_EVERY:
+    if not _time_is_asked(run, run.cursor):
         return False
+    assert run.task.seconds is not None
     over = torch.tensor([float(run.trained_s >= run.task.seconds)])
     with run.comm.counting("control"):
         run.comm.broadcast(over).wait()
@@ -668,13 +697,24 @@ def _parts(run: Run, before: tuple[float, ...], steps: int) -> StepParts:
     return StepParts(*((now - then) / steps for now, then in zip(_spent(run), before, strict=True)))
 
 
-def _peak_memory(comm: Communicator) -> int:
-    """The largest resident set of any worker during the run, in bytes; memory of a GPU is not in it."""
-    every = torch.zeros(comm.size, dtype=torch.float64)
-    every[comm.rank] = float(memory.peak_B())
+def _of_all_workers(run: Run, wait_s: float) -> dict[str, Any]:
+    """What the summary says of all workers together. Collective.
+
+    ``peak_memory_B`` is the largest resident set of any worker during the run; memory of a GPU is not in it.
+    """
+    comm, staleness = run.comm, run.worker.staleness
+    updates, late = sum(staleness.values()), sum(by * times for by, times in staleness.items())
+    mine = [float(memory.peak_B()), wait_s, float(updates), float(late), float(max(staleness, default=0))]
+    told = torch.tensor([mine] * comm.size, dtype=torch.float64)
     with comm.counting("consensus"):
-        comm.all_reduce(every).wait()
-    return int(every.max())
+        comm.all_gather(told, [(p * len(mine), (p + 1) * len(mine)) for p in range(comm.size)]).wait()
+    memory_B, waits, all_updates, all_late, latest = told.T.tolist()
+    return {
+        "peak_memory_B": int(max(memory_B)),
+        "wait_s_by_worker": waits,
+        "staleness_mean": sum(all_late) / sum(all_updates) if sum(all_updates) else None,
+        "staleness_max": int(max(latest)) if sum(all_updates) else None,
+    }
 
 
 def versions() -> dict[str, str]:

@@ -13,6 +13,10 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
+#: So many changes of a counter are known with their times. Nobody waits for what is further back: clocks would have to
+#: be so many steps apart.
+REMEMBERED = 4096
+
 
 class Operation(NamedTuple):
     """What is priced: one collective or message. Ranks are those of the world, also inside a group."""
@@ -141,6 +145,94 @@ class Elapsed:
 
     def give_up(self, rank: int) -> None:
         """Cannot happen: it is due from the start."""
+
+
+class Turns:
+    """A lock: who has it, and who comes next, in the order of asking."""
+
+    def __init__(self, label: str) -> None:
+        self.label = label
+        self.queue: deque[tuple[int, int]] = deque()  # (group's index, world's rank); the first one has the lock
+        self.free_at = 0.0  # when the last holder gave it back, on the world's clock
+
+    def __str__(self) -> str:
+        return self.label
+
+
+class Turn:
+    """A rank waiting for its turn with a lock."""
+
+    cost_s = 0.0
+
+    def __init__(self, turns: Turns, index: int, rank: int) -> None:
+        self.turns, self.me = turns, (index, rank)
+
+    def __str__(self) -> str:
+        return str(self.turns)
+
+    def due(self) -> float | None:
+        """When the rank before gave the lock back."""
+        return self.turns.free_at if self.turns.queue[0] == self.me else None
+
+    def missing(self) -> str:
+        """Who has it."""
+        return f"{name_ranks([self.turns.queue[0][1]])}, which holds it"
+
+    def give_up(self, rank: int) -> None:
+        """Leave the queue."""
+        self.turns.queue.remove(self.me)
+
+
+class Counters:
+    """A board: every rank's counter, and when it reached which value."""
+
+    def __init__(self, size: int) -> None:
+        self.values = [0] * size
+        self.reached = [deque([(0, 0.0)], maxlen=REMEMBERED) for _ in range(size)]
+
+    def post(self, index: int, value: int, at: float) -> None:
+        """Set one of them."""
+        self.values[index] = value
+        self.reached[index].append((value, at))
+
+
+class FarEnough:
+    """A rank waiting until the counters ``among`` those of a board are at least ``least``."""
+
+    cost_s = 0.0
+
+    def __init__(
+        self, counters: Counters, members: Sequence[int], among: Sequence[int], least: int, doing: str
+    ) -> None:
+        self.counters, self.members, self.among, self.least, self.doing = counters, members, among, least, doing
+
+    def __str__(self) -> str:
+        return self.doing
+
+    def due(self) -> float | None:
+        """When the last of them came so far."""
+        times = self._times()
+        return max(times, default=0.0) if len(times) == len(self.among) else None
+
+    def _times(self) -> list[float]:
+        """When those came so far that have."""
+        come = [i for i in self.among if self.counters.values[i] >= self.least]
+        return [next(at for value, at in self.counters.reached[i] if value >= self.least) for i in come]
+
+    def missing(self) -> str:
+        """Who is behind."""
+        return name_ranks([self.members[i] for i in self.among if self.counters.values[i] < self.least])
+
+    def give_up(self, rank: int) -> None:
+        """Nothing is promised to a rank that waits."""
+
+
+class OneFarEnough(FarEnough):
+    """A rank waiting until one of these counters is."""
+
+    def due(self) -> float | None:
+        """When the first of them came so far."""
+        return min(self._times(), default=None)
 
 
 class Group:

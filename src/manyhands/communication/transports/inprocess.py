@@ -27,16 +27,21 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from manyhands.communication.communicator import DONE, Communicator, Received, Work
+from manyhands.communication.communicator import DONE, Board, Communicator, Lock, Received, Work
 from manyhands.communication.transports import exchange
 from manyhands.communication.transports.events import (
+    Counters,
     Elapsed,
     Event,
+    FarEnough,
     Group,
     Meeting,
     Message,
+    OneFarEnough,
     Operation,
     Receive,
+    Turn,
+    Turns,
     amount,
     name_ranks,
 )
@@ -251,6 +256,33 @@ class InProcessCommunicator(Communicator):
     def _alone(self) -> Communicator:
         return self.world.join(Group((self.world_rank,), f" of {name_ranks([self.world_rank])}"), 0)
 
+    # -- common memory ---------------------------------------------------------------------------------------------
+
+    def locks(self, count: int) -> list[Lock]:
+        """Locks that go from rank to rank in the order of asking."""
+
+        def make(offers: list[None]) -> list[list[Turns]]:
+            return [[Turns(f"lock {i}") for i in range(count)]] * len(offers)
+
+        return [InProcessLock(self, turns) for turns in self._meet("allocate", None, None, make, "locks", count)]
+
+    def board(self) -> Board:
+        """Counters of the world that know when they changed."""
+
+        def make(offers: list[None]) -> list[Counters]:
+            return [Counters(len(offers))] * len(offers)
+
+        return InProcessBoard(self, self._meet("allocate", None, None, make, "board"))
+
+    def _access(self, operation: str, x: Tensor) -> None:
+        world, me = self.world, self.world_rank
+        priced = Operation(operation, x.nbytes, 2, (me,), me, None, common=True)
+        with self._timed(operation):
+            with world.exclusive():
+                at, cost_s = world.charge(priced, (me,))
+            world.wait(self, Elapsed(at, operation, cost_s))
+        self.counters.moved_B += x.nbytes
+
     # -- messages --------------------------------------------------------------------------------------------------
 
     def _send(self, x: Tensor, to: int, tag: int) -> Work:
@@ -347,6 +379,62 @@ class InProcessCommunicator(Communicator):
             yield
         finally:
             counters.communicate_s += world.now(me) - begun - (counters.wait_s - waited)
+
+
+class InProcessBoard:
+    """A board, as one rank sees it."""
+
+    def __init__(self, comm: InProcessCommunicator, counters: Counters) -> None:
+        self._comm, self._counters = comm, counters
+
+    def post(self, value: int) -> None:
+        """Set this rank's counter."""
+        comm = self._comm
+        with comm.world.exclusive():
+            self._counters.post(comm.rank, value, comm.world.now(comm.world_rank))
+            comm.world.wake(comm.group.members)
+
+    def read(self) -> list[int]:
+        """All counters, in rank order."""
+        return list(self._counters.values)
+
+    def wait(self, least: int, doing: str, *, rank: int | None = None) -> list[int]:
+        """All counters, once those of the other ranks (or that of ``rank``) are at least ``least``."""
+        comm = self._comm
+        among = [p for p in range(comm.size) if p != comm.rank] if rank is None else [rank]
+        with comm._timed(doing):
+            comm.world.wait(comm, FarEnough(self._counters, comm.group.members, among, least, doing))
+        return self.read()
+
+    def wait_for_one(self, least: int, doing: str) -> list[int]:
+        """All counters, once one of them is at least ``least``."""
+        comm = self._comm
+        with comm._timed(doing):
+            comm.world.wait(comm, OneFarEnough(self._counters, comm.group.members, range(comm.size), least, doing))
+        return self.read()
+
+
+class InProcessLock:
+    """One lock, as one rank sees it."""
+
+    def __init__(self, comm: InProcessCommunicator, turns: Turns) -> None:
+        self._comm, self._turns = comm, turns
+        self._turn = Turn(turns, comm.rank, comm.world_rank)
+        self.lost: list[int] = []  # a thread's death ends the world
+
+    def __enter__(self) -> None:
+        comm = self._comm
+        with comm._timed(str(self._turns)):
+            with comm.world.exclusive():
+                self._turns.queue.append(self._turn.me)
+            comm.world.wait(comm, self._turn)
+
+    def __exit__(self, *_: object) -> None:
+        world, turns = self._comm.world, self._turns
+        with world.exclusive():
+            turns.queue.popleft()
+            turns.free_at = world.now(self._comm.world_rank)
+            world.wake([rank for _, rank in list(turns.queue)[:1]])
 
 
 def _columns(move: Callable[[list[Tensor], list[float | None]], None]) -> Callable[[list[Any]], None]:

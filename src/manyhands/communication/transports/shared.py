@@ -27,7 +27,9 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from manyhands.communication.communicator import DONE, Communicator, Received, Work
+from manyhands.communication import robust_mutex
+from manyhands.communication.board import SharedBoard, board_B
+from manyhands.communication.communicator import DONE, Board, Communicator, Lock, Received, Work
 from manyhands.communication.mailbox import Mailbox, Outgoing, bytes_needed
 from manyhands.communication.reduction import coefficients, reduce_into, slices
 from manyhands.communication.segment import PAGE_B, Region, Segment
@@ -216,6 +218,25 @@ class SharedCommunicator(Communicator):
         agreed = self._exchange(offset, doing, what)[0]
         assert agreed is not None
         return self._segment.map(int(agreed), size_B)
+
+    def locks(self, count: int) -> list[Lock]:
+        """Robust mutexes in memory of their own."""
+        size_B = max(count, 1) * robust_mutex.LINE_B
+        region = self._reserve(size_B, "allocate", _ALLOCATE + _DTYPE[torch.uint8] + size_B * _NUMEL)
+        if self.rank == 0:
+            for i in range(count):
+                robust_mutex.initialise(region.address + i * robust_mutex.LINE_B)
+        self._meet("allocate", _BARRIER)
+        return [
+            robust_mutex.RobustMutex(region, i, self._names[self.rank], self.context, timeout_s=self.timeout_s)
+            for i in range(count)
+        ]
+
+    def board(self) -> Board:
+        """A board in memory of its own."""
+        size_B = board_B(self.size)
+        region = self._reserve(size_B, "allocate", _ALLOCATE + _DTYPE[torch.uint8] + size_B * _NUMEL)
+        return SharedBoard(region, self._segment, self.rank, self._names, self.context, timeout_s=self.timeout_s)
 
     def mark(self) -> int:
         """Where the memory file ends now."""
