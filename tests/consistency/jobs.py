@@ -366,6 +366,7 @@ def train(comm: Communicator, strategy_text: str, spec: dict[str, Any]) -> dict[
         clip=spec["clip"],
         precision=spec["precision"],
         shares=1 if strategy.whole_batch else comm.size,
+        sparse=strategy.sparse,
     )
     with comm.counting("control"):
         worker = strategy.start(replica, comm)
@@ -379,6 +380,7 @@ def train(comm: Communicator, strategy_text: str, spec: dict[str, Any]) -> dict[
         "traffic": [],
         "raised": None,
     }
+    comm.barrier()  # who shares parameters without locks would see the first steps of the others in his first look
     for step, (inputs, target) in enumerate(batches(spec)):
         comm.step = step
         lo, hi = (0, len(target)) if strategy.whole_batch else cut(len(target), comm.size, spec["shares"])[comm.rank]
@@ -387,7 +389,9 @@ def train(comm: Communicator, strategy_text: str, spec: dict[str, Any]) -> dict[
             own = own * math.nan
         sent_B, messages = comm.counters.sent_B("step"), comm.counters.messages("step")
         try:
-            loss = worker.step(Batch(own, target[lo:hi], hi - lo))
+            loss = worker.step(Batch(own, target[lo:hi], hi - lo, len(target)))
+            if step == len(spec["batches"]) - 1:
+                worker.meet()
         except NonFiniteLoss as e:
             comm.barrier()  # nobody writes any more
             result["raised"] = [e.step, str(e)]
@@ -406,7 +410,7 @@ def train(comm: Communicator, strategy_text: str, spec: dict[str, Any]) -> dict[
     worker.finish()
     result["final"] = vector(p.flat for p in replica.pieces)
     result["traffic"] = [
-        [t.sent_B, t.messages]
+        [[t.sent_B_in(1, after=step), t.messages_in(1, after=step)] for step in range(len(result["sent_B"]))]
         for t in (strategy.traffic(p.flat.numel(), comm.size, p.flat.element_size()) for p in replica.pieces)
     ]
     result["buffers"] = [b.clone() for b in model.buffers()]

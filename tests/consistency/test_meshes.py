@@ -107,7 +107,7 @@ def bucketed(comm, bucket_B):
         declared = [strategy.traffic(p.flat.numel(), comm.size, 8) for p in made.pieces]
         return {
             "counted": [comm.counters.sent_B() - sent_B, comm.counters.messages() - messages],
-            "declared": [2 * sum(t.sent_B for t in declared), 2 * sum(t.messages for t in declared)],
+            "declared": [sum(t.sent_B_in(2) for t in declared), sum(t.messages_in(2) for t in declared)],
             "buckets": comm.counters.tallies["buckets"]["all_reduce"].calls - buckets_before,
             "parameters": torch.cat([p.flat for p in made.pieces]),
         }

@@ -39,7 +39,7 @@ def train(tmp_path, *, workers, strategy="synchronous", **task):
             mh.Plan(workers=workers, strategy=strategy),
             out=tmp_path / "out",
             progress=False,
-            **({"checkpoint_steps": 1} if workers == 1 else {}),
+            **({"checkpoint": 1} if workers == 1 else {}),
         )
     return e.value
 

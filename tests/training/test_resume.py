@@ -10,7 +10,7 @@ import torch
 
 import manyhands as mh
 from manyhands.consistency import strategies
-from manyhands.errors import BadInput, DamagedFile
+from manyhands.errors import BadInput, DamagedFile, InvalidPlan
 from manyhands.testing import run_ranks
 from manyhands.training import checkpoint
 from tests.training.factories import HERE
@@ -85,8 +85,13 @@ def test_a_resume_in_mid_epoch_is_exact(tmp_path, changed, update, stop):
 @pytest.mark.parametrize("name", strategies)
 def test_every_strategy_resumes_exactly_on_every_transport(tmp_path, name, transport):
     workers = 1 if transport == "single" else 2
+    if workers > 1 and not strategies.load(name).deterministic:
+        pytest.skip("a race decides, and no run is like another")
     run = functools.partial(train, workers=workers, strategy=name, transport=transport)
-    whole = run(task())
+    try:
+        whole = run(task())
+    except InvalidPlan as refused:
+        pytest.skip(str(refused))
     run(task(steps=10), out=tmp_path)
     assert same_bits(run(task(), out=tmp_path, resume=True), whole)
 
@@ -111,7 +116,7 @@ def test_looking_and_writing_change_nothing(tmp_path):
     """Checkpoints and evaluations on the way draw no random numbers and touch no state."""
     what = {**NORMED, "epochs": 3, "steps": None}
     quiet = train(task(**what), evaluate="never")
-    watched = train(task(**what), evaluate="epoch", out=tmp_path, checkpoint_steps=2)
+    watched = train(task(**what), evaluate="epoch", out=tmp_path, checkpoint=2)
     assert same_bits(quiet, watched)
 
 
@@ -182,7 +187,7 @@ def test_extra_state_that_is_a_tensor_is_kept(tmp_path, workers):
 
 
 def test_which_checkpoint_was_taken_up_is_an_event(tmp_path):
-    train(task(steps=10), out=tmp_path, checkpoint_steps=4)
+    train(task(steps=10), out=tmp_path, checkpoint=4)
     damage(tmp_path / "checkpoints" / "step-00000010" / "model.safetensors")
     train(task(), out=tmp_path, resume=True)
     events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
@@ -285,7 +290,7 @@ def damage(path):
 
 def test_when_the_newest_checkpoint_is_damaged_the_one_before_is_used_and_it_is_said(tmp_path, caplog):
     whole = train(task(), workers=1)
-    train(task(steps=10), workers=1, out=tmp_path, checkpoint_steps=4)
+    train(task(steps=10), workers=1, out=tmp_path, checkpoint=4)
     damage(tmp_path / "checkpoints" / "step-00000010" / "state.safetensors")
     with caplog.at_level(logging.WARNING, "manyhands"):
         resumed = train(task(), workers=1, out=tmp_path, resume=True)

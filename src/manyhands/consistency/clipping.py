@@ -72,5 +72,5 @@ def _scale(replica: Replica, bounds: Sequence[tuple[int, int]], norm: Tensor) ->
         return False
     factor = torch.clamp(replica.clip / (norm + 1e-6), max=1.0)
     for piece, (lo, hi) in zip(replica.pieces, bounds, strict=True):
-        piece.grad[lo:hi].mul_(factor)
+        (piece.grad if piece.width else piece.grad[lo:hi]).mul_(factor)
     return True

@@ -1,0 +1,89 @@
+"""Asynchronous SGD over a parameter server: nobody waits for anybody (survey §VI-A).
+
+    each worker:   pull θ;  g = ∇ at θ over its share;  push:  θ ← u(θ, g)
+
+A gradient is applied to parameters that others have changed since it was taken: by how many updates is its staleness,
+P − 1 on average, and measured. ``staleness_aware`` divides the learning rate of an update by 1 + its staleness (Zhang,
+Gupta, Lian & Liu 2016, arXiv:1511.05950). The servers apply the user's optimizer, so its state exists once; each push
+is a whole update, and P workers make P of them in the time of a step: a learning rate that is right in lock-step may be
+P times too large here.
+
+Payload per rank and step: n pushed and n pulled. Of a table with sparse gradients only the rows that a batch looks up
+are pulled, at the lookup, and pushed, each with its number: what a step costs does not depend on the table's size.
+Approximation: which updates a gradient misses is decided by a race, so results differ from run to run, and a resume
+takes up parameters, server state and versions exactly but not the race. One worker is plain SGD bit for bit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from manyhands.checks import is_whole
+from manyhands.communication.communicator import Communicator
+from manyhands.consistency import store
+from manyhands.consistency.served import ServedWorker, server_problems
+from manyhands.contract import Batch, Reference, Replica, Setting, Strategy, Traffic, Worker
+from manyhands.errors import Problem
+
+
+@dataclass(frozen=True)
+class Asynchronous(Strategy):
+    """Every gradient is applied as it comes; ``servers``: into how many shards, each with its own lock."""
+
+    name: ClassVar[str] = "asynchronous"
+    paper: ClassVar[Reference] = Reference(
+        "Agarwal & Duchi", "Distributed delayed stochastic optimization", 2011, "arXiv:1104.5525", survey="VI-A"
+    )
+    deterministic: ClassVar[bool] = False
+    sparse: ClassVar[bool] = True
+    steadier: ClassVar[str] = "with asynchronous fewer workers or staleness_aware=True"
+
+    servers: int = 1
+    staleness_aware: bool = False
+
+    def __post_init__(self) -> None:
+        if not is_whole(self.servers, 1):
+            raise ValueError(f"servers={self.servers!r}: the number of shards is a whole number from 1")
+
+    @property
+    def lockstep(self) -> bool:
+        """Never."""
+        return False
+
+    @property
+    def sends_at_most(self) -> bool:
+        """A worker whose share is empty has nothing to push, and of a sparse table only rows travel."""
+        return True
+
+    def traffic(self, numel: int, size: int, itemsize: int = 4) -> Traffic:
+        """A push and a pull."""
+        return store.traffic(numel, size, itemsize, self.servers) + store.traffic(numel, size, itemsize, self.servers)
+
+    def exact(self, setting: Setting) -> bool:
+        """Only alone."""
+        return setting.workers == 1
+
+    def problems(self, setting: Setting) -> list[Problem]:
+        """It needs a server, and the server the optimizer."""
+        return server_problems(self.name, setting)
+
+    def start(self, replica: Replica, comm: Communicator) -> Worker:
+        """This rank's worker."""
+        kept = store.CommonStore(replica, comm, self.servers, optimizer=replica.optimizer, scaled=self.staleness_aware)
+        return AsynchronousWorker(replica, comm, kept)
+
+
+class AsynchronousWorker(ServedWorker):
+    """Pushes and pulls in one go, so that a shard is locked once a step."""
+
+    def step(self, batch: Batch) -> Tensor:
+        """One step; see the file's head."""
+        loss, usable = self.gradients(batch)
+        if usable:
+            self.store.push([piece.grad for piece in self.replica.pieces], pull=True)
+        else:
+            self.store.pull()
+        return loss

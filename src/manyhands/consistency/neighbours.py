@@ -1,0 +1,158 @@
+"""What strategies have in common whose workers exchange with their neighbours in a graph only (survey §VI-A).
+
+    every ``every`` steps: send to the neighbours, receive from the neighbours, mix
+
+Nobody waits for anybody but those it hears from in that exchange. All sends leave before the first receive, so no cycle
+of ranks that wait can close.
+
+News ride along with every message: once a worker stands still (its loss was not finite) its messages name the exchange
+by which all will have heard of it, which the graph bounds; after that exchange all meet and stop. Until then it goes on
+passing on the parameters that it had, which are finite. News and a scalar weight are not counted as payload.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from manyhands.communication import graphs
+from manyhands.communication.communicator import Communicator
+from manyhands.communication.graphs import Graph, Mixing
+from manyhands.consistency.independent import IndependentWorker
+from manyhands.contract import Batch, Replica, Setting, Strategy, Traffic
+from manyhands.errors import Problem
+
+
+@dataclass(frozen=True)
+class OverGraph(Strategy):
+    """A strategy whose workers exchange along the edges of a graph every ``every`` steps.
+
+    ``degree`` and ``seed`` are for random graphs; no degree: `graphs.default_degree`.
+    """
+
+    #: The names in `graphs.GRAPHS` that it can use.
+    choices: ClassVar[tuple[str, ...]]
+
+    graph: str
+    every: int = 1
+    degree: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.graph not in self.choices:
+            raise ValueError(f"graph={self.graph!r}: it is {', '.join(self.choices[:-1])} or {self.choices[-1]}")
+        _check_whole("every", self.every, 1, "steps from one exchange to the next")
+        _check_whole("seed", self.seed, 0, "it draws a random graph")
+        if self.degree is not None:
+            _check_whole("degree", self.degree, 1, "without neighbours there is nothing to exchange")
+            if self.graph not in graphs.OF_A_DEGREE:
+                raise ValueError(f"degree={self.degree} with graph={self.graph!r}, which has a degree of its own")
+
+    @property
+    def lockstep(self) -> bool:
+        """News take as many exchanges as the graph is wide."""
+        return False
+
+    def rounds(self, size: int) -> Graph:
+        """The graph over ``size`` ranks."""
+        return graphs.build(self.graph, size, self.degree, self.seed)
+
+    def traffic(self, numel: int, size: int, itemsize: int = 4) -> Traffic:
+        """d · n elements in d messages at every exchange, where d is how many ranks one sends to."""
+        if size == 1:
+            return Traffic()
+        d = len(self.rounds(size)[0].receivers(0))
+        return Traffic(d * numel * itemsize, d, every=self.every)
+
+    def exact(self, setting: Setting) -> bool:
+        """Only alone."""
+        return setting.workers == 1
+
+    def problems(self, setting: Setting) -> list[Problem]:
+        """A graph that there is not for so many workers."""
+        why = graphs.objection(self.graph, setting.workers, self.degree)
+        return [] if why is None else [Problem(f"{self} with workers={setting.workers}", *why)]
+
+
+def _check_whole(name: str, value: Any, least: int, what: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}={value!r}: a whole number from {least}; {what}")
+
+
+class NeighbourWorker(IndependentWorker):
+    """Trains alone and exchanges along the graph; a subclass says what comes of what arrives."""
+
+    def __init__(self, replica: Replica, comm: Communicator, strategy: OverGraph) -> None:
+        super().__init__(replica, comm)
+        self.every = strategy.every
+        self.graphs = [strategy.rounds(group.size) for group in self.groups]
+        self._outboxes = [_Parcel(piece.flat) for piece in replica.pieces]
+        self._inboxes: list[list[_Parcel]] = [[] for _ in replica.pieces]
+        self._due = math.inf  # the exchange after which all meet, since one of them stands still
+        # News that cross a cut of the model travel by `meet` alone.
+        whole = all(group.size == comm.size for group in self.groups)
+        self._spread = graphs.reach(self.graphs[0]) if whole else None
+
+    def step(self, batch: Batch) -> Tensor:
+        """An update of one's own, then, when it is time, an exchange."""
+        loss = self.own_step(batch)
+        if self.comm.size > 1 and self.steps % self.every == 0:
+            self._exchange(self.steps // self.every)
+        return loss
+
+    @abstractmethod
+    def mix(self, i: int, mixing: Mixing) -> None:
+        """Exchange piece ``i`` in this round (`swap`) and adopt what comes of it."""
+
+    def _exchange(self, k: int) -> None:
+        """The k-th of the run, from 1."""
+        if self.stands_still and self._spread is not None:
+            self._due = min(self._due, k + self._spread - 1)
+        for i, graph in enumerate(self.graphs):
+            self.mix(i, graph[(k - 1) % len(graph)])
+        if k >= self._due:
+            self.meet()
+
+    def swap(self, i: int, mixing: Mixing, vector: Tensor, weight: float = 1.0) -> dict[int, tuple[Tensor, float]]:
+        """Send ``vector``, ``weight`` riding along, to the neighbours; what arrived, by rank, until the next swap."""
+        comm, group, out = self.comm, self.groups[i], self._outboxes[i]
+        to, senders = mixing.receivers(group.rank), [p for p in mixing.taken(group.rank) if p != group.rank]
+        inbox = self._inboxes[i]
+        inbox += [_Parcel(vector) for _ in range(len(senders) - len(inbox))]
+        out.pack(vector, self._due, weight)
+        with comm.counting("parcels"):
+            works = [group.send(out.whole, q) for q in to]
+            for p, parcel in zip(senders, inbox, strict=False):
+                group.recv(parcel.whole, frm=p)
+            for work in works:
+                work.wait()
+        tally = comm.counters.tallies[comm.context.purpose]["send"]
+        tally.calls += len(to)
+        tally.messages += len(to)
+        tally.sent_B += len(to) * vector.nbytes
+        arrived = {}
+        for p, parcel in zip(senders, inbox, strict=False):
+            due, weight_of_p = parcel.head.tolist()
+            self._due = min(self._due, due)
+            arrived[p] = parcel.body, weight_of_p
+        return arrived
+
+
+class _Parcel:
+    """A message as it travels: two numbers, then a vector like ``like``."""
+
+    def __init__(self, like: Tensor) -> None:
+        head_B = 2 * torch.float64.itemsize
+        self.whole = torch.empty(head_B + like.nbytes, dtype=torch.uint8, device=like.device)
+        self.head = self.whole[:head_B].view(torch.float64)
+        self.body = self.whole[head_B:].view(like.dtype)
+
+    def pack(self, vector: Tensor, due: float, weight: float) -> None:
+        """Put it in."""
+        self.head.copy_(torch.tensor([due, weight], dtype=torch.float64))
+        self.body.copy_(vector)

@@ -1,0 +1,102 @@
+"""What the workers of parameter-server strategies have in common: a gradient each, no barrier, and a way to stop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from manyhands.communication.communicator import Communicator
+from manyhands.consistency.clipping import clip_own_
+from manyhands.consistency.independent import told_what_diverged
+from manyhands.consistency.store import CommonStore
+from manyhands.contract import Batch, Parameters, Replica, Setting, Worker
+from manyhands.errors import Problem
+
+
+def server_problems(name: str, setting: Setting, *, optimizer: bool = True) -> list[Problem]:
+    """What keeps a strategy of this family from working in ``setting``."""
+    found = []
+    if not setting.shares_memory:
+        found.append(
+            Problem(
+                f"{name} on transport={setting.transport}",
+                "its servers are memory that all workers share.",
+                "Use transport=shared or threads.",
+            )
+        )
+    if optimizer and not setting.served:
+        found.append(
+            Problem(
+                f"{name} with this optimizer",
+                "a server applies sgd, adagrad, adam or adamw (without maximize, amsgrad, fused or hooks).",
+                "Use one of these, or a strategy whose workers update for themselves, e.g. ssp or local.",
+            )
+        )
+    return found
+
+
+class ServedWorker(Worker):
+    """Computes gradients on what it has pulled; a subclass says when it pulls and pushes."""
+
+    def __init__(self, replica: Replica, comm: Communicator, store: CommonStore) -> None:
+        super().__init__(replica, comm)
+        self.store = store
+        self.steps = 0  # done so far, of the whole run
+        self._diverged: tuple[int, str] | None = None
+
+    def gradients(self, batch: Batch) -> tuple[Tensor, bool]:
+        """This worker's loss, and whether there is a gradient to apply, clipped by its own norm.
+
+        A loss or gradient that is not finite stops all workers, here and now (`NonFiniteLoss`).
+        """
+        self.steps += 1
+        if self.store.stopped:
+            self.meet()
+        replica = self.replica
+        loss, count = replica.gradients(batch)
+        if not math.isfinite(loss.item()):
+            self._diverge("loss")
+        if not (count and batch.count):
+            return loss, False
+        replica.add_l2([(0, piece.flat.numel()) for piece in replica.pieces])
+        if not clip_own_(replica):
+            self._diverge("gradient")
+        return loss, True
+
+    def _diverge(self, what: str) -> None:
+        step = self.comm.step if self.comm.step is not None else self.steps - 1
+        self._diverged = step, what
+        self.store.stop(step)
+        self.meet()
+
+    def meet(self) -> None:
+        """See `contract.Worker.meet`."""
+        told_what_diverged(self.comm, self._diverged)
+
+    @property
+    def staleness(self) -> Mapping[int, int]:
+        """By updates that came between a worker's pull and its push."""
+        return self.store.staleness
+
+    def consensus(self) -> Parameters:
+        """What the servers hold."""
+        return self.store.snapshot()
+
+    def rebase(self) -> None:
+        """The servers hold what the replicas do."""
+        self.store.rebase()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What this worker has pulled, and the servers' state."""
+        pulled = [piece.flat.detach().clone() for piece in self.replica.pieces]
+        return {"steps": self.steps, "pulled": pulled, "store": self.store.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up a `state_dict` of the same rank. Collective."""
+        self.steps = state["steps"]
+        for piece, pulled in zip(self.replica.pieces, state["pulled"], strict=True):
+            piece.flat.copy_(pulled)
+        self.store.load_state_dict(state["store"])

@@ -1,0 +1,378 @@
+"""A parameter server: parameters that nobody owns, pulled and pushed a shard at a time (survey §VI-A).
+
+    pull   read a shard, and its version
+    push   the shard's own optimizer takes a gradient: θ ← u(θ, g), version ← version + 1
+    add    θ ← θ + δ, version ← version + 1
+
+Li et al., "Scaling distributed machine learning with the parameter server", OSDI 2014; the shards, each with its own
+optimizer and version, are DistBelief's (Dean et al. 2012). Shards cut every piece into equal slices, so that all have
+the same amount to do. What a push finds newer than what its worker has pulled is its *staleness*, in updates.
+
+`CommonStore` is the server without a process: the shards lie in memory that all workers see, and whoever pushes does
+the server's work itself, under the shard's lock. A worker that dies meanwhile leaves a lock for the next to take over.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from manyhands.communication.communicator import Communicator
+from manyhands.communication.reduction import slices
+from manyhands.contract import Parameters, Replica, Traffic
+from manyhands.models.update_rules import Rule, rule_of
+
+
+class Shard(NamedTuple):
+    """``pieces[piece].flat[lo:hi]``; ``units`` are the parts of it that belong to single parameters."""
+
+    piece: int
+    lo: int
+    hi: int
+    units: slice  # in the store's list of all units
+
+
+class Unit(NamedTuple):
+    """The part of one parameter that lies in one shard: it has been updated as a whole or not at all."""
+
+    lo: int
+    hi: int
+    parameter: int  # counted over all pieces
+
+
+def bounds(numel: int, servers: int, width: int = 0) -> list[tuple[int, int]]:
+    """How a piece is cut among the servers, a table between its rows; small pieces have fewer shards."""
+    if width:
+        cuts = [numel // width * s // servers * width for s in range(servers + 1)]
+        return [(lo, hi) for lo, hi in itertools.pairwise(cuts) if hi > lo]
+    return [(lo, hi) for lo, hi in slices(numel, servers) if hi > lo]
+
+
+def traffic(numel: int, size: int, itemsize: int, servers: int, *, every: int = 1, first: int = 0) -> Traffic:
+    """Of pulling or pushing all shards of a piece once in ``every`` steps: n elements. A worker alone sends nothing."""
+    if size == 1:
+        return Traffic()
+    return Traffic(numel * itemsize, len(bounds(numel, servers)), every, first)
+
+
+class Store(ABC):
+    """One worker's end of the servers."""
+
+    def __init__(self, replica: Replica, servers: int) -> None:
+        self.replica = replica
+        #: How often an update was so many updates late.
+        self.staleness: Counter[int] = Counter()
+        self.shards: list[Shard] = []
+        self.units: list[Unit] = []
+        parameters = 0
+        for i, piece in enumerate(replica.pieces):
+            spans = list(piece.spans) or [(0, piece.flat.numel())]
+            for lo, hi in bounds(piece.flat.numel(), servers, piece.width):
+                first = len(self.units)
+                for p, (start, stop) in enumerate(spans):
+                    if max(lo, start) < min(hi, stop):
+                        self.units.append(Unit(max(lo, start), min(hi, stop), parameters + p))
+                self.shards.append(Shard(i, lo, hi, slice(first, len(self.units))))
+            parameters += len(spans)
+        self.parameters = parameters
+        self.read = [0] * len(self.shards)  # the version of each shard that this worker has pulled
+
+    @abstractmethod
+    def pull(self) -> None:
+        """All shards into the replica's pieces."""
+
+    @abstractmethod
+    def push(self, vectors: Sequence[Tensor], *, pull: bool = False) -> None:
+        """A gradient a piece, to the servers' optimizer; with ``pull`` each shard comes back as it then is."""
+
+    @abstractmethod
+    def add(self, vectors: Sequence[Tensor]) -> None:
+        """A change a piece, added as it is."""
+
+    @abstractmethod
+    def snapshot(self) -> Parameters:
+        """Everything as it is once all workers have come here. Collective, counted as ``consensus``."""
+
+    @abstractmethod
+    def stop(self, step: int) -> None:
+        """Tell the other workers to come to a `Worker.meet`, because of what happened in ``step``."""
+
+    @property
+    @abstractmethod
+    def stopped(self) -> bool:
+        """Whether somebody has called `stop`."""
+
+
+class CommonStore(Store):
+    """Shards in common memory, each under a lock.
+
+    ``optimizer`` is what a push does, with the hyper-parameters that it has then; without one there is only `add`.
+    ``scaled``: the learning rate is divided by 1 + staleness (Zhang et al. 2016, arXiv:1511.05950).
+    """
+
+    def __init__(
+        self,
+        replica: Replica,
+        comm: Communicator,
+        servers: int,
+        *,
+        optimizer: torch.optim.Optimizer | None = None,
+        scaled: bool = False,
+    ) -> None:
+        super().__init__(replica, servers)
+        self._comm, self._scaled = comm, scaled
+        self._optimizer = optimizer
+        self.flats = [comm.allocate(p.flat.numel(), p.flat.dtype, common=True) for p in replica.pieces]
+        self._rules = [None if optimizer is None else self._rule(i) for i in range(len(replica.pieces))]
+        self._slots = [
+            [comm.allocate(p.flat.numel(), p.flat.dtype, common=True) for _ in range(rule.slots if rule else 0)]
+            for p, rule in zip(replica.pieces, self._rules, strict=True)
+        ]
+        self._versions, self._updates, self._used, self._stop = (
+            counters(comm, n) for n in (len(self.shards), len(self.units), self.parameters, 1)
+        )
+        self._locks = comm.locks(len(self.shards))
+        # Workers begin with different shards, so that they meet at a lock only by chance.
+        first = comm.rank * len(self.shards) // comm.size
+        self._order = [*range(first, len(self.shards)), *range(first)]
+        for i, piece in enumerate(replica.pieces):
+            if piece.width:
+                for slot in self._slots[i]:  # Adagrad's squares; what is looked up late begins like the rest
+                    slot.fill_(self._first_value(i))
+                replica.before_lookup(i, functools.partial(self._pull_rows, i))
+        self.rebase()
+
+    def _rule(self, i: int) -> Rule:
+        assert self._optimizer is not None
+        rule = rule_of(self._optimizer, self._group_of(i))
+        assert rule is not None, "the plan has been checked"
+        return rule
+
+    def _first_value(self, i: int) -> float:
+        assert self._optimizer is not None
+        return float(self._optimizer.param_groups[self._group_of(i)].get("initial_accumulator_value", 0.0))
+
+    def _group_of(self, i: int) -> int:
+        """A server's optimizer of its own has one group for all pieces."""
+        assert self._optimizer is not None
+        return self.replica.pieces[i].group if self._optimizer is self.replica.optimizer else 0
+
+    def rebase(self) -> None:
+        """The shards become what rank 0's pieces hold. Collective."""
+        if self._comm.rank == 0:
+            for flat, piece in zip(self.flats, self.replica.pieces, strict=True):
+                flat.copy_(piece.flat)
+        self._comm.barrier()
+
+    def pull(self) -> None:
+        """See `Store.pull`."""
+        for s in self._order:
+            shard = self.shards[s]
+            if self.replica.pieces[shard.piece].width:
+                continue  # rows come when they are looked up
+            theirs, mine = self._both(shard)
+            self._comm.access("pull", mine)
+            with self._locks[s]:
+                mine.copy_(theirs)
+                self.read[s] = int(self._versions[s])
+
+    def push(self, vectors: Sequence[Tensor], *, pull: bool = False) -> None:
+        """See `Store.push`."""
+        self._share_what_is_in_use()
+        for s in self._order:
+            shard = self.shards[s]
+            if self.replica.pieces[shard.piece].width:
+                self._push_rows(s, vectors[shard.piece])
+                continue
+            theirs, mine = self._both(shard)
+            self._comm.access("push", vectors[shard.piece][shard.lo : shard.hi])
+            if pull:
+                self._comm.access("pull", mine)
+            with self._locks[s]:
+                late = int(self._versions[s]) - self.read[s]
+                self._update(shard, vectors[shard.piece], late)
+                self._versions[s] += 1
+                if pull:
+                    mine.copy_(theirs)
+                    self.read[s] = int(self._versions[s])
+            self.staleness[late] += 1
+
+    def _pull_rows(self, i: int, rows: Tensor) -> None:
+        """The rows that a forward is about to look up."""
+        piece = self.replica.pieces[i]
+        for s, shard in enumerate(self.shards):
+            if shard.piece != i:
+                continue
+            own = _within(rows, shard, piece.width)
+            if len(own):
+                mine, theirs = (flat.view(-1, piece.width) for flat in (piece.flat, self.flats[i]))
+                self._comm.access("pull", own)  # the request
+                self._comm.access("pull", mine[: len(own)])  # the answer
+                with self._locks[s]:
+                    mine[own] = theirs[own]
+                    self.read[s] = int(self._versions[s])
+
+    def _push_rows(self, s: int, values: Tensor) -> None:
+        """Of a sparse piece, what lies in shard ``s``."""
+        shard = self.shards[s]
+        piece = self.replica.pieces[shard.piece]
+        assert piece.rows is not None
+        own = _within(piece.rows, shard, piece.width)
+        if not len(own):
+            return
+        first = int(torch.searchsorted(piece.rows, own[0]))
+        gradient = values.view(-1, piece.width)[first : first + len(own)]
+        self._comm.access("push", own)
+        self._comm.access("push", gradient)
+        with self._locks[s]:
+            late = int(self._versions[s]) - self.read[s]
+            self._update_rows(shard, own, gradient, late)
+            self._versions[s] += 1
+        self.staleness[late] += 1
+
+    def _update_rows(self, shard: Shard, rows: Tensor, gradient: Tensor, late: int) -> None:
+        """The servers' optimizer on some rows of a table; all others it would leave as they are."""
+        rule, group = self._rule_and_group(shard, late)
+        updates = self._updates[shard.units]
+        updates += 1
+        shape = -1, self.replica.pieces[shard.piece].width
+        table, slots = self.flats[shard.piece].view(shape), [s.view(shape) for s in self._slots[shard.piece]]
+        theta, state = table[rows], [slot[rows] for slot in slots]
+        rule.apply(theta, gradient, state, int(updates[0]), group)
+        table[rows] = theta
+        for slot, values in zip(slots, state, strict=True):
+            slot[rows] = values
+
+    def receive(self, vectors: Sequence[Tensor]) -> None:
+        """What servers do with a gradient once they have it: nothing is sent."""
+        self._share_what_is_in_use()
+        for s, shard in enumerate(self.shards):
+            with self._locks[s]:
+                self._update(shard, vectors[shard.piece], 0)
+                self._versions[s] += 1
+
+    def add(self, vectors: Sequence[Tensor]) -> None:
+        """See `Store.add`."""
+        for s in self._order:
+            shard = self.shards[s]
+            change = vectors[shard.piece][shard.lo : shard.hi]
+            self._comm.access("push", change)
+            with self._locks[s]:
+                self.flats[shard.piece][shard.lo : shard.hi].add_(change)
+                self._versions[s] += 1
+
+    def _both(self, shard: Shard) -> tuple[Tensor, Tensor]:
+        """The shard itself, and where this worker has its copy."""
+        own = self.replica.pieces[shard.piece].flat
+        return self.flats[shard.piece][shard.lo : shard.hi], own[shard.lo : shard.hi]
+
+    def _share_what_is_in_use(self) -> None:
+        """A parameter that some worker's backward has reached is in use for all."""
+        if not self.replica.watching:
+            if not self._used.all():
+                self._used[:] = 1
+            return
+        reached, first = self.replica.reached(), 0
+        settled = {}
+        for i, piece in enumerate(self.replica.pieces):
+            used = self._used[first : first + max(len(piece.spans), 1)]
+            if i in reached:
+                used |= reached[i].numpy().astype(np.int64)
+                settled[i] = torch.from_numpy(used.astype(np.float32))
+            else:
+                used[:] = 1
+            first += len(used)
+        self.replica.settle(settled)
+
+    def _update(self, shard: Shard, vector: Tensor, late: int) -> None:
+        """The servers' optimizer on the parameters that are in use."""
+        rule, group = self._rule_and_group(shard, late)
+        flat, slots = self.flats[shard.piece], self._slots[shard.piece]
+        for lo, hi, t in self._runs(shard):
+            rule.apply(flat[lo:hi], vector[lo:hi], [slot[lo:hi] for slot in slots], t, group)
+
+    def _rule_and_group(self, shard: Shard, late: int) -> tuple[Rule, Mapping[str, Any]]:
+        rule, optimizer = self._rules[shard.piece], self._optimizer
+        assert rule is not None
+        assert optimizer is not None
+        group: Mapping[str, Any] = optimizer.param_groups[self._group_of(shard.piece)]
+        if self._scaled and late:
+            group = {**group, "lr": group["lr"] / (1 + late)}
+        return rule, group
+
+    def _runs(self, shard: Shard) -> list[tuple[int, int, int]]:
+        """``(lo, hi, t)``: neighbours in use that are all updated for the t-th time now."""
+        updates = self._updates[shard.units]
+        if not self.replica.watching and (updates == updates[0]).all():
+            updates += 1
+            return [(shard.lo, shard.hi, int(updates[0]))]
+        runs: list[tuple[int, int, int]] = []
+        for k, unit in enumerate(self.units[shard.units]):
+            if not self._used[unit.parameter]:
+                continue
+            updates[k] += 1
+            t = int(updates[k])
+            if runs and runs[-1][1] == unit.lo and runs[-1][2] == t:
+                runs[-1] = (runs[-1][0], unit.hi, t)
+            else:
+                runs.append((unit.lo, unit.hi, t))
+        return runs
+
+    def snapshot(self) -> Parameters:
+        """See `Store.snapshot`."""
+        with self._comm.counting("consensus"):
+            self._comm.barrier()
+            agreed = tuple(flat.clone() for flat in self.flats)
+            self._comm.barrier()
+        return agreed
+
+    def stop(self, step: int) -> None:
+        """See `Store.stop`."""
+        self._stop[0] = step + 1
+
+    @property
+    def stopped(self) -> bool:
+        """See `Store.stopped`."""
+        return bool(self._stop[0])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of this worker its versions; of rank 0 the servers' state, too, without the parameters themselves."""
+        state: dict[str, Any] = {"read": list(self.read)}
+        if self._comm.rank == 0:
+            state["slots"] = [[slot.clone() for slot in slots] for slots in self._slots]
+            state |= {name: each.tolist() for name, each in self._counts().items()}
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up a `state_dict` of the same rank. Collective."""
+        self.read = list(state["read"])
+        if self._comm.rank == 0:
+            for slots, saved in zip(self._slots, state["slots"], strict=True):
+                for slot, values in zip(slots, saved, strict=True):
+                    slot.copy_(values)
+            for name, each in self._counts().items():
+                each[:] = state[name]
+        self._comm.barrier()
+
+    def _counts(self) -> dict[str, np.ndarray[Any, np.dtype[np.int64]]]:
+        return {"versions": self._versions, "updates": self._updates, "used": self._used}
+
+
+def _within(rows: Tensor, shard: Shard, width: int) -> Tensor:
+    """Those of ``rows``, which are in order, that lie in ``shard``."""
+    first, last = torch.searchsorted(rows, torch.tensor([shard.lo // width, shard.hi // width])).tolist()
+    return rows[first:last]
+
+
+def counters(comm: Communicator, n: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """``n`` whole numbers that all workers see; torch's own access to one element takes ten times as long."""
+    result: np.ndarray[Any, np.dtype[np.int64]] = comm.allocate(n, torch.int64, common=True).numpy()
+    return result

@@ -1,0 +1,385 @@
+"""Parameter server, SSP, HOGWILD: pushes arrive once, staleness is bounded and measured, races are survived."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from manyhands.communication.communicator import Communicator
+from manyhands.consistency import store
+from manyhands.contract import Batch, Setting
+from manyhands.errors import BadInput
+from manyhands.partition.data import DataReplica
+from manyhands.plan import strategy_from
+from manyhands.testing import run_ranks
+from tests.consistency import jobs
+from tests.consistency.jobs import problem
+
+SHARING = ("threads", "shared", "simulated")
+
+
+def started(comm: Communicator, text: str, spec: dict):
+    strategy = strategy_from(text)
+    model, opt = jobs.build(spec)
+    replica = DataReplica(model, opt, jobs.LOSSES[spec["loss"]], comm, common=strategy.parameters == "common")
+    with comm.counting("control"):
+        return strategy.start(replica, comm)
+
+
+def shares(comm: Communicator, spec: dict, *, steps: int):
+    """Batches without end; each worker's share of them."""
+    for inputs, target in itertools.islice(itertools.cycle(jobs.batches(spec)), steps):
+        lo, hi = jobs.cut(len(target), comm.size, "even")[comm.rank]
+        yield Batch(inputs[lo:hi], target[lo:hi], hi - lo, len(target))
+
+
+# -- shards ------------------------------------------------------------------------------------------------------------
+
+
+@given(numel=st.integers(0, 5000), servers=st.integers(1, 9))
+def test_shards_tile_a_piece_and_are_balanced(numel, servers):
+    cuts = store.bounds(numel, servers)
+    assert [x for lo, hi in cuts for x in range(lo, hi)] == list(range(numel))
+    assert len(cuts) <= servers
+    sizes = [hi - lo for lo, hi in cuts] or [0]
+    assert max(sizes) <= numel / servers + 64  # cuts lie at multiples of 64
+
+
+# -- conservation ------------------------------------------------------------------------------------------------------
+
+
+def push_and_add(comm: Communicator, text: str, spec: dict, steps: int) -> dict:
+    """Plain SGD with rate 1 on the servers: they end at the start minus all that was pushed."""
+    worker = started(comm, text, spec)
+    pushed = [torch.zeros_like(p.flat) for p in worker.replica.pieces]
+    kept = worker.store
+    push = kept.push
+
+    def noted(vectors, **how):
+        for sum_, vector in zip(pushed, vectors, strict=True):
+            sum_ += vector
+        push(vectors, **how)
+
+    kept.push = noted
+    accrued = [torch.zeros_like(p.flat) for p in worker.replica.pieces]
+    for step, batch in enumerate(shares(comm, spec, steps=steps)):
+        comm.step = step
+        worker.step(batch)
+        for sum_, piece in zip(accrued, worker.replica.pieces, strict=True):
+            sum_ += piece.grad
+    left = getattr(worker, "accrued", [torch.zeros_like(p.flat) for p in worker.replica.pieces])
+    left = [x if getattr(worker, "_sums", False) else torch.zeros_like(x) for x in left]
+    end = worker.consensus()
+    start = jobs.vector(jobs.build(spec)[0].parameters())
+    comm.barrier()
+    return {
+        "moved": jobs.vector(end) - start,
+        "pushed": jobs.vector(pushed),
+        "accrued": jobs.vector(accrued),
+        "left": jobs.vector(left),
+        "staleness": sorted(worker.staleness.items()),
+    }
+
+
+@pytest.mark.parametrize("on", SHARING)
+@pytest.mark.parametrize(
+    "text", ["asynchronous", "asynchronous(servers=3)", "downpour(fetch=2, push=3, server='sgd(lr=0.1)')"]
+)
+def test_servers_move_by_the_sum_of_what_was_pushed_and_nothing_is_lost_or_applied_twice(on, text):
+    results = run_ranks(push_and_add, 3, on=on, args=(text, problem(), 25))
+    total = sum(r["pushed"] for r in results)
+    assert (results[0]["moved"] + 0.1 * total).abs().max() < 1e-12
+    for r in results:
+        assert (r["pushed"] + r["left"] - r["accrued"]).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("on", SHARING)
+def test_staleness_is_measured_once_a_push_and_shard(on):
+    for servers in (1, 2):
+        results = run_ranks(push_and_add, 3, on=on, args=(f"asynchronous(servers={servers})", problem(), 20))
+        assert all(sum(n for _, n in r["staleness"]) == 20 * servers for r in results)
+        assert all(late >= 0 for r in results for late, _ in r["staleness"])
+
+
+# -- degenerate identities ---------------------------------------------------------------------------------------------
+
+
+def trajectory(comm: Communicator, text: str, spec: dict, steps: int) -> torch.Tensor:
+    worker = started(comm, text, spec)
+    seen = []
+    for step, batch in enumerate(shares(comm, spec, steps=steps)):
+        comm.step = step
+        worker.step(batch)
+        seen.append(jobs.vector(p.flat for p in worker.replica.pieces))
+    worker.meet()
+    worker.finish()
+    seen.append(jobs.vector(p.flat for p in worker.replica.pieces))
+    comm.barrier()
+    return torch.stack(seen)
+
+
+@pytest.mark.parametrize("servers", [2, 5])
+@pytest.mark.parametrize("optimizer", ["momentum", "adam", "adagrad"])
+@pytest.mark.parametrize("strategy", ["asynchronous", "downpour"])
+def test_with_one_worker_the_number_of_servers_is_irrelevant(strategy, optimizer, servers):
+    spec = problem(optimizer=optimizer)
+    one, many = (
+        run_ranks(trajectory, 1, on="single", args=(f"{strategy}(servers={n})", spec, 8))[0] for n in (1, servers)
+    )
+    assert torch.equal(one, many)
+
+
+def test_a_downpour_client_alone_with_both_periods_1_is_adagrad_on_the_server():
+    spec = problem()
+    (mine,) = run_ranks(trajectory, 1, on="single", args=("downpour(server='adagrad(lr=0.05)')", spec, 4))
+    with jobs.one_thread():
+        model, _ = jobs.build(spec)
+        opt = torch.optim.Adagrad(model.parameters(), lr=0.05)
+        for step, (x, target) in enumerate(jobs.batches(spec)):
+            opt.zero_grad()
+            jobs.LOSSES["mean"](model(x), target).backward()
+            opt.step()
+            assert torch.equal(mine[step], jobs.vector(model.parameters()))
+
+
+@pytest.mark.parametrize("on", SHARING)
+def test_ssp_without_staleness_is_lock_step(on):
+    spec = problem()
+    mine = run_ranks(trajectory, 3, on=on, args=("ssp(staleness=0)", spec, 12))
+    theirs = run_ranks(trajectory, 3, on="simulated", args=("synchronous(update='replicated')", spec, 12))
+    assert (mine[0][-1] - theirs[0][-1]).abs().max() < 1e-12
+
+
+def own_writes(comm: Communicator) -> torch.Tensor:
+    """A worker's parameters without a pull, against its own updates alone: their largest difference, by step."""
+    worker = started(comm, "ssp(staleness=3)", problem())
+    pieces, differences = worker.replica.pieces, []
+    for batch in shares(comm, problem(), steps=3):
+        before = jobs.vector(p.flat for p in pieces)
+        worker.step(batch)
+        part = batch.count / batch.total
+        expected = before - 0.1 * part * jobs.vector(p.grad for p in pieces)
+        differences.append((jobs.vector(p.flat for p in pieces) - expected).abs().max())
+    assert comm.counters.tallies["step"]["pull"].calls == 0
+    comm.barrier()
+    return torch.stack(differences)
+
+
+def test_an_ssp_worker_sees_its_own_writes_at_once():
+    assert all(d.max() < 1e-12 for d in run_ranks(own_writes, 2, on="simulated"))
+
+
+# -- bounded staleness -------------------------------------------------------------------------------------------------
+
+
+def dawdled(comm: Communicator, text: str, steps: int, seed: int) -> dict:
+    spec = problem()
+    worker = started(comm, text, spec)
+    if comm.transport == "simulated":
+        generator = torch.Generator().manual_seed(seed + comm.rank)
+        gradients = worker.replica.gradients
+
+        def slow(*args):
+            comm.elapse(float(torch.rand((), generator=generator)) ** 4)  # now and then one is very late
+            return gradients(*args)
+
+        worker.replica.gradients = slow
+    else:
+        jobs.slow_down(worker.replica, seed, comm.rank)
+    for step, batch in enumerate(shares(comm, spec, steps=steps)):
+        comm.step = step
+        worker.step(batch)
+    worker.meet()
+    worker.finish()
+    finite = all(bool(p.flat.isfinite().all()) for p in worker.replica.pieces)
+    comm.barrier()
+    return {
+        "staleness": sorted(worker.staleness.items()),
+        "finite": finite,
+        "pulled_B": comm.counters.tallies["step"]["pull"].sent_B,
+    }
+
+
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("bound", [0, 1, 3])
+@pytest.mark.parametrize("on", SHARING)
+def test_no_read_is_staler_than_the_bound(on, bound, cached):
+    results = run_ranks(dawdled, 3, on=on, args=(f"ssp(staleness={bound}, cached={cached})", 25, 4))
+    seen = [late for r in results for late, _ in r["staleness"]]
+    assert max(seen) <= bound
+    assert all(sum(n for _, n in r["staleness"]) == 25 for r in results)
+    if bound and on == "simulated":
+        assert max(seen) == bound  # the bound is made use of
+
+
+def test_cached_reads_pull_less():
+    cached, fresh = (
+        run_ranks(dawdled, 3, on="simulated", args=(f"ssp(staleness=4, cached={c})", 40, 1)) for c in (True, False)
+    )
+    assert sum(r["pulled_B"] for r in cached) < 0.7 * sum(r["pulled_B"] for r in fresh)
+
+
+@pytest.mark.parametrize("on", SHARING)
+@pytest.mark.parametrize(
+    "text", ["asynchronous(servers=2)", "downpour(fetch=3, push=2)", "ssp", "hogwild", "hogwild(lock='round_robin')"]
+)
+def test_workers_that_dawdle_at_random_come_to_an_end_with_finite_parameters(on, text):
+    assert all(r["finite"] for r in run_ranks(dawdled, 3, on=on, args=(text, 30, 2)))
+
+
+def test_a_staleness_aware_rate_is_divided_by_one_more_than_the_staleness():
+    """In virtual time the race is the same every time: all start together, so the k-th push is k − 1 updates late."""
+    plain, aware = (
+        run_ranks(push_and_add, 3, on="simulated", args=(f"asynchronous(staleness_aware={a})", problem(), 1))
+        for a in (False, True)
+    )
+    assert [r["staleness"] for r in aware] == [[(0, 1)], [(1, 1)], [(2, 1)]]
+    moved = -0.1 * sum(r["pushed"] / (1 + r["staleness"][0][0]) for r in aware)
+    assert (aware[0]["moved"] - moved).abs().max() < 1e-12
+    assert not torch.allclose(plain[0]["moved"], aware[0]["moved"])
+
+
+# -- backup workers ----------------------------------------------------------------------------------------------------
+
+
+def rounds(comm: Communicator, backups: int, steps: int, seed: int) -> dict:
+    """What each round was made of, seen from the servers: the gradients brought, and what was applied."""
+    spec = problem()
+    worker = started(comm, f"backup_workers(backups={backups})", spec)
+    brought, applied = [], []
+    bring, receive = worker._bring, worker.store.receive
+    worker._bring = lambda weight: (
+        brought.append([worker._own_round, jobs.vector(p.grad for p in worker.replica.pieces), weight]),
+        bring(weight),
+    )
+    worker.store.receive = lambda vectors: (
+        applied.append([int(worker._round[0]), jobs.vector(vectors)]),
+        receive(vectors),
+    )
+    generator = torch.Generator().manual_seed(seed + comm.rank)
+    gradients = worker.replica.gradients
+
+    def slow(*args):
+        comm.elapse(float(torch.rand((), generator=generator)) ** 4)
+        return gradients(*args)
+
+    if comm.transport == "simulated":
+        worker.replica.gradients = slow
+    else:
+        jobs.slow_down(worker.replica, seed, comm.rank)
+    for step, batch in enumerate(shares(comm, spec, steps=steps)):
+        comm.step = step
+        worker.step(batch)
+    worker.meet()
+    comm.barrier()
+    return {"brought": brought, "applied": applied, "in_time": worker.in_time, "late": worker.late}
+
+
+@pytest.mark.parametrize("on", SHARING)
+@pytest.mark.parametrize("backups", [0, 1, 2])
+def test_a_round_is_the_mean_of_the_first_n_distinct_workers_and_late_gradients_are_dropped(on, backups):
+    results = run_ranks(rounds, 4, on=on, args=(backups, 15, 3))
+    brought = [[r, rank, g, w] for rank, result in enumerate(results) for r, g, w in result["brought"]]
+    applied = dict(pair for result in results for pair in result["applied"])
+    for r, mean in applied.items():
+        those = [(rank, g, w) for number, rank, g, w in brought if number == r]
+        assert len({rank for rank, *_ in those}) == len(those)
+        if r < 15 - 1:  # nobody can have left yet
+            assert len(those) == 4 - backups
+        expected = sum(w * g for _, g, w in those) / sum(w for *_, w in those)
+        assert (mean - expected).abs().max() < 1e-12
+    assert all(r["in_time"] + r["late"] == 15 for r in results)
+    assert sum(r["in_time"] for r in results) == len(brought)
+    if backups == 0:
+        assert not any(r["late"] for r in results)
+        assert len(applied) == 15
+    else:
+        assert any(r["late"] for r in results)
+
+
+def test_backup_workers_must_leave_somebody_to_wait_for():
+    setting = Setting(workers=2, transport="shared", shares_memory=True, elementwise=True, stateless=True)
+    (refused,) = strategy_from("backup_workers(backups=2)").problems(setting)
+    assert "backups=1" in refused.cure
+    with pytest.raises(BadInput, match="from 0"):
+        strategy_from("backup_workers(backups=-1)")
+
+
+# -- hogwild -----------------------------------------------------------------------------------------------------------
+
+
+class Table(torch.nn.Module):
+    """Each sample has a row to itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = torch.nn.Embedding(24, 8).double()
+        with torch.no_grad():
+            self.table.weight.copy_(torch.arange(24 * 8).view(24, 8) / 100)
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return self.table(rows)
+
+
+def rows_of(rank: int, size: int, steps: int) -> list[Batch]:
+    per = 24 // size
+    rows = [torch.tensor([rank * per + step % per]) for step in range(steps)]
+    return [Batch(row, torch.full((1, 8), float(i), dtype=torch.float64), 1) for i, row in enumerate(rows)]
+
+
+def on_rows_of_its_own(comm: Communicator, lock: str) -> torch.Tensor:
+    model = Table()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    replica = DataReplica(model, optimizer, torch.nn.functional.mse_loss, comm, common=True)
+    worker = strategy_from(f"hogwild(lock={lock!r})").start(replica, comm)
+    comm.barrier()
+    for batch in rows_of(comm.rank, comm.size, 30):
+        worker.step(batch)
+    worker.meet()
+    worker.finish()
+    result = model.table.weight.detach().clone()
+    comm.barrier()
+    return result
+
+
+@pytest.mark.parametrize("on", SHARING)
+@pytest.mark.parametrize("lock", ["one"])
+def test_where_supports_are_disjoint_hogwild_is_serial_in_any_order(on, lock):
+    model = Table()
+    with jobs.one_thread():
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        for batch in itertools.chain.from_iterable(rows_of(rank, 3, 30) for rank in range(3)):
+            optimizer.zero_grad()
+            torch.nn.functional.mse_loss(model(batch.inputs), batch.target).backward()
+            optimizer.step()
+    for result in run_ranks(on_rows_of_its_own, 3, on=on, args=(lock,)):
+        assert torch.equal(result, model.table.weight)
+
+
+def test_a_hogwild_that_cannot_share_memory_is_refused_with_what_would_work():
+    setting = Setting(workers=2, transport="gloo", shares_memory=False, elementwise=True, stateless=True)
+    for text in ("hogwild", "asynchronous", "downpour", "ssp"):
+        (refused,) = strategy_from(text).problems(setting)
+        assert text in refused.asked
+        assert "shared" in refused.cure
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("ssp(staleness=-1)", "from 0"),
+        ("ssp(staleness=1.5)", "from 0"),
+        ("ssp(servers=0)", "from 1"),
+        ("asynchronous(servers=0)", "from 1"),
+        ("downpour(fetch=0)", "a period in steps"),
+        ("downpour(push=-2)", "a period in steps"),
+        ("downpour(server='rmsprop')", "sgd, adagrad, adam"),
+        ("downpour(server='sdg')", "sgd"),
+        ("hogwild(lock='two')", "none, one or round_robin"),
+    ],
+)
+def test_what_is_out_of_range_is_refused_with_the_range(text, said):
+    with pytest.raises(BadInput, match=said):
+        strategy_from(text)
