@@ -19,6 +19,7 @@ CATALOGUES = {
     "manyhands.models": "models",
     "manyhands.data": "datasets",
     "manyhands.consistency": "strategies",
+    "manyhands.consistency.robust": "aggregations",
     "manyhands.partition": "partitions",
 }
 MODULES = [m.name for m in pkgutil.walk_packages(manyhands.__path__, "manyhands.")]

@@ -1,5 +1,6 @@
 """Plans: what prints parses back, `auto` is decided by rule, and all that cannot work is said at once."""
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -33,13 +34,25 @@ MACHINE = Facts(cores=4, batch_size=100)
 
 
 def described(cls: type[Strategy]) -> st.SearchStrategy[Strategy]:
-    """Any instance of a strategy class, its fields drawn by their types."""
-    fields = {}
+    """Any instance of a strategy class, its fields drawn by their types; one with a value it refuses keeps its default.
+
+    Text in a field is a description itself, and has tests where it is read.
+    """
     hints = typing.get_type_hints(cls)
+    fields = {}
     for name in (f.name for f in dataclasses.fields(cls)):
         literal = typing.get_origin(hints[name]) is typing.Literal
-        fields[name] = st.sampled_from(typing.get_args(hints[name])) if literal else st.from_type(hints[name])
-    return st.builds(cls, **fields)
+        if hints[name] is not str:
+            fields[name] = st.sampled_from(typing.get_args(hints[name])) if literal else st.from_type(hints[name])
+    return st.fixed_dictionaries(fields).map(lambda drawn: with_accepted(cls, drawn))
+
+
+def with_accepted(cls: type[Strategy], drawn: dict) -> Strategy:
+    strategy = cls()
+    for name, value in drawn.items():
+        with contextlib.suppress(ValueError, BadInput):
+            strategy = dataclasses.replace(strategy, **{name: value})
+    return strategy
 
 
 any_strategy = st.one_of([described(strategies.load(name)) for name in strategies])

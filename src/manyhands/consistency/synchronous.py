@@ -11,11 +11,15 @@
                  in buckets as they become final (Li et al. 2020, arXiv:2006.15704); they count as one all-reduce a
                  piece, and once more, as they are, under the purpose ``buckets``.
 
+``aggregate`` may put a rule of `robust` in the mean's place: ``synchronous(aggregate=krum(f=1))`` bears one worker that
+sends anything. Everybody then gathers all gradients and updates everything; see `robust.worker`.
+
 Micro-batches (gradient accumulation, *bunch mode* in Färber & Asanović 1997) are the replica's business: one exchange
 per step however many.
 
-Payload per rank and step: 2(P−1)/P · n elements either way.
-Guarantee: N workers equal one worker on the joined batch up to summation order; replicas bit-identical.
+Payload per rank and step: 2(P−1)/P · n elements either way; (P−1) · n under a robust rule.
+Guarantee: N workers equal one worker on the joined batch up to summation order (under a robust rule: an approximation,
+each worker counting alike); replicas bit-identical.
 """
 
 from __future__ import annotations
@@ -28,13 +32,15 @@ from torch import Tensor
 from manyhands.communication.communicator import Communicator, Work, reference_B
 from manyhands.consistency.agreement import agree_on_unused, weight_of
 from manyhands.consistency.clipping import clip_
+from manyhands.consistency.robust.aggregation import Aggregation, aggregation_from
+from manyhands.consistency.robust.worker import RobustWorker
 from manyhands.contract import Batch, Reference, Replica, Setting, Strategy, Traffic, Worker
 from manyhands.errors import NonFiniteLoss, Problem, Vetoed
 
 
 @dataclass(frozen=True)
 class Synchronous(Strategy):
-    """All workers exchange gradients at every step; ``update`` says who applies them."""
+    """All workers exchange gradients at every step; ``update`` says who applies them, ``aggregate`` what joins them."""
 
     name: ClassVar[str] = "synchronous"
     paper: ClassVar[Reference] = Reference(
@@ -47,29 +53,41 @@ class Synchronous(Strategy):
     identical: ClassVar[bool] = True
 
     update: Literal["auto", "sharded", "replicated"] = "auto"
+    aggregate: str = "mean"
 
     def __post_init__(self) -> None:
         if self.update not in ("auto", "sharded", "replicated"):
             raise ValueError(f"update={self.update!r}: it is auto, sharded or replicated")
+        if self.aggregate != "mean":
+            object.__setattr__(self, "aggregate", str(self.rule))  # equal rules, equal text
+
+    @property
+    def rule(self) -> Aggregation:
+        """What ``aggregate`` says."""
+        return aggregation_from(self.aggregate)
 
     @property
     def parameters(self) -> Literal["common", "own"]:
         """One copy serves all when each element is updated by one worker."""
-        return "own" if self.update == "replicated" else "common"
+        return "own" if self.update == "replicated" or self.aggregate != "mean" else "common"
 
     def traffic(self, numel: int, size: int, itemsize: int = 4) -> Traffic:
-        """2(P−1)/P · n elements, as reduce-scatter and all-gather or as all-reduce."""
+        """2(P−1)/P · n elements, as reduce-scatter and all-gather or as all-reduce; (P−1) · n under a robust rule."""
         n_B = numel * itemsize
+        if self.aggregate != "mean":
+            return Traffic(reference_B("all_gather", size * n_B, size), size - 1)
         if self.update == "replicated":
             return Traffic(reference_B("all_reduce", n_B, size), 2 * (size - 1))
         return Traffic(reference_B("reduce_scatter", n_B, size) + reference_B("all_gather", n_B, size), 2 * (size - 1))
 
     def exact(self, setting: Setting) -> bool:
-        """Always."""
-        return True
+        """The mean always; a robust rule of one vector is that vector."""
+        return self.aggregate == "mean" or setting.workers == 1
 
     def problems(self, setting: Setting) -> list[Problem]:
-        """A whole-tensor optimizer cannot be asked for a slice."""
+        """A whole-tensor optimizer cannot be asked for a slice, nor a few workers for a vote."""
+        if self.aggregate != "mean":
+            return self._problems_of_rule(setting)
         if self.update == "sharded" and not setting.elementwise and setting.workers > 1:
             return [
                 Problem(
@@ -80,15 +98,37 @@ class Synchronous(Strategy):
             ]
         return []
 
+    def _problems_of_rule(self, setting: Setting) -> list[Problem]:
+        rule, found = self.rule, list[Problem]()
+        if setting.workers < rule.fewest:
+            found.append(
+                Problem(
+                    f"aggregate={rule} with {setting.workers} worker{'s' if setting.workers > 1 else ''}",
+                    f"it needs {rule.needs}, so {rule.fewest} here.",
+                    f"Use workers={rule.fewest} or more, a smaller f, or aggregate=median, which needs no f.",
+                )
+            )
+        if self.update == "sharded":
+            found.append(
+                Problem(
+                    f"update='sharded' with aggregate={rule}",
+                    "a worker that decides a slice for all others could lie to them; everybody applies the rule.",
+                    "Leave update (and shard) out, or use aggregate=mean.",
+                )
+            )
+        return found
+
     def resolve(self, setting: Setting) -> Synchronous:
         """Sharded where memory is shared and the optimizer allows it; replicated elsewhere (it can overlap)."""
         if self.update != "auto":
             return self
-        sharded = setting.elementwise and setting.shares_memory
+        sharded = setting.elementwise and setting.shares_memory and self.aggregate == "mean"
         return replace(self, update="sharded" if sharded else "replicated")
 
     def start(self, replica: Replica, comm: Communicator) -> Worker:
         """This rank's worker."""
+        if self.aggregate != "mean":
+            return RobustWorker(replica, comm, self.rule)
         return ShardedWorker(replica, comm) if self.update == "sharded" else ReplicatedWorker(replica, comm)
 
 

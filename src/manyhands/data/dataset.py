@@ -122,8 +122,9 @@ class Collated:
 class Splits:
     """A data set as training and test samples, and what a model must know of it.
 
-    ``inputs`` is the shape of one sample, None when a sample is not a single tensor; ``classes`` is None when the
-    target is not a class or nobody said how many there are; ``test`` is None when there is nothing to test on.
+    ``inputs`` is the shape of one sample (of a sparse one, were it dense), None when a sample is not a single tensor;
+    ``classes`` is None when the target is not a class or nobody said how many there are; ``test`` is None when there is
+    nothing to test on.
     """
 
     train: Dataset

@@ -17,6 +17,8 @@ models = Catalogue(
     "model",
     {
         "logistic": "manyhands.models.logistic:logistic",
+        "sparse_logistic": "manyhands.models.sparse_logistic:sparse_logistic",
+        "factorisation": "manyhands.models.factorisation:factorisation",
         "perceptron": "manyhands.models.perceptron:perceptron",
         "cnn": "manyhands.models.cnn:cnn",
     },

@@ -1,0 +1,82 @@
+"""What every rule is: n workers' vectors in, one vector out.
+
+    x = A(x_1, …, x_n),   at most f of the x_p arbitrary
+
+Rules see vectors, not gradients, and know neither workers nor transports: whoever holds a row for each worker
+(`RobustWorker`, a server) may use them. Every vector has one voice: how many samples stand behind it is a claim of its
+sender's, and a claim is what a rule must bear.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+from torch import Tensor
+
+from manyhands.calling import call
+from manyhands.catalogue import Reference
+from manyhands.checks import is_whole
+from manyhands.consistency.robust import aggregations
+from manyhands.errors import BadInput
+from manyhands.grammar import format_description, parse_call
+
+
+@dataclass(frozen=True)
+class Aggregation(ABC):
+    """Description of a rule: comparable, printable (`str` parses back), and pure."""
+
+    name: ClassVar[str]
+    paper: ClassVar[Reference]
+    #: What `fewest` follows from, for people.
+    needs: ClassVar[str] = "n ≥ 1"
+
+    def __str__(self) -> str:
+        return format_description(self.name, self)
+
+    @property
+    def fewest(self) -> int:
+        """How many vectors the rule needs to keep its promise."""
+        return 1
+
+    @abstractmethod
+    def bears(self, vectors: int) -> int:
+        """How many of so many vectors may hold anything at all, and the result still stays with the others."""
+
+    def without(self, failed: int) -> Self:
+        """The same rule for the rest, when ``failed`` of those that it bears are known and left out."""
+        return self
+
+    @abstractmethod
+    def combine(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """Of each part ``(n, numel)``, row p being (a part of) vector p, the part ``(numel,)`` of the result."""
+
+
+def aggregation_from(value: str | Aggregation) -> Aggregation:
+    """A rule from its text; `str` of the result reads back to an equal one."""
+    if isinstance(value, Aggregation):
+        return value
+    if not isinstance(value, str):
+        raise BadInput(
+            f"aggregation {value!r} is a {type(value).__name__}; it is text such as 'median' or an Aggregation."
+        )
+    said = parse_call(value, kind="aggregation")
+    cls = aggregations.load(said.name)
+    if not (isinstance(cls, type) and issubclass(cls, Aggregation)):
+        raise BadInput(
+            f"aggregation {said.name} is a {type(cls).__name__}; the rule is: a subclass of manyhands' Aggregation."
+        )
+    try:
+        made = call("aggregation", said.name, cls, said.args, said.kwargs)
+    except ValueError as e:
+        raise BadInput(f"aggregation {value}: {e}.") from None
+    assert isinstance(made, Aggregation)
+    return made
+
+
+def check_f(f: object) -> None:
+    """Refuse what is no number of workers."""
+    if not is_whole(f, 0):
+        raise ValueError(f"f={f!r}: it is a whole number from 0, of workers whose vectors may hold anything")
