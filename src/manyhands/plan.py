@@ -62,7 +62,8 @@ def _mesh_from(text: str) -> Mesh:
 class Plan:
     """How the work is split.
 
-    ``workers=None``: as many as the launcher started, else one per core. ``micro_batches`` cuts each worker's share
+    ``workers=None``: as many as the launcher started, else one per core; never counted are the ranks that some
+    strategies want beside them as servers where no memory is shared. ``micro_batches`` cuts each worker's share
     into passes whose gradients add up (gradient accumulation, bunch mode). ``shard=1`` shares optimizer state over
     workers (ZeRO stage 1). ``threads`` are per worker, 0 = cores / workers. ``allocator='plain'`` leaves glibc's malloc
     as it is. Parts that are not built yet (compress, tensor, pipeline, recompute) are refused when the plan is made.
@@ -222,21 +223,46 @@ def _workers(plan: Plan, facts: Facts, found: list[Problem]) -> int:
         )
         return 1
     if facts.launched is not None:
-        if plan.workers is not None and plan.workers != facts.launched:
-            found.append(
-                Problem(
-                    f"workers={plan.workers} under {facts.launcher}, which started {facts.launched}",
-                    "under a launcher every rank is one worker.",
-                    f"Leave workers out, or start {plan.workers} ranks.",
-                )
-            )
-        return facts.launched
+        return _launched_workers(plan, facts.launched, str(facts.launcher), found)
     if plan.workers is not None:
         _check_room(plan, plan.workers, facts, found)
         return plan.workers
     if isinstance(plan.mesh, Mesh):
         return plan.mesh.size
     return 1 if plan.transport == "single" else facts.cores
+
+
+def _launched_workers(plan: Plan, launched: int, launcher: str, found: list[Problem]) -> int:
+    """The ranks that a launcher has started, without those that serve."""
+    assert isinstance(plan.strategy, Strategy)
+    servers = plan.strategy.server_ranks(shares_memory=False) if launched > 1 else 0
+    rule = "under a launcher every rank is one worker."
+    if servers:
+        rule = f"under a launcher every rank is one worker, but for the last {servers}, which serve."
+    if servers >= launched:
+        found.append(
+            Problem(
+                f"{plan.strategy} under {launcher}, which started {launched} ranks",
+                rule,
+                f"Start {(plan.workers or 1) + servers} ranks or more.",
+            )
+        )
+        return 1
+    if plan.workers is not None and plan.workers + servers != launched:
+        found.append(
+            Problem(
+                f"workers={plan.workers} under {launcher}, which started {launched}",
+                rule,
+                f"Leave workers out, or start {plan.workers + servers} ranks.",
+            )
+        )
+    return launched - servers
+
+
+def server_ranks(plan: Plan) -> int:
+    """How many ranks a plan that is decided has beyond its workers."""
+    assert isinstance(plan.strategy, Strategy)
+    return plan.strategy.server_ranks(shares_memory=plan.transport in SHARE_MEMORY)
 
 
 def _unknown_names(plan: Plan, found: list[Problem]) -> list[UnknownName]:

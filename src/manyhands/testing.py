@@ -13,8 +13,9 @@ from typing import Any
 
 from manyhands.catalogue import import_object
 from manyhands.communication.communicator import Communicator
+from manyhands.consistency.server import serving
 from manyhands.contract import Strategy
-from manyhands.plan import strategy_from
+from manyhands.plan import SHARE_MEMORY, strategy_from
 from manyhands.studies import parity
 from manyhands.training.member import Member
 from manyhands.training.team import Team, team
@@ -23,19 +24,25 @@ _standing: dict[tuple[str, int], Team] = {}
 
 
 def run_ranks(
-    fn: Callable[..., Any], n: int, *, on: str = "shared", args: Sequence[Any] = (), timeout_s: float = 60.0
+    fn: Callable[..., Any],
+    n: int,
+    *,
+    on: str = "shared",
+    args: Sequence[Any] = (),
+    timeout_s: float = 60.0,
+    servers: int = 0,
 ) -> list[Any]:
-    """``fn(comm, *args)`` on ``n`` ranks; the results in rank order.
+    """``fn(comm, *args)`` on ``n`` ranks; the results in rank order. So many ``servers`` more are there to be asked.
 
     ``fn`` is defined at the top level of an importable module. Arguments and results are numbers, text, lists, tuples,
     dicts or tensors. A rank that raises → `WorkerFailed` with its traceback.
     """
     path = f"{fn.__module__}:{fn.__qualname__}"
-    crew = standing_team(on, n)
+    crew = standing_team(on, n + servers)
     try:
-        return crew.run("manyhands.testing:_call", path, list(args), deadline_s=timeout_s)
+        return crew.run("manyhands.testing:_call", path, list(args), servers, deadline_s=timeout_s)[:n]
     except BaseException:
-        _standing.pop((on, n), None)
+        _standing.pop((on, n + servers), None)
         crew.close()
         raise
 
@@ -53,9 +60,10 @@ def check_strategy(
         check_strategy("my_pkg.module:MyStrategy", workers=4)
     """
     for size in (1, workers):
-        row = parity.Row(
-            **run_ranks(parity_row, size, on="single" if size == 1 else on, args=(str(strategy), optimizer))[0]
-        )
+        place = "single" if size == 1 else on
+        servers = strategy_from(strategy).server_ranks(shares_memory=place in SHARE_MEMORY)
+        found = run_ranks(parity_row, size, on=place, args=(str(strategy), optimizer), servers=servers)
+        row = parity.Row(**found[0])
         if not row.passed:
             raise AssertionError(f"{row.strategy} with {size} workers on {row.transport}: {row.problem}")
     return row
@@ -85,7 +93,7 @@ def close_standing() -> None:
         _standing.popitem()[1].close()
 
 
-def _call(member: Member, path: str, args: list[Any]) -> Any:
-    comm = member.comm
-    comm.step = None
-    return import_object(path, kind="function")(comm, *args)
+def _call(member: Member, path: str, args: list[Any], servers: int) -> Any:
+    member.comm.step = None
+    with serving(member.comm, servers) as comm:
+        return None if comm is None else import_object(path, kind="function")(comm, *args)

@@ -19,12 +19,12 @@ import torch
 from manyhands.checks import is_whole
 from manyhands.communication import futex
 from manyhands.communication.communicator import Communicator
-from manyhands.contract import Measurement, Spread, StepParts
-from manyhands.errors import BadInput, FactoryFailed, ManyhandsError
+from manyhands.contract import Measurement, Spread, StepParts, Strategy
+from manyhands.errors import BadInput, FactoryFailed, ManyhandsError, WorkerFailed
 from manyhands.models import losses, optimizers, schedules
 from manyhands.models.factory import settle
 from manyhands.models.update_rules import served
-from manyhands.plan import Facts, Plan, Resolved, resolve
+from manyhands.plan import Facts, Plan, Resolved, resolve, server_ranks
 from manyhands.task import Task, described
 from manyhands.training import environment
 from manyhands.training.checkpoint import CheckpointNotWritten
@@ -255,14 +255,20 @@ def _launched_here(task: Task, plan: Plan, options: dict[str, Any]) -> dict[str,
         terminating(),
         team(
             plan.transport,
-            plan.workers,
+            plan.workers + server_ranks(plan),
             threads=plan.threads,
             timeout_s=plan.timeout_s,
             allocator=plan.allocator,  # type: ignore[arg-type]
             live=None if tables else (task, plan),
         ) as crew,
     ):
-        outcome: dict[str, Any] = crew.run(JOB, options, tables)[0]
+        bears_loss = isinstance(plan.strategy, Strategy) and plan.strategy.survives
+        try:
+            outcome: dict[str, Any] = crew.run(JOB, options, tables, bears_loss=bears_loss)[0]
+        except WorkerFailed as e:
+            if e.rank >= plan.workers:
+                e.args = (f"server {e.rank - plan.workers} (rank {e.rank}) failed: {e.reason}",)
+            raise
         return outcome
 
 

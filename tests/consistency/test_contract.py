@@ -539,8 +539,12 @@ def test_an_optimizer_of_whole_tensors_works_or_is_refused_when_the_plan_is_made
 @pytest.mark.parametrize("on", ["simulated", "threads", "shared", "gloo", "mpi"])
 @pytest.mark.parametrize("text", STRATEGIES)
 def test_full_matrix(text, on, size):
-    for optimizer, clip in itertools.product(("sgd", "nesterov", "adam", "adamw", "adagrad", "rmsprop"), (None, 0.05)):
-        assert_joined(text, on, size, problem(optimizer=optimizer, clip=clip))
-    for spec in TOGETHER.values():
-        if not strategy_from(text).problems(setting(on, size, spec)):
-            assert_joined(text, on, size, spec)
+    optimizers = itertools.product(("sgd", "nesterov", "adam", "adamw", "adagrad", "rmsprop"), (None, 0.05))
+    specs = [problem(optimizer=optimizer, clip=clip) for optimizer, clip in optimizers] + list(TOGETHER.values())
+    if text not in LOCKSTEP:  # of these it is mostly the bytes that are compared
+        specs = [TOGETHER[name] for name in (*ACROSS, "adam", "momentum")]
+    able = [spec for spec in specs if not strategy_from(text).problems(setting(on, size, spec))]
+    if not able:
+        pytest.skip(f"refused at plan time: {strategy_from(text).problems(setting(on, size, specs[0]))[0].rule}")
+    for spec in able:
+        assert_joined(text, on, size, spec)

@@ -360,7 +360,7 @@ def test_where_supports_are_disjoint_hogwild_is_serial_in_any_order(on, lock):
 
 def test_a_hogwild_that_cannot_share_memory_is_refused_with_what_would_work():
     setting = Setting(workers=2, transport="gloo", shares_memory=False, elementwise=True, stateless=True)
-    for text in ("hogwild", "asynchronous", "downpour", "ssp"):
+    for text in ("hogwild", "backup_workers"):
         (refused,) = strategy_from(text).problems(setting)
         assert text in refused.asked
         assert "shared" in refused.cure
@@ -377,7 +377,7 @@ def test_a_hogwild_that_cannot_share_memory_is_refused_with_what_would_work():
         ("downpour(push=-2)", "a period in steps"),
         ("downpour(server='rmsprop')", "sgd, adagrad, adam"),
         ("downpour(server='sdg')", "sgd"),
-        ("hogwild(lock='two')", "none, one or round_robin"),
+        ("hogwild(lock='two')", "none, one, coordinate or round_robin"),
     ],
 )
 def test_what_is_out_of_range_is_refused_with_the_range(text, said):

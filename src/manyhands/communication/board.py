@@ -21,6 +21,9 @@ from manyhands.communication.segment import Region, Segment
 from manyhands.communication.shared_barrier import LINE_WORDS, NAP_S, SPIN_S
 from manyhands.errors import DeadlineExceeded, PeerLost
 
+#: Further than any counter comes.
+NEVER = 2**62
+
 
 def board_B(size: int) -> int:
     """Bytes of a board: for each rank a line for its counter and one for its sleep, and one for the release."""
@@ -52,8 +55,9 @@ class SharedBoard:
             futex.wake(self._release_address)
 
     def read(self) -> list[int]:
-        """All counters, in rank order."""
-        return [self._words[p * LINE_WORDS] for p in range(self._size)]
+        """All counters, in rank order; of a rank whose process is gone `NEVER`, as nobody waits for it."""
+        gone = self._segment.gone
+        return [NEVER if gone(self._names[p]) else self._words[p * LINE_WORDS] for p in range(self._size)]
 
     def wait(self, least: int, doing: str, *, rank: int | None = None) -> list[int]:
         """All counters, once those of the other ranks (or that of ``rank``) are at least ``least``."""
@@ -67,11 +71,13 @@ class SharedBoard:
 
     def _behind(self, least: int, among: Sequence[int]) -> int | None:
         """Somebody who has not come so far."""
-        return next((p for p in among if self._words[p * LINE_WORDS] < least), None)
+        behind = (p for p in among if self._words[p * LINE_WORDS] < least)
+        return next((p for p in behind if not self._segment.gone(self._names[p])), None)
 
     def _nobody(self, least: int) -> int | None:
         """Somebody, if none has come so far."""
-        return None if max(self.read()) >= least else (self._others or [self._rank])[0]
+        counters = (self._words[p * LINE_WORDS] for p in range(self._size))
+        return None if max(counters) >= least else (self._others or [self._rank])[0]
 
     def _until(self, missing: Callable[[], int | None], doing: str) -> None:
         """Return when ``missing`` finds nobody."""

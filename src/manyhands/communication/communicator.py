@@ -22,7 +22,7 @@ import itertools
 import time
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
@@ -166,6 +166,7 @@ class Communicator(ABC):
         self.rank = rank
         self.size = size
         self.timeout_s = timeout_s
+        #: All ranks, the workers first, where there are server ranks; see `apart`.
         self.servers: Communicator | None = None
         self.context = Context()
         self._mesh = Mesh(data=size)
@@ -329,7 +330,24 @@ class Communicator(ABC):
             self._peer(frm)
         return Received(self._recv(_flat(like), frm, tag).source, like)
 
+    def listen(self, like: Tensor, frm: Collection[int], tag: int = 0) -> Received:
+        """`recv` from any of the ranks ``frm``, with no deadline: for a rank that serves them as long as they live.
+
+        Raises `PeerLost` when one of them fails. All calls of one rank have the same ``like`` and tag.
+        """
+        return Received(self._listen(_flat(like), frm, tag).source, like)
+
     # -- groups ----------------------------------------------------------------------------------------------------
+
+    def apart(self, servers: int) -> Communicator:
+        """The group of all ranks but the last ``servers``, whose `servers` is this; on those, the group of them.
+
+        Collective. The group ends with this one, or at its next `release`.
+        """
+        group = self.split(int(self.rank >= self.size - servers))
+        group.servers = self
+        self._made.append(group)
+        return group
 
     def split(self, color: int) -> Communicator:
         """The group of the ranks that gave the same ``color``, in rank order. Collective over this group."""
@@ -371,6 +389,17 @@ class Communicator(ABC):
     def _close_made(self) -> None:
         while self._made:
             self._made.pop().close()
+
+    def agree_on_lost(self) -> list[int]:
+        """The ranks of this group whose processes have died, as far as all others know alike. Collective of the others.
+
+        Only where a launcher lets the others go on (see `Strategy.survives`), who then need a group `without` them.
+        """
+        return []
+
+    def without(self, lost: Sequence[int]) -> Communicator:
+        """The group of the other ranks, in their order. Collective of those."""
+        raise BadInput(f"transport={self.transport} cannot go on without a rank.")
 
     def fail(self) -> None:
         """Tell the peers that this rank has failed, where there is a way to; they stop waiting for it."""
@@ -449,6 +478,9 @@ class Communicator(ABC):
 
     @abstractmethod
     def _recv(self, like: Tensor, frm: int | None, tag: int) -> Received: ...
+
+    def _listen(self, like: Tensor, frm: Collection[int], tag: int) -> Received:
+        raise BadInput(f"transport={self.transport} has no server ranks; gloo and mpi have.")
 
     @abstractmethod
     def _split(self, color: int) -> Communicator: ...

@@ -5,7 +5,8 @@ reserves a region (bump allocation under a record lock) and the others map it by
 once touched, so generous regions are free. It shrinks as a stack does: whoever knows that nobody maps anything beyond
 an offset hands back all that lies there (`truncate`).
 
-Header words (64 bit): 0 = first free byte, 1 = rank + 1 of the first rank known to have failed (0 = all is well).
+Header words (64 bit): 0 = first free byte, 1 = rank + 1 of the first rank known to have failed (0 = all is well),
+2 = how many ranks are gone without ending the run, from 8 on a word for each rank, 1 if it is.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 PAGE_B = mmap.PAGESIZE
-_FREE, _FAILED = 0, 1
+_FREE, _FAILED, _GONE, _EACH = 0, 1, 2, 8
 _KEEP_SIZE, _PUNCH_HOLE = 1, 2  # linux/falloc.h
 
 if sys.platform == "linux":
@@ -98,6 +99,16 @@ class Segment:
         """Tell everyone that ``rank`` has failed; the first report stays."""
         if not self._words[_FAILED]:
             self._words[_FAILED] = rank + 1
+
+    def report_gone(self, rank: int) -> None:
+        """Tell everyone that ``rank``'s process has died, and that the others go on; the launcher's word."""
+        if _EACH + rank < len(self._words) and not self._words[_EACH + rank]:
+            self._words[_EACH + rank] = 1
+            self._words[_GONE] += 1
+
+    def gone(self, rank: int) -> bool:
+        """Whether that has been said of ``rank``."""
+        return bool(self._words[_GONE]) and bool(self._words[_EACH + rank])
 
     def close(self) -> None:
         """Unmap the header and close the descriptor; regions live as long as their tensors."""

@@ -71,6 +71,7 @@ class SharedBarrier:
         self.spins = size <= futex.cores()
         self._arrived_fence = futex.fence if self.spins else futex.give_way
         self.wait_s = 0.0
+        self.passes_without_the_gone = False
 
     def __call__(self, what: int, step: int | None, doing: str, meanwhile: Callable[[], bool] | None = None) -> None:
         """Return when all ranks have called it as often as this one, with the same number ``what``.
@@ -156,6 +157,13 @@ class SharedBarrier:
                     meanwhile, nap = None, NAP_S
             futex.wait(self._release_address, seen, nap)
             failed, me = self._segment.failed, self._names[self.rank]
+            gone = [p for p in missing if self._segment.gone(self._names[p // LINE_WORDS])]
+            if gone and self.passes_without_the_gone:
+                self._peers = [p for p in self._peers if p not in gone]
+                missing = [p for p in missing if p not in gone]
+            elif gone:
+                words[mine] = 0
+                raise PeerLost(me, self._names[gone[0] // LINE_WORDS], step, doing)
             if failed is not None and failed != me and any(words[p] < n for p in missing):
                 words[mine] = 0
                 raise PeerLost(me, failed, step, doing)

@@ -24,6 +24,7 @@ from torch import Tensor
 from manyhands.checks import is_whole
 from manyhands.communication.communicator import Communicator
 from manyhands.consistency import store
+from manyhands.consistency.remote_store import opened
 from manyhands.consistency.served import ServedWorker, server_problems
 from manyhands.contract import Batch, Reference, Replica, Setting, Strategy, Traffic, Worker
 from manyhands.errors import Problem
@@ -31,13 +32,14 @@ from manyhands.errors import Problem
 
 @dataclass(frozen=True)
 class Asynchronous(Strategy):
-    """Every gradient is applied as it comes; ``servers``: into how many shards, each with its own lock."""
+    """Every gradient is applied as it comes; ``servers``: into how many shards, each with its own lock or rank."""
 
     name: ClassVar[str] = "asynchronous"
     paper: ClassVar[Reference] = Reference(
         "Agarwal & Duchi", "Distributed delayed stochastic optimization", 2011, "arXiv:1104.5525", survey="VI-A"
     )
     deterministic: ClassVar[bool] = False
+    survives: ClassVar[bool] = True
     sparse: ClassVar[bool] = True
     steadier: ClassVar[str] = "with asynchronous fewer workers or staleness_aware=True"
 
@@ -70,9 +72,13 @@ class Asynchronous(Strategy):
         """It needs a server, and the server the optimizer."""
         return server_problems(self.name, setting)
 
+    def server_ranks(self, *, shares_memory: bool) -> int:
+        """As many as ``servers``, where they are not memory."""
+        return 0 if shares_memory else self.servers
+
     def start(self, replica: Replica, comm: Communicator) -> Worker:
         """This rank's worker."""
-        kept = store.CommonStore(replica, comm, self.servers, optimizer=replica.optimizer, scaled=self.staleness_aware)
+        kept = opened(replica, comm, self.servers, optimizer=replica.optimizer, scaled=self.staleness_aware)
         return AsynchronousWorker(replica, comm, kept)
 
 

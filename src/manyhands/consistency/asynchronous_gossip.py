@@ -67,6 +67,11 @@ class AsynchronousGossip(OverGraph):
 
     graph: Choice = "complete"
 
+    @property
+    def survives(self) -> bool:  # type: ignore[override]
+        """On the graphs that there are for any number of workers."""
+        return self.graph in ("complete", "ring")
+
     def traffic(self, numel: int, size: int, itemsize: int = 4) -> Traffic:
         """n elements there and n back."""
         return Traffic() if size == 1 else Traffic(2 * numel * itemsize, 2, every=self.every)
@@ -94,13 +99,18 @@ class AsynchronousGossipWorker(IndependentWorker):
     def __init__(self, replica: Replica, comm: Communicator, strategy: AsynchronousGossip) -> None:
         super().__init__(replica, comm)
         self._strategy = strategy
-        self._alone = comm.size == 1
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        """A row and a lock for each worker of the group."""
+        strategy, pieces = self._strategy, self.replica.pieces
+        self._alone = self.comm.size == 1
         self._rows = (
             []
             if self._alone
             else [
                 group.allocate(group.size * piece.flat.numel(), piece.flat.dtype, common=True).view(group.size, -1)
-                for piece, group in zip(replica.pieces, self.groups, strict=True)
+                for piece, group in zip(pieces, self.groups, strict=True)
             ]
         )
         self._locks = [] if self._alone else [group.locks(group.size) for group in self.groups]
@@ -170,6 +180,12 @@ class AsynchronousGossipWorker(IndependentWorker):
         if self._published:
             for piece, rows, group in zip(self.replica.pieces, self._rows, self.groups, strict=True):
                 piece.flat.copy_(rows[group.rank])
+
+    def regroup(self, comm: Communicator) -> None:
+        """Each keeps its row. What a worker that is gone has in its own is lost, as is what was averaged into it."""
+        self._adopt_row()
+        super().regroup(comm)
+        self._lay_out()
 
     def state_dict(self) -> dict[str, Any]:
         """Own parameters are those of the row. Called when nobody trains."""

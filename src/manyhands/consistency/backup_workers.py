@@ -68,7 +68,7 @@ class BackupWorkers(Strategy):
 
     def problems(self, setting: Setting) -> list[Problem]:
         """Somebody has to be waited for."""
-        found = server_problems(self.name, setting)
+        found = server_problems(self.name, setting, ranks=False)
         if setting.workers > 1 and self.backups >= setting.workers:
             found.append(
                 Problem(
@@ -88,7 +88,8 @@ class BackupWorkersWorker(ServedWorker):
     """Brings a gradient to the round under way, and waits for the round's end if it was in time."""
 
     def __init__(self, replica: Replica, comm: Communicator, backups: int) -> None:
-        super().__init__(replica, comm, store.CommonStore(replica, comm, 1, optimizer=replica.optimizer))
+        self._common = store.CommonStore(replica, comm, 1, optimizer=replica.optimizer)
+        super().__init__(replica, comm, self._common)
         self._needed = comm.size - backups if comm.size > 1 else 1
         self._means = [comm.allocate(p.flat.numel(), p.flat.dtype, common=True) for p in replica.pieces]
         self._weight = comm.allocate(1, torch.float64, common=True)
@@ -140,7 +141,7 @@ class BackupWorkersWorker(ServedWorker):
         if not there or there < min(self._needed, self.comm.size - gone):
             return
         if float(self._weight):
-            self.store.receive(self._means)
+            self._common.receive(self._means)
         self._weight.zero_()
         self._round[0] += 1
         self._round[1] = 0

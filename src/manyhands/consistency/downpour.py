@@ -26,6 +26,7 @@ from torch import Tensor
 from manyhands.checks import is_whole
 from manyhands.communication.communicator import Communicator
 from manyhands.consistency import store
+from manyhands.consistency.remote_store import opened
 from manyhands.consistency.served import ServedWorker, server_problems
 from manyhands.contract import Batch, Reference, Replica, Setting, StateSlice, Strategy, Traffic, Worker
 from manyhands.errors import BadInput, Problem
@@ -42,6 +43,7 @@ class Downpour(Strategy):
         "Dean et al.", "Large scale distributed deep networks", 2012, "NeurIPS 25", survey="VI-A"
     )
     deterministic: ClassVar[bool] = False
+    survives: ClassVar[bool] = True
     steadier: ClassVar[str] = "with downpour smaller fetch= and push=, or server='adagrad(lr=…)'"
 
     fetch: int = 1
@@ -86,10 +88,14 @@ class Downpour(Strategy):
         """It needs a server, and the server an optimizer."""
         return server_problems(self.name, setting, optimizer=not self.server)
 
+    def server_ranks(self, *, shares_memory: bool) -> int:
+        """As many as ``servers``, where they are not memory."""
+        return 0 if shares_memory else self.servers
+
     def start(self, replica: Replica, comm: Communicator) -> Worker:
         """This rank's worker."""
         optimizer = _trial(self.server) if self.server else replica.optimizer
-        kept = store.CommonStore(replica, comm, self.servers, optimizer=optimizer)
+        kept = opened(replica, comm, self.servers, optimizer=optimizer)
         return DownpourWorker(replica, comm, kept, self)
 
 
@@ -105,7 +111,7 @@ def _trial(server: str) -> torch.optim.Optimizer:
 class DownpourWorker(ServedWorker):
     """Accrues gradients, and goes on by itself between exchanges."""
 
-    def __init__(self, replica: Replica, comm: Communicator, kept: store.CommonStore, strategy: Downpour) -> None:
+    def __init__(self, replica: Replica, comm: Communicator, kept: store.Store, strategy: Downpour) -> None:
         super().__init__(replica, comm, kept)
         self._fetch, self._push = strategy.fetch, strategy.push
         self._sums = strategy.push > 1

@@ -50,6 +50,7 @@ class Hogwild(Strategy):
         survey="VI-A",
     )
     deterministic: ClassVar[bool] = False
+    survives: ClassVar[bool] = True
     sparse: ClassVar[bool] = True
     steadier: ClassVar[str] = "with hogwild fewer workers"
 

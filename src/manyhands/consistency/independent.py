@@ -136,6 +136,11 @@ class IndependentWorker(Worker):
             self.average_(mean, weight)
         return tuple(mean)
 
+    def regroup(self, comm: Communicator) -> None:
+        """See `contract.Worker.regroup`."""
+        super().regroup(comm)
+        self.groups = [comm.over(piece.replicated_over) for piece in self.replica.pieces]
+
     def state_dict(self) -> dict[str, Any]:
         """Own parameters, own optimizer state, and how far the period is."""
         own = [[s.parameter, s.key, s.lo, s.hi, s.values] for s in self.replica.optimizer_state()]

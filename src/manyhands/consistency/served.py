@@ -11,20 +11,24 @@ from torch import Tensor
 from manyhands.communication.communicator import Communicator
 from manyhands.consistency.clipping import clip_own_
 from manyhands.consistency.independent import told_what_diverged
-from manyhands.consistency.store import CommonStore
+from manyhands.consistency.store import Store
 from manyhands.contract import Batch, Parameters, Replica, Setting, Worker
 from manyhands.errors import Problem
 
+#: Transports between which and server ranks messages go; on those that share memory, that memory is the server.
+REACH_SERVERS = ("gloo", "mpi")
 
-def server_problems(name: str, setting: Setting, *, optimizer: bool = True) -> list[Problem]:
-    """What keeps a strategy of this family from working in ``setting``."""
+
+def server_problems(name: str, setting: Setting, *, optimizer: bool = True, ranks: bool = True) -> list[Problem]:
+    """What keeps a strategy of this family from working in ``setting``; ``ranks``: it can do with servers apart."""
     found = []
-    if not setting.shares_memory:
+    if not setting.shares_memory and not (ranks and setting.transport in REACH_SERVERS):
+        rule = "its servers are memory that all workers share"
         found.append(
             Problem(
                 f"{name} on transport={setting.transport}",
-                "its servers are memory that all workers share.",
-                "Use transport=shared or threads.",
+                f"{rule}, or ranks that anybody can send to." if ranks else f"{rule}.",
+                "Use transport=shared, threads, gloo or mpi." if ranks else "Use transport=shared or threads.",
             )
         )
     if optimizer and not setting.served:
@@ -41,7 +45,7 @@ def server_problems(name: str, setting: Setting, *, optimizer: bool = True) -> l
 class ServedWorker(Worker):
     """Computes gradients on what it has pulled; a subclass says when it pulls and pushes."""
 
-    def __init__(self, replica: Replica, comm: Communicator, store: CommonStore) -> None:
+    def __init__(self, replica: Replica, comm: Communicator, store: Store) -> None:
         super().__init__(replica, comm)
         self.store = store
         self.steps = 0  # done so far, of the whole run
@@ -84,6 +88,11 @@ class ServedWorker(Worker):
     def consensus(self) -> Parameters:
         """What the servers hold."""
         return self.store.snapshot()
+
+    def regroup(self, comm: Communicator) -> None:
+        """Shards and their state are what they were; a lock that died with its holder is taken over."""
+        super().regroup(comm)
+        self.store.regroup(comm)
 
     def rebase(self) -> None:
         """The servers hold what the replicas do."""

@@ -29,6 +29,7 @@ from manyhands.checks import is_whole
 from manyhands.communication.communicator import Communicator
 from manyhands.consistency import store
 from manyhands.consistency.independent import IndependentWorker
+from manyhands.consistency.remote_store import opened
 from manyhands.consistency.served import server_problems
 from manyhands.contract import Batch, Parameters, Reference, Replica, Setting, Strategy, Traffic, Worker
 from manyhands.errors import Problem
@@ -47,6 +48,7 @@ class StaleSynchronous(Strategy):
         survey="VI-A",
     )
     deterministic: ClassVar[bool] = False
+    survives: ClassVar[bool] = True
     steadier: ClassVar[str] = "with ssp a smaller staleness="
 
     staleness: int = 3
@@ -66,8 +68,8 @@ class StaleSynchronous(Strategy):
 
     @property
     def sends_at_most(self) -> bool:
-        """Cached reads save pulls as long as nobody is late."""
-        return self.cached and self.staleness > 0
+        """Cached reads save the first pull, and others as long as nobody is late."""
+        return self.cached
 
     def traffic(self, numel: int, size: int, itemsize: int = 4) -> Traffic:
         """A push and (at most) a pull."""
@@ -81,6 +83,10 @@ class StaleSynchronous(Strategy):
         """It needs a server; which optimizer is the worker's business."""
         return server_problems(self.name, setting, optimizer=False)
 
+    def server_ranks(self, *, shares_memory: bool) -> int:
+        """As many as ``servers``, where they are not memory."""
+        return 0 if shares_memory else self.servers
+
     def start(self, replica: Replica, comm: Communicator) -> Worker:
         """This rank's worker."""
         return StaleSynchronousWorker(replica, comm, self)
@@ -92,9 +98,9 @@ class StaleSynchronousWorker(IndependentWorker):
     def __init__(self, replica: Replica, comm: Communicator, strategy: StaleSynchronous) -> None:
         super().__init__(replica, comm)
         self._bound, self._cached = strategy.staleness, strategy.cached
-        self._store = store.CommonStore(replica, comm, strategy.servers)
-        self._clocks = comm.board()
-        self._reads = comm.board() if strategy.staleness == 0 else None  # who has read for which step
+        self._store = opened(replica, comm, strategy.servers)
+        self._clocks = self._store.board()
+        self._reads = self._store.board() if strategy.staleness == 0 else None  # who has read for which step
         self._offset = 0  # clocks count from a resume on
         self._seen = 0  # every update stamped below this is in the cache
         self._before = [piece.flat.detach().clone() for piece in replica.pieces]
@@ -140,6 +146,11 @@ class StaleSynchronousWorker(IndependentWorker):
     def consensus(self) -> Parameters:
         """What the servers hold."""
         return super().consensus() if self.comm.size == 1 else self._store.snapshot()
+
+    def regroup(self, comm: Communicator) -> None:
+        """The clocks of those that are gone are waited for no longer."""
+        super().regroup(comm)
+        self._store.regroup(comm)
 
     def rebase(self) -> None:
         """The servers hold what the replicas do."""

@@ -10,6 +10,7 @@ the same amount to do. What a push finds newer than what its worker has pulled i
 
 `CommonStore` is the server without a process: the shards lie in memory that all workers see, and whoever pushes does
 the server's work itself, under the shard's lock. A worker that dies meanwhile leaves a lock for the next to take over.
+Where no memory is shared the shards lie on ranks of their own, see `server` and `remote_store`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from manyhands.communication.communicator import Communicator
+from manyhands.communication.communicator import Board, Communicator
 from manyhands.communication.reduction import slices
 from manyhands.contract import Parameters, Replica, Traffic
 from manyhands.models.update_rules import Rule, rule_of
@@ -110,6 +111,26 @@ class Store(ABC):
     def stopped(self) -> bool:
         """Whether somebody has called `stop`."""
 
+    def regroup(self, comm: Communicator) -> None:
+        """The workers are now those of ``comm``, fewer than before."""
+        raise NotImplementedError(f"{type(self).__name__} cannot go on without a worker")
+
+    @abstractmethod
+    def board(self) -> Board:
+        """A new board of counters, all 0. Collective."""
+
+    @abstractmethod
+    def rebase(self) -> None:
+        """The shards become what rank 0's pieces hold. Collective."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Of this worker its versions; of rank 0 the servers' state, too, without the parameters themselves."""
+
+    @abstractmethod
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up a `state_dict` of the same rank. Collective."""
+
 
 class CommonStore(Store):
     """Shards in common memory, each under a lock.
@@ -165,6 +186,10 @@ class CommonStore(Store):
         assert self._optimizer is not None
         return self.replica.pieces[i].group if self._optimizer is self.replica.optimizer else 0
 
+    def regroup(self, comm: Communicator) -> None:
+        """Memory and locks stay where they are."""
+        self._comm = comm
+
     def rebase(self) -> None:
         """The shards become what rank 0's pieces hold. Collective."""
         if self._comm.rank == 0:
@@ -211,7 +236,7 @@ class CommonStore(Store):
         for s, shard in enumerate(self.shards):
             if shard.piece != i:
                 continue
-            own = _within(rows, shard, piece.width)
+            own = within(rows, shard, piece.width)
             if len(own):
                 mine, theirs = (flat.view(-1, piece.width) for flat in (piece.flat, self.flats[i]))
                 self._comm.access("pull", own)  # the request
@@ -225,7 +250,7 @@ class CommonStore(Store):
         shard = self.shards[s]
         piece = self.replica.pieces[shard.piece]
         assert piece.rows is not None
-        own = _within(piece.rows, shard, piece.width)
+        own = within(piece.rows, shard, piece.width)
         if not len(own):
             return
         first = int(torch.searchsorted(piece.rows, own[0]))
@@ -334,6 +359,10 @@ class CommonStore(Store):
             self._comm.barrier()
         return agreed
 
+    def board(self) -> Board:
+        """See `Store.board`."""
+        return self._comm.board()
+
     def stop(self, step: int) -> None:
         """See `Store.stop`."""
         self._stop[0] = step + 1
@@ -366,7 +395,7 @@ class CommonStore(Store):
         return {"versions": self._versions, "updates": self._updates, "used": self._used}
 
 
-def _within(rows: Tensor, shard: Shard, width: int) -> Tensor:
+def within(rows: Tensor, shard: Shard, width: int) -> Tensor:
     """Those of ``rows``, which are in order, that lie in ``shard``."""
     first, last = torch.searchsorted(rows, torch.tensor([shard.lo // width, shard.hi // width])).tolist()
     return rows[first:last]

@@ -61,7 +61,7 @@ class Measurement:
     peak_memory_B: int
     wall_s: float
     versions: dict[str, str] = field(default_factory=dict)
-    #: Mean time that each worker spent waiting for others in a step, in rank order.
+    #: Mean time that each worker spent waiting for others in a step, in rank order (of those left at the end).
     wait_s_by_worker: list[float] = field(default_factory=list)
     #: By how many updates of others the parameters had moved on when a gradient was applied; None: by none ever.
     staleness_mean: float | None = None

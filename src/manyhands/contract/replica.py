@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from manyhands.communication.communicator import Communicator
+
 #: ``ready(i, lo, hi, loss, count)``; see `Replica.gradients`.
 Ready = Callable[[int, int, int, Tensor, float], None]
 
@@ -107,6 +109,10 @@ class Replica(Protocol):
 
     def settle(self, reached: Mapping[int, Tensor]) -> None:
         """What is 0 in a `reached` (or a sum of them) stays as it is; a piece without a 0 is watched no longer."""
+        ...
+
+    def regroup(self, comm: Communicator) -> None:
+        """The workers are now those of ``comm``: batches are divided among them."""
         ...
 
     def before_lookup(self, piece: int, tell: Callable[[Tensor], None]) -> None:

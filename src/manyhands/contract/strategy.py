@@ -98,6 +98,8 @@ class Strategy(ABC):
     sparse: ClassVar[bool] = False
     #: The result is a function of task and plan: no race decides, and a resume is exact bit for bit.
     deterministic: ClassVar[bool] = True
+    #: On shared memory the others go on when a worker (but 0) is killed: nobody waits for it before the next `meet`.
+    survives: ClassVar[bool] = False
     #: Promise 1 for one worker: it is the user's optimizer and nothing else. False where a second rule works on top.
     plain_alone: ClassVar[bool] = True
     #: What makes this strategy diverge where lock-step would not; completes "…, or with ssp, a smaller staleness=".
@@ -121,6 +123,10 @@ class Strategy(ABC):
     def problems(self, setting: Setting) -> list[Problem]:
         """What cannot work in this setting; found when the plan is made."""
         return []
+
+    def server_ranks(self, *, shares_memory: bool) -> int:
+        """How many ranks beyond the workers' it wants, to serve; reached by ``comm.servers``."""
+        return 0
 
     def resolve(self, setting: Setting) -> Strategy:
         """The same strategy with every ``auto`` decided."""
@@ -187,6 +193,13 @@ class Worker(ABC):
     def staleness(self) -> Mapping[int, int]:
         """How often a gradient was applied to parameters that were so many updates newer than those it was taken at."""
         return {}
+
+    def regroup(self, comm: Communicator) -> None:
+        """Some workers are gone; ``comm`` is the group of the others. What all have in common goes on as it is.
+
+        Called where `Strategy.survives` holds.
+        """
+        self.comm = comm
 
     def rebase(self) -> None:
         """The replica's parameters have been replaced by everybody's: what is derived from them (a centre, what a

@@ -256,6 +256,10 @@ class DataReplica:
     def _sums(self) -> bool:
         return getattr(self.loss, "reduction", "mean") == "sum"
 
+    def regroup(self, comm: Communicator) -> None:
+        """See `contract.Replica.regroup`."""
+        self._comm, self._shares = comm, comm.size
+
     def before_lookup(self, piece: int, tell: Callable[[Tensor], None]) -> None:
         """See `contract.Replica.before_lookup`."""
         before_lookup(self._tables[piece], tell)

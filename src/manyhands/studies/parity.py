@@ -28,6 +28,7 @@ from manyhands.checks import is_whole
 from manyhands.communication.communicator import Communicator
 from manyhands.communication.transports import transports as known_transports
 from manyhands.consistency import strategies as known_strategies
+from manyhands.consistency.server import serving
 from manyhands.contract import Batch, Setting, Strategy
 from manyhands.errors import BadInput, ManyhandsError, UnknownName
 from manyhands.models import optimizers
@@ -158,8 +159,10 @@ def variants(names: Iterable[str] = known_strategies) -> Iterator[Strategy]:
 
 def _on(transport: str, workers: int, texts: Sequence[str], optimizer: str) -> list[Row]:
     try:
-        with team(transport, workers, threads=1, timeout_s=DEADLINE_S / 2, allocator="plain") as crew:
-            found = crew.run(f"{__name__}:job", list(texts), optimizer, deadline_s=DEADLINE_S)[0]
+        apart = [strategy_from(t).server_ranks(shares_memory=transport in SHARE_MEMORY) for t in texts]
+        servers = max(apart, default=0)
+        with team(transport, workers + servers, threads=1, timeout_s=DEADLINE_S / 2, allocator="plain") as crew:
+            found = crew.run(f"{__name__}:job", list(texts), optimizer, servers, deadline_s=DEADLINE_S)[0]
     except BadInput:
         raise
     except ManyhandsError as e:  # a transport that does not work is a finding, and the next one is still looked at
@@ -181,9 +184,12 @@ def _joined(plan: Plan, texts: Sequence[str], optimizer: str) -> Verdict | None:
     return Verdict(optimizer, tuple(rows)) if comm.rank == 0 else None
 
 
-def job(member: Member, texts: list[str], optimizer: str) -> list[dict[str, Any]]:
+def job(member: Member, texts: list[str], optimizer: str, servers: int) -> list[dict[str, Any]]:
     """What every worker does: all strategies, one after the other."""
-    return [dataclasses.asdict(check(member.comm, strategy_from(text), optimizer)) for text in texts]
+    with serving(member.comm, servers) as comm:
+        if comm is None:
+            return []
+        return [dataclasses.asdict(check(comm, strategy_from(text), optimizer)) for text in texts]
 
 
 def check(comm: Communicator, strategy: Strategy, optimizer: str) -> Row:
@@ -198,7 +204,8 @@ def check(comm: Communicator, strategy: Strategy, optimizer: str) -> Row:
         served=served(trial),
     )
     row = Row(str(strategy), comm.transport, comm.size)
-    if strategy.problems(setting):  # `train` refuses it, too, and says why
+    apart = strategy.server_ranks(shares_memory=setting.shares_memory)
+    if strategy.problems(setting) or (apart and comm.servers is None):  # `train` refuses it, too, and says why
         return dataclasses.replace(row, promise="refused here")
     decided = strategy.resolve(setting)
     model = small_model()
@@ -224,9 +231,9 @@ def check(comm: Communicator, strategy: Strategy, optimizer: str) -> Row:
         for p in replica.pieces
     ]
     declared_B = sum(traffic.sent_B_in(STEPS) for traffic in declared) / STEPS
+    worker.meet()
     replicas = everybodys(model, comm)
     same = all(torch.equal(replicas[0], r) for r in replicas) if decided.identical else None
-    worker.meet()
     with comm.counting("consensus"):
         worker.finish()
     exact = decided.exact(setting)

@@ -26,6 +26,7 @@ from manyhands import models
 from manyhands.communication.communicator import Communicator
 from manyhands.communication.topology import Mesh
 from manyhands.consistency import buffers as buffer_policy
+from manyhands.consistency.server import serving
 from manyhands.contract import Batch, Measurement, Spread, StepParts, Strategy, Worker
 from manyhands.data import Splits
 from manyhands.errors import BadInput, DamagedFile, NonFiniteLoss
@@ -42,7 +43,7 @@ from manyhands.training.metrics import MetricsLog, read_summary
 from manyhands.training.model_difference import check_same_model
 from manyhands.training.origin import check_same_run, origin
 from manyhands.training.progress import Progress
-from manyhands.training.sampler import START, Cursor, Sampler, steps_per_epoch, worker_seed
+from manyhands.training.sampler import START, Cursor, Sampler, Share, steps_per_epoch, worker_seed
 from manyhands.training.whole_file import replacing
 
 log = logging.getLogger(__name__)
@@ -112,6 +113,7 @@ class Run:
     schedule: Any
     sampler: Sampler
     since: Since
+    ranks: list[int]  # of the workers that are left, as they were numbered at the start
     cursor: Cursor = START
     history: list[dict[str, Any]] = field(default_factory=list)
     trained_s: float = 0.0  # in steps, of the whole run; evaluations and checkpoints not counted
@@ -140,11 +142,16 @@ def work(member: Member, options: dict[str, Any], tables: dict[str, Any] | None)
         if tables is None
         else (from_table(Task, tables["task"], "[task]"), from_table(Plan, tables["plan"], "[plan]"))
     )
-    run = prepare(member, task, plan, Options(**options))
-    if not (run.options.resume and run.finished):
-        keep_plan(run)
-    with logged(run) as metrics:
-        return train(run, metrics, member)
+    assert plan.workers is not None
+    with serving(member.comm, member.comm.size - plan.workers) as comm:
+        if comm is None:  # a server: it has done what it was here for
+            return {}
+        member = dataclasses.replace(member, comm=comm)
+        run = prepare(member, task, plan, Options(**options))
+        if not (run.options.resume and run.finished):
+            keep_plan(run)
+        with logged(run) as metrics:
+            return train(run, metrics, member)
 
 
 def prepare(member: Member, task: Task, plan: Plan, options: Options) -> Run:
@@ -160,13 +167,7 @@ def prepare(member: Member, task: Task, plan: Plan, options: Options) -> Run:
     model.to(device_of(plan, comm))
     loss = losses.build(task.loss)
     optimizer = optimizers.build(task.optimizer, model.parameters())
-    sampler = Sampler(
-        len(splits.train),
-        batch_size=task.batch_size,
-        workers=1 if strategy.whole_batch else comm.size,
-        rank=0 if strategy.whole_batch else comm.rank,
-        seed=task.seed,
-    )
+    sampler = sampler_of(task, splits, strategy, comm)
     schedule = schedules.build(task.schedule, optimizer, steps=total_steps(task, sampler))
     replica = DataReplica(
         model,
@@ -183,10 +184,23 @@ def prepare(member: Member, task: Task, plan: Plan, options: Options) -> Run:
     with comm.counting("control"):
         worker = strategy.start(replica, comm)
     since = Since(sums=losses.reduction(loss) == "sum")
-    run = Run(task, plan, options, comm, splits, model, loss, replica, worker, schedule, sampler, since)
+    ranks = list(range(comm.size))
+    run = Run(task, plan, options, comm, splits, model, loss, replica, worker, schedule, sampler, since, ranks)
     if options.resume:
         resume(run)
     return run
+
+
+def sampler_of(task: Task, splits: Splits, strategy: Strategy, comm: Communicator) -> Sampler:
+    """What divides the batches among the workers of ``comm``."""
+    whole = strategy.whole_batch
+    return Sampler(
+        len(splits.train),
+        batch_size=task.batch_size,
+        workers=1 if whole else comm.size,
+        rank=0 if whole else comm.rank,
+        seed=task.seed,
+    )
 
 
 def signature(splits: Splits) -> list[Any]:
@@ -444,7 +458,7 @@ def train(run: Run, metrics: MetricsLog, member: Member) -> dict[str, Any]:
         first_step=cost.first_step,
         rank=comm.rank if run.options.progress else 1,
     ) as progress:
-        for share in () if run.finished else run.sampler.batches(run.cursor, **task.length):
+        for share in shares(run):
             comm.step = share.before.step
             t0 = clock()
             inputs, target = run.splits.train.rows(share.indices)
@@ -460,7 +474,7 @@ def train(run: Run, metrics: MetricsLog, member: Member) -> dict[str, Any]:
             try:
                 loss = worker.step(Batch(inputs, target, count, share.global_count))
                 if record_due or checkpoint_due or _time_is_asked(run, share.after):
-                    worker.meet()
+                    meet(run, metrics)
             except NonFiniteLoss as e:
                 raise stopped(run, e, share.before, good, metrics, saved_step=saved_step) from None
             if run.schedule is not None:
@@ -505,7 +519,7 @@ def train(run: Run, metrics: MetricsLog, member: Member) -> dict[str, Any]:
     measured = cost.measured(run, clock() - cost.began)
     if run.cursor.step not in (recorded_step, cost.first_step):
         try:
-            worker.meet()
+            meet(run, metrics)
         except NonFiniteLoss as e:
             raise stopped(run, e, run.cursor, good, metrics, saved_step=saved_step) from None
     if recorded_step != run.cursor.step:  # a run that ends within an epoch, or between two evaluations
@@ -513,6 +527,38 @@ def train(run: Run, metrics: MetricsLog, member: Member) -> dict[str, Any]:
     if saved_step != run.cursor.step:
         save(run, run.cursor, metrics)
     return conclude(run, measured, metrics, member)
+
+
+def shares(run: Run) -> Iterator[Share]:
+    """This worker's part of every batch to come; divided anew where the workers become fewer."""
+    while not run.finished:
+        sampler = run.sampler
+        for share in sampler.batches(run.cursor, **run.task.length):
+            yield share
+            if run.sampler is not sampler:
+                break
+        else:
+            return
+
+
+def meet(run: Run, metrics: MetricsLog) -> None:
+    """All workers come together, and here those that have been killed are left out, if the strategy bears that.
+
+    Their samples since the last meeting are lost; from the next step on the others divide the whole batch. Raises
+    `NonFiniteLoss` as `Worker.meet` does.
+    """
+    strategy = run.plan.strategy
+    assert isinstance(strategy, Strategy)
+    lost = run.comm.agree_on_lost() if strategy.survives else []
+    if lost:
+        names = [run.ranks[p] for p in lost]
+        run.ranks = [rank for p, rank in enumerate(run.ranks) if p not in lost]
+        run.comm = run.comm.without(lost)
+        run.replica.regroup(run.comm)
+        run.worker.regroup(run.comm)
+        run.sampler = sampler_of(run.task, run.splits, strategy, run.comm)
+        metrics.event("workers_lost", step=run.comm.step, ranks=names, left=run.ranks)
+    run.worker.meet()
 
 
 def stopped(

@@ -15,9 +15,10 @@ One that is killed takes the others along where the launcher cleans up (mpiexec 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -140,6 +141,13 @@ class MpiCommunicator(EngineCommunicator):
             raise wrong_length(self._names[self.rank], self._names[source], tag, sent_B, like)
         return Received(source, like)
 
+    def _listen(self, like: Tensor, frm: Collection[int], tag: int) -> Received:
+        status = self._mpi.Status()
+        request = self._comm.Irecv(self._raw(like), self._mpi.ANY_SOURCE, tag)
+        with self._translating("listen"), self._spending("recv"):
+            self._poll(request, "recv", None, status, timeout_s=math.inf)
+        return Received(status.Get_source(), like)
+
     def _check_tag(self, tag: int) -> None:
         if not 0 <= tag <= self._highest_tag:
             raise BadInput(f"tag {tag}: this MPI's tags are whole numbers from 0 to {self._highest_tag}.")
@@ -208,8 +216,9 @@ class MpiCommunicator(EngineCommunicator):
                 raise self._lost(doing, peer) from e
             raise CommunicationError(f"rank {self._names[self.rank]}, {doing}: {e.Get_error_string()}") from e
 
-    def _poll(self, request: Any, doing: str, peer: int | None, status: Any) -> None:
+    def _poll(self, request: Any, doing: str, peer: int | None, status: Any, *, timeout_s: float | None = None) -> None:
         t0 = time.perf_counter()
+        timeout_s = self.timeout_s if timeout_s is None else timeout_s
         for _ in range(YIELDS):
             if request.Test(status):
                 return
@@ -219,7 +228,7 @@ class MpiCommunicator(EngineCommunicator):
             news = self._mpi.Status()
             failed = self._control.Iprobe(self._mpi.ANY_SOURCE, FAILED_TAG, news)
             whom = None if peer is None else [peer]
-            if failed or waited_s > self.timeout_s:
+            if failed or waited_s > timeout_s:
                 if doing == "recv":  # what comes now must not be written to the caller's tensor
                     request.Cancel()
                     request.Wait()

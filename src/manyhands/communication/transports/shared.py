@@ -34,6 +34,7 @@ from manyhands.communication.mailbox import Mailbox, Outgoing, bytes_needed
 from manyhands.communication.reduction import coefficients, reduce_into, slices
 from manyhands.communication.segment import PAGE_B, Region, Segment
 from manyhands.communication.shared_barrier import LINE_WORDS, SharedBarrier, words_needed
+from manyhands.communication.topology import Mesh
 from manyhands.errors import BadInput
 
 #: Bytes of one staging buffer of one rank; larger tensors go through in chunks.
@@ -494,6 +495,37 @@ class SharedCommunicator(Communicator):
             self.counters.communicate_s += time.perf_counter() - t0 - waited
 
     # -- groups ------------------------------------------------------------------------------------------------
+
+    def agree_on_lost(self) -> list[int]:
+        """Two barriers that do not wait for the dead: after the first all know of them, with the second all say so."""
+        if self.size == 1:
+            return []
+        self._enter.passes_without_the_gone = True
+        try:
+            self._meet("agree_on_lost", _BARRIER)
+            mine = sum(1 << p for p in range(self.size) if self._segment.gone(self._names[p]))
+            said = self._exchange(float(mine), "agree_on_lost", _BARRIER)
+        finally:
+            self._enter.passes_without_the_gone = False
+        lost = 0
+        for p, mask in enumerate(said):
+            if not mine >> p & 1:  # what a dead rank has said last means nothing
+                lost |= int(mask or 0)
+        return [p for p in range(self.size) if lost >> p & 1]
+
+    def without(self, lost: Sequence[int]) -> Communicator:
+        """A group as `split` makes one, by those who are left."""
+        members = [p for p in range(self.size) if p not in lost]
+        self._enter.passes_without_the_gone = True
+        try:
+            offset = float(self._segment.reserve(self.control_B(len(members)))) if members[0] == self.rank else None
+            place = self._exchange(offset, "without", _BARRIER)[members[0]]
+        finally:
+            self._enter.passes_without_the_gone = False
+        assert place is not None
+        group = self._group(int(place), members)
+        group.context, group.mesh = self.context, Mesh(data=len(members))
+        return group
 
     def _split(self, color: int) -> Communicator:
         colors = [int(c or 0) for c in self._exchange(float(color), "split", _SPLIT)]

@@ -20,13 +20,15 @@ whose `Work` is dropped.
 from __future__ import annotations
 
 import os
+import threading
 import time
 import weakref
 from abc import abstractmethod
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from queue import SimpleQueue
 from typing import Any, ClassVar, Self
 
 import torch
@@ -41,6 +43,9 @@ from manyhands.errors import BadInput, CommunicationError, DeadlineExceeded, Dea
 
 #: Tags from here on are ours, one after the other for successive exchanges; the user's lie below.
 FIRST_OWN_TAG = 2**30
+
+#: Longer than any run: a deadline that is none, which gloo can still count in nanoseconds.
+EVER = timedelta(days=10_000)
 
 #: Untyped: its own type hints leave out the stores and the backends. ``import torch`` has imported it already.
 dist: Any = torch.distributed
@@ -338,6 +343,35 @@ class GlooCommunicator(TorchCommunicator):
     def _place(cls, local_rank: int) -> torch.device:
         return torch.device("cpu")
 
+    _hearing: _Hearing | None = None
+
+    def _listen(self, like: Tensor, frm: Collection[int], tag: int) -> Received:
+        hearing = self._hearing = self._hearing or _Hearing()
+        for peer in set(frm) - hearing.busy:
+            there = torch.empty_like(like)
+            with self._calling("listen", peer):
+                hearing.wait_for(peer, self._backend.recv([there], peer, tag), there)
+        with self._spending("recv"):
+            peer, there, error = hearing.next()
+        if error is not None:
+            self._errors.append("listen")
+            raise self._lost("listen", peer) from error
+        like.copy_(there)
+        return Received(peer, like)
+
+    def close(self) -> None:
+        """Hang up. A message or collective still under way is lost: barrier first."""
+        if self._hearing is not None:
+            if self._hearing.busy:
+                # Only a wait that times out makes gloo end the others. A thread that waits in it yet when the
+                # interpreter ends kills the process ("terminate called without an active exception", torch 2.13).
+                peer = min(self._hearing.busy)
+                with suppress(RuntimeError):
+                    self._backend.recv([torch.empty(1)], peer, FIRST_OWN_TAG).wait(timedelta(milliseconds=1))
+            self._hearing.end()
+            self._hearing = None
+        super().close()
+
     def _connect(self) -> Any:
         gloo = dist.ProcessGroupGloo
         options = gloo._Options()
@@ -347,6 +381,53 @@ class GlooCommunicator(TorchCommunicator):
         ]
         options._timeout = timedelta(seconds=self.timeout_s)
         return gloo(self._store, self.rank, self.size, options)
+
+
+class _Hearing:
+    """Waits for messages of many peers at once, and knows whose connection has broken.
+
+    Gloo does not tell one who waits for anyone that a peer has died, and cannot be asked whether a message is there.
+    So a thread a peer waits for the next message of that peer alone.
+    """
+
+    def __init__(self) -> None:
+        self.busy: set[int] = set()  # peers for whose message somebody waits
+        self._awaited: dict[int, SimpleQueue[tuple[Any, Tensor] | None]] = {}  # by peer: what its thread is to wait for
+        self._heard: SimpleQueue[tuple[int, Tensor, RuntimeError | None]] = SimpleQueue()
+        self._threads: list[threading.Thread] = []
+
+    def wait_for(self, peer: int, work: Any, there: Tensor) -> None:
+        """``work`` ends when the peer's next message is ``there``."""
+        self.busy.add(peer)
+        if peer not in self._awaited:
+            self._awaited[peer] = SimpleQueue()
+            self._threads.append(threading.Thread(target=self._listen, args=(peer,), daemon=True))
+            self._threads[-1].start()
+        self._awaited[peer].put((work, there))
+
+    def next(self) -> tuple[int, Tensor, RuntimeError | None]:
+        """The next message of any, or why there will be none of that peer."""
+        peer, there, error = self._heard.get()
+        self.busy.discard(peer)
+        return peer, there, error
+
+    def end(self) -> None:
+        """Let the threads go, once what they wait for has ended."""
+        for awaited in self._awaited.values():
+            awaited.put(None)
+        for thread in self._threads:
+            thread.join(1.0)
+
+    def _listen(self, peer: int) -> None:
+        while (awaited := self._awaited[peer].get()) is not None:
+            work, there = awaited
+            error = None
+            try:
+                work.wait(EVER)
+            except RuntimeError as e:
+                error = e
+            del work, awaited  # they would keep the group's connections open
+            self._heard.put((peer, there, error))
 
 
 class NcclCommunicator(TorchCommunicator):

@@ -17,13 +17,20 @@ class Team(ABC):
 
     @abstractmethod
     def run(
-        self, job: str, *arguments: Any, report: Report | None = None, deadline_s: float | None = None
+        self,
+        job: str,
+        *arguments: Any,
+        report: Report | None = None,
+        deadline_s: float | None = None,
+        bears_loss: bool = False,
     ) -> list[Any]:
         """Call ``module:function`` as ``function(member, *arguments)`` on every worker; results in rank order.
 
         ``report(rank, value)`` gets what workers report on the way. Raises `WorkerFailed` (or the worker's own
         `ManyhandsError`) when one fails; the team is closed then. ``deadline_s`` ends a job of processes that takes
         longer; workers inside this process (single, threads, simulated) cannot be ended, and pass it over.
+        ``bears_loss``: where processes share memory, a worker but 0 that is killed is not waited for, and its result is
+        None; elsewhere, and of a worker that raises, the team is told and ends.
         """
 
     @property

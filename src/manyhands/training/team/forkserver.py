@@ -137,6 +137,12 @@ class ForkserverTeam(ProcessTeam):
         code = self._processes[rank].exitcode
         return None if code is None else ended(code)
 
+    def _lose(self, rank: int) -> bool:
+        if self._segment is None:
+            return False
+        self._segment.report_gone(rank)
+        return True
+
     def _fail(self, rank: int) -> None:
         if self._segment is not None:
             self._segment.report_failure(rank)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import signal
 import time
 from abc import abstractmethod
@@ -14,6 +15,8 @@ from manyhands import errors
 from manyhands.errors import BadInput, WorkerFailed
 from manyhands.training.team.base import Report, Team
 from manyhands.training.wire import decode, encode, rebuilt
+
+log = logging.getLogger(__name__)
 
 #: How long after the first failure the others may still say what they saw: the first report is not always the cause.
 GRACE_S = 2.0
@@ -31,6 +34,10 @@ class ProcessTeam(Team):
         self._connections: list[Connection] = []
         self._closed = False
 
+    def _lose(self, rank: int) -> bool:
+        """Tell the other workers that ``rank`` has died and they go on; False where there is no way to."""
+        return False
+
     def _fail(self, rank: int) -> None:
         """Tell the other workers that ``rank`` is gone, where there is a way to."""
 
@@ -45,7 +52,12 @@ class ProcessTeam(Team):
         """Wait so long for the workers to end, then make sure that none runs any more."""
 
     def run(
-        self, job: str, *arguments: Any, report: Report | None = None, deadline_s: float | None = None
+        self,
+        job: str,
+        *arguments: Any,
+        report: Report | None = None,
+        deadline_s: float | None = None,
+        bears_loss: bool = False,
     ) -> list[Any]:
         """Send the job to all workers and collect what they answer."""
         if self._closed:
@@ -55,12 +67,14 @@ class ProcessTeam(Team):
             for connection in self._connections:
                 with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                     connection.send_bytes(message)
-            return self._collect("result", report, deadline_s)
+            return self._collect("result", report, deadline_s, bears_loss=bears_loss)
         except BaseException:
             self.abandon()
             raise
 
-    def _collect(self, wanted: str, report: Report | None, deadline_s: float | None) -> list[Any]:
+    def _collect(
+        self, wanted: str, report: Report | None, deadline_s: float | None, *, bears_loss: bool = False
+    ) -> list[Any]:
         results: dict[int, Any] = {}
         failures: list[dict[str, Any]] = []
         ended: set[int] = set()
@@ -73,9 +87,7 @@ class ProcessTeam(Team):
                 try:
                     kind, *rest = decode(connection.recv_bytes())  # type: ignore[union-attr]
                 except (EOFError, ConnectionResetError):
-                    failures.append(self._death(rank))
-                    ended.add(rank)
-                    self._fail(rank)
+                    self._died(rank, ended, failures, bears_loss=bears_loss)
                     continue
                 if kind == wanted:
                     results[rank] = rest[0] if rest else None
@@ -89,9 +101,7 @@ class ProcessTeam(Team):
                 if rank not in results and rank not in ended and self._connections[rank] not in ready:
                     how = self._alive(rank)
                     if how is not None and not self._connections[rank].poll(0):
-                        failures.append(self._death(rank))
-                        ended.add(rank)
-                        self._fail(rank)
+                        self._died(rank, ended, failures, bears_loss=bears_loss)
             now = time.monotonic()
             if failures:
                 end = now + GRACE_S if end is None else min(end, now + GRACE_S)
@@ -99,12 +109,22 @@ class ProcessTeam(Team):
                 break
         if failures:
             raise_cause(failures)
-        if len(results) < self.size:
+        if len(results) + len(ended) < self.size:
             late = [r for r in range(self.size) if r not in results]
             raise errors.DeadlineExceeded(
                 late[0], "its own job to end", self._step_of(late[0]), deadline_s or 0.0, "run"
             )
-        return [results[r] for r in range(self.size)]
+        return [results.get(r) for r in range(self.size)]
+
+    def _died(self, rank: int, ended: set[int], failures: list[dict[str, Any]], *, bears_loss: bool) -> None:
+        """The others go on if they can: rank 0 is the one who keeps the run's folder, and cannot be missed."""
+        ended.add(rank)
+        death = self._death(rank)
+        if bears_loss and rank != 0 and self._lose(rank):
+            log.warning("worker %d is lost (%s); the others go on", rank, death["reason"])
+            return
+        failures.append(death)
+        self._fail(rank)
 
     def _death(self, rank: int) -> dict[str, Any]:
         how = None

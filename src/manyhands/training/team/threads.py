@@ -21,7 +21,12 @@ class SingleTeam(Team):
         self._allocator, self._threads, self._live = allocator, threads, live
 
     def run(
-        self, job: str, *arguments: Any, report: Report | None = None, deadline_s: float | None = None
+        self,
+        job: str,
+        *arguments: Any,
+        report: Report | None = None,
+        deadline_s: float | None = None,
+        bears_loss: bool = False,
     ) -> list[Any]:
         """Call the job here; an exception that is none of ours becomes a `WorkerFailed` with it as its cause.
 
@@ -55,7 +60,12 @@ class ThreadTeam(Team):
         self._threads, self._timeout_s, self._live = threads, timeout_s, live
 
     def run(
-        self, job: str, *arguments: Any, report: Report | None = None, deadline_s: float | None = None
+        self,
+        job: str,
+        *arguments: Any,
+        report: Report | None = None,
+        deadline_s: float | None = None,
+        bears_loss: bool = False,
     ) -> list[Any]:
         """Run the job on fresh threads; they are joined before this returns or raises.
 

@@ -1,0 +1,343 @@
+"""The worker's end of servers that are ranks: shards travel as messages, over gloo and MPI (survey §VI-A).
+
+Shard j of every piece lies on server j, the rank P + j of ``comm.servers``; what it does there, `server` says. A worker
+asks all servers at once and takes the answers in the servers' order, so that no two of them can wait for each other.
+
+Payload is counted as `CommonStore` counts it, as ``push`` and ``pull``; the messages that carry it, with their headers,
+as ``service``. A server that dies ends the workers' waits by a `PeerLost` with its rank.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from manyhands.communication.communicator import Board, Communicator, Work
+from manyhands.consistency.remote_board import RemoteBoard
+from manyhands.consistency.requests import ANSWER, ANSWERED_B, PAYLOAD, REQUEST, Ask, frame, header
+from manyhands.consistency.store import CommonStore, Store, within
+from manyhands.contract import Parameters, Replica
+from manyhands.models.update_rules import rule_of
+
+
+def opened(
+    replica: Replica,
+    comm: Communicator,
+    servers: int,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    scaled: bool = False,
+) -> Store:
+    """The servers of ``comm``: ranks where it has any, else memory that all workers see. Collective."""
+    kind = CommonStore if comm.servers is None else RemoteStore
+    return kind(replica, comm, servers, optimizer=optimizer, scaled=scaled)
+
+
+class RemoteStore(Store):
+    """See the file's head; the arguments are `CommonStore`'s."""
+
+    def __init__(
+        self,
+        replica: Replica,
+        comm: Communicator,
+        servers: int,
+        *,
+        optimizer: torch.optim.Optimizer | None = None,
+        scaled: bool = False,
+    ) -> None:
+        super().__init__(replica, servers)
+        assert comm.servers is not None
+        self._comm, self._world, self._optimizer = comm, comm.servers, optimizer
+        self._stopped, self._boards = False, 0
+        self._held: dict[int, list[int]] = {}  # by server: its shards
+        for s, shard in enumerate(self.shards):
+            first = next(t for t, other in enumerate(self.shards) if other.piece == shard.piece)
+            self._held.setdefault(comm.size + s - first, []).append(s)
+        self._at = {s: (rank, i) for rank, held in sorted(self._held.items()) for i, s in enumerate(held)}
+        self._frames = [frame(s.hi - s.lo, replica.pieces[s.piece].flat.dtype) for s in self.shards]
+        self._slots = [0 if optimizer is None else self._rule(i)["slots"] for i in range(len(replica.pieces))]
+        comm.barrier()  # all have done with the store before
+        if comm.rank == 0:
+            with comm.counting("service"):
+                for rank, held in self._held.items():
+                    self._open(rank, held, scaled=scaled)
+        for i, piece in enumerate(replica.pieces):
+            if piece.width:
+                replica.before_lookup(i, functools.partial(self._look_up, i))
+        self.rebase()
+
+    # -- requests --------------------------------------------------------------------------------------------------
+
+    def _open(self, rank: int, held: Sequence[int], *, scaled: bool) -> None:
+        described = []
+        for s in held:
+            shard = self.shards[s]
+            described.append(
+                {
+                    "numel": shard.hi - shard.lo,
+                    "dtype": str(self.replica.pieces[shard.piece].flat.dtype).removeprefix("torch."),
+                    "width": self.replica.pieces[shard.piece].width,
+                    "spans": [(u.lo - shard.lo, u.hi - shard.lo) for u in self.units[shard.units]],
+                    **({} if self._optimizer is None else self._rule(shard.piece)),
+                }
+            )
+        text = json.dumps({"shards": described, "updates": self._optimizer is not None, "scaled": scaled}).encode()
+        payload = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        works = self._ask(rank, header(Ask.OPEN, count=len(payload)), payload)
+        self._answer(rank)
+        _finish(works)
+
+    def _rule(self, i: int) -> dict[str, Any]:
+        assert self._optimizer is not None
+        rule = rule_of(self._optimizer, self._group_of(i))
+        assert rule is not None, "the plan has been checked"
+        first = self._optimizer.param_groups[self._group_of(i)].get("initial_accumulator_value", 0.0)
+        return {"rule": rule.apply.__name__, "slots": rule.slots, "first": first}
+
+    def _group_of(self, i: int) -> int:
+        """A server's optimizer of its own has one group for all pieces."""
+        return self.replica.pieces[i].group if self._optimizer is self.replica.optimizer else 0
+
+    def _ask(self, rank: int, request: Tensor, *payload: Tensor) -> list[Work]:
+        return [self._world.send(request, rank, REQUEST), *(self._world.send(x, rank, PAYLOAD) for x in payload)]
+
+    def _answer(self, rank: int) -> None:
+        """One without values, of no shard."""
+        whole, beginning, _ = frame(0, torch.uint8)
+        self._world.recv(whole, rank, ANSWER)
+        self._stopped |= bool(beginning[2])
+
+    def _answer_of(self, s: int, *, values: bool) -> tuple[int, int, Tensor]:
+        """Version, lateness, and the values if they are awaited; those until the shard's next answer."""
+        whole, beginning, there = self._frames[s]
+        self._world.recv(whole if values else whole[:ANSWERED_B], self._at[s][0], ANSWER)
+        version, late, stopped = beginning.tolist()
+        self._stopped |= bool(stopped)
+        return int(version), int(late), there
+
+    def _slice(self, s: int, vectors: Sequence[Tensor]) -> Tensor:
+        shard = self.shards[s]
+        return vectors[shard.piece][shard.lo : shard.hi]
+
+    # -- what a store does -----------------------------------------------------------------------------------------
+
+    def rebase(self) -> None:
+        """The shards become what rank 0's pieces hold. Collective."""
+        if self._comm.rank == 0:
+            with self._comm.counting("service"):
+                self._give(Ask.SET, [piece.flat for piece in self.replica.pieces])
+        self._comm.barrier()
+
+    def pull(self) -> None:
+        """See `Store.pull`."""
+        dense = [s for s in self._at if not self.replica.pieces[self.shards[s].piece].width]  # rows come at a look-up
+        self._fetch([piece.flat for piece in self.replica.pieces], dense, noting=True)
+
+    def push(self, vectors: Sequence[Tensor], *, pull: bool = False) -> None:
+        """See `Store.push`."""
+        assert self._optimizer is not None
+        in_use = self._share_what_is_in_use()
+        pushed = {s: payload for s in self._at if (payload := self._payload(s, vectors))}
+        returned = {s for s, payload in pushed.items() if pull and len(payload) == 1}
+        for s, payload in pushed.items():
+            for x in payload:
+                self._comm.access("push", x)
+            if s in returned:
+                self._comm.access("pull", payload[0])
+        with self._comm.counting("service"):
+            works = []
+            for s, payload in pushed.items():
+                rank, i = self._at[s]
+                group = self._optimizer.param_groups[self._group_of(self.shards[s].piece)]
+                what, count = (Ask.PUSH, s in returned) if len(payload) == 1 else (Ask.PUSH_ROWS, len(payload[0]))
+                rows_here = payload if len(payload) == 1 else (self._here(s, payload[0]), payload[1])
+                asked = header(what, i, read=self.read[s], count=count, in_use=in_use, group=group)
+                works += self._ask(rank, asked, *rows_here)
+            mine = [piece.flat for piece in self.replica.pieces]
+            for s in pushed:
+                version, late, values = self._answer_of(s, values=s in returned)
+                self.staleness[late] += 1
+                if s in returned:
+                    self._slice(s, mine).copy_(values)
+                    self.read[s] = version
+            _finish(works)
+
+    def _payload(self, s: int, vectors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """What a push to shard ``s`` carries: its gradient; of a table the rows in it, if any, and theirs."""
+        shard = self.shards[s]
+        piece = self.replica.pieces[shard.piece]
+        if not piece.width:
+            return (self._slice(s, vectors),)
+        assert piece.rows is not None
+        rows = within(piece.rows, shard, piece.width)
+        if not len(rows):
+            return ()
+        first = int(torch.searchsorted(piece.rows, rows[0]))
+        return rows, vectors[shard.piece].view(-1, piece.width)[first : first + len(rows)]
+
+    def _here(self, s: int, rows: Tensor) -> Tensor:
+        """Rows as the server of shard ``s`` counts them."""
+        shard = self.shards[s]
+        return rows - shard.lo // self.replica.pieces[shard.piece].width
+
+    def _look_up(self, i: int, rows: Tensor) -> None:
+        """The rows that a forward is about to look up."""
+        piece = self.replica.pieces[i]
+        table = piece.flat.view(-1, piece.width)
+        wanted = {s: within(rows, self.shards[s], piece.width) for s in self._at if self.shards[s].piece == i}
+        wanted = {s: own for s, own in wanted.items() if len(own)}
+        for own in wanted.values():
+            self._comm.access("pull", own)  # the request
+            self._comm.access("pull", table[: len(own)])  # the answer
+        with self._comm.counting("service"):
+            works = []
+            for s, own in wanted.items():
+                rank, number = self._at[s]
+                works += self._ask(rank, header(Ask.LOOK_UP, number, count=len(own)), self._here(s, own))
+            for s, own in wanted.items():
+                whole, beginning, values = frame(len(own) * piece.width, piece.flat.dtype)
+                self._world.recv(whole, self._at[s][0], ANSWER)
+                table[own] = values.view(-1, piece.width).to(table.device)
+                self.read[s] = int(beginning[0])
+                self._stopped |= bool(beginning[2])
+            _finish(works)
+
+    def add(self, vectors: Sequence[Tensor]) -> None:
+        """See `Store.add`."""
+        for s in self._at:
+            self._comm.access("push", self._slice(s, vectors))
+        with self._comm.counting("service"):
+            self._give(Ask.ADD, vectors)
+
+    def _give(self, what: Ask, vectors: Sequence[Tensor]) -> None:
+        works = []
+        for s, (rank, i) in self._at.items():
+            works += self._ask(rank, header(what, i), self._slice(s, vectors))
+        for s in self._at:
+            self._answer_of(s, values=False)
+        _finish(works)
+
+    def _fetch(self, into: Sequence[Tensor], shards: Sequence[int], *, noting: bool) -> None:
+        """Whole shards; ``noting``: their versions, because what is computed next is computed at them."""
+        for s in shards:
+            self._comm.access("pull", self._slice(s, into))
+        with self._comm.counting("service"):
+            works = [work for s in shards for work in self._ask(self._at[s][0], header(Ask.PULL, self._at[s][1]))]
+            for s in shards:
+                version, _, values = self._answer_of(s, values=True)
+                self._slice(s, into).copy_(values)
+                if noting:
+                    self.read[s] = version
+            _finish(works)
+
+    def _share_what_is_in_use(self) -> bool:
+        """A parameter that some worker's backward has reached is in use for all. Whether all are."""
+        if not self.replica.watching:
+            return True
+        reached = self.replica.reached()
+        used: list[int] = []
+        for i, piece in enumerate(self.replica.pieces):
+            used += reached[i].long().tolist() if i in reached else [1] * max(len(piece.spans), 1)
+        with self._comm.counting("service"):
+            works = []
+            units = {r: [u for s in held for u in self.units[self.shards[s].units]] for r, held in self._held.items()}
+            for rank, its in units.items():
+                mine = torch.tensor([used[u.parameter] for u in its], dtype=torch.int64)
+                works += self._ask(rank, header(Ask.USE, count=len(its)), mine)
+            for rank, its in sorted(units.items()):
+                everybodys = self._world.recv(torch.zeros(len(its), dtype=torch.int64), rank, ANSWER).tensor
+                for unit, any_ in zip(its, everybodys.tolist(), strict=True):
+                    used[unit.parameter] |= any_
+            _finish(works)
+        first, settled = 0, {}
+        for i, piece in enumerate(self.replica.pieces):
+            count = max(len(piece.spans), 1)
+            if i in reached:
+                settled[i] = torch.tensor(used[first : first + count], dtype=torch.float32)
+            first += count
+        self.replica.settle(settled)
+        return not self.replica.watching
+
+    def snapshot(self) -> Parameters:
+        """See `Store.snapshot`."""
+        agreed = tuple(torch.empty_like(piece.flat) for piece in self.replica.pieces)
+        with self._comm.counting("consensus"):
+            self._comm.barrier()
+            self._fetch(agreed, list(self._at), noting=False)
+            self._comm.barrier()
+        return agreed
+
+    def stop(self, step: int) -> None:
+        """See `Store.stop`."""
+        with self._comm.counting("service"):
+            works = [work for rank in self._held for work in self._ask(rank, header(Ask.STOP, read=step))]
+            for rank in self._held:
+                self._answer(rank)
+            _finish(works)
+
+    def board(self) -> Board:
+        """See `Store.board`."""
+        self._boards += 1
+        return RemoteBoard(self._comm, self._boards)
+
+    @property
+    def stopped(self) -> bool:
+        """As far as this worker has heard: see `Store.stopped`."""
+        return self._stopped
+
+    # -- checkpoints -----------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `CommonStore.state_dict` says, rank 0's fetched from the servers."""
+        state: dict[str, Any] = {"read": list(self.read)}
+        if self._comm.rank != 0:
+            return state
+        slots = [
+            [torch.empty_like(piece.flat, device="cpu") for _ in range(count)]
+            for piece, count in zip(self.replica.pieces, self._slots, strict=True)
+        ]
+        versions, updates, used = [0] * len(self.shards), [0] * len(self.units), [0] * self.parameters
+        with self._comm.counting("service"):
+            for s, (rank, i) in self._at.items():
+                works = self._ask(rank, header(Ask.KEEP, i))
+                counts, *parts = self._parts(s, slots)
+                for part in (counts, *parts):
+                    self._world.recv(part, rank, ANSWER)
+                _finish(works)
+                shard, n = self.shards[s], (len(counts) - 1) // 2
+                versions[s] = int(counts[0])
+                updates[shard.units] = counts[1 : n + 1].tolist()
+                for unit, reached in zip(self.units[shard.units], counts[n + 1 :].tolist(), strict=True):
+                    used[unit.parameter] |= reached
+        return state | {"slots": slots, "versions": versions, "updates": updates, "used": used}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up a `state_dict` of the same rank. Collective."""
+        self.read = list(state["read"])
+        if self._comm.rank == 0:
+            with self._comm.counting("service"):
+                for s, (rank, i) in self._at.items():
+                    shard = self.shards[s]
+                    counts, *parts = self._parts(s, state["slots"])
+                    used = [state["used"][unit.parameter] for unit in self.units[shard.units]]
+                    counts.copy_(torch.tensor([state["versions"][s], *state["updates"][shard.units], *used]))
+                    works = self._ask(rank, header(Ask.RESTORE, i), counts, *parts)
+                    self._answer_of(s, values=False)
+                    _finish(works)
+        self._comm.barrier()
+
+    def _parts(self, s: int, slots: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+        """Of a shard: version, updates and use of its units, to be filled; and its parts of the slots."""
+        shard = self.shards[s]
+        counts = torch.zeros(1 + 2 * (shard.units.stop - shard.units.start), dtype=torch.int64)
+        return [counts, *(slot[shard.lo : shard.hi] for slot in slots[shard.piece])]
+
+
+def _finish(works: Sequence[Work]) -> None:
+    for work in works:
+        work.wait()

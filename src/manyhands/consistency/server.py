@@ -1,0 +1,196 @@
+"""The rank that is a parameter server: it holds shards, and answers whoever asks, one after the other (survey §VI-A).
+
+Server ranks come after the workers' and are in no mesh. They know no model and no data, only what rank 0 describes,
+and what they do with a shard is `CommonStore`'s own code. A server ends when all workers have left, or one is lost.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from manyhands.communication.communicator import Communicator
+from manyhands.communication.transports.single import SingleCommunicator
+from manyhands.consistency.remote_board import Boards
+from manyhands.consistency.requests import ANSWER, ANSWERED_B, HEADER, PAYLOAD, REQUEST, Ask, frame, group_of, header
+from manyhands.consistency.store import CommonStore
+from manyhands.contract import Piece
+from manyhands.errors import CommunicationError, NonFiniteLoss
+from manyhands.models.update_rules import Rule, adagrad_, adam_, sgd_
+
+RULES = {rule.__name__: rule for rule in (sgd_, adagrad_, adam_)}
+
+
+@contextlib.contextmanager
+def serving(world: Communicator, servers: int) -> Iterator[Communicator | None]:
+    """The workers' group, through whose `servers` the last ``servers`` ranks of ``world`` are reached; ``world`` itself
+    if there are none. None on a server, once it has served. Collective.
+    """
+    if not servers:
+        yield world
+        return
+    workers = world.size - servers
+    comm = world.apart(servers)
+    if world.rank >= workers:
+        _serve(world, workers)
+        yield None
+        return
+    try:
+        yield comm
+    except NonFiniteLoss:  # on all workers alike, with nothing wrong between them
+        _leave(world, workers)
+        raise
+    _leave(world, workers)
+
+
+def _leave(world: Communicator, workers: int) -> None:
+    with world.counting("service"):
+        for work in [world.send(header(Ask.LEAVE), to, REQUEST) for to in range(workers, world.size)]:
+            work.wait()
+
+
+def _serve(world: Communicator, workers: int) -> None:
+    """Answer the first ``workers`` ranks until all have left."""
+    there = set(range(workers))
+    held: _Held | None = None
+    boards = Boards(world, workers)
+    request = torch.zeros(HEADER, dtype=torch.float64)
+    with world.counting("service"):
+        while there:
+            worker = world.listen(request, there, REQUEST).source
+            what, shard, read, count, in_use = map(int, request[:5].tolist())
+            if what == Ask.LEAVE:
+                there.discard(worker)
+            elif what == Ask.OPEN:
+                text = world.recv(torch.empty(count, dtype=torch.uint8), worker, PAYLOAD).tensor
+                held, boards = _Held(world, json.loads(bytes(text.tolist()))), Boards(world, workers)
+                held.answer(worker)
+            elif what == Ask.POST:
+                boards.post(worker, shard, read)
+            elif what == Ask.WAIT:
+                boards.wait(worker, shard, read, count)
+            elif held is None:
+                raise CommunicationError(f"server {world.rank}: {Ask(what).name} from rank {worker} before OPEN")
+            elif what in (Ask.PUSH, Ask.PUSH_ROWS):
+                rows = count if what == Ask.PUSH_ROWS else 0
+                group = group_of(request[5:].tolist())
+                late = held.push_from(worker, shard, read, group, rows=rows, in_use=bool(in_use))
+                held.answer(worker, shard, late, values=bool(count and not rows))
+            elif what in (Ask.USE, Ask.KEEP, Ask.LOOK_UP):
+                held.tell(worker, Ask(what), shard, count)
+            else:
+                held.change(worker, Ask(what), shard, read)
+
+
+class _Held(CommonStore):
+    """One server's shards: each a piece to itself, in a frame that is sent as it is."""
+
+    def __init__(self, world: Communicator, description: Mapping[str, Any]) -> None:
+        self._world = world
+        self._described: Sequence[Mapping[str, Any]] = description["shards"]
+        pieces = []
+        for i, each in enumerate(self._described):
+            nothing = torch.empty(each["numel"], dtype=getattr(torch, each["dtype"]), device="meta")
+            spans = [(lo, hi) for lo, hi in each["spans"]]
+            pieces.append(Piece(nothing, nothing, frozenset(), group=i, spans=spans, width=each["width"]))
+        optimizer: Any = SimpleNamespace(param_groups=[{} for _ in pieces])
+        replica: Any = SimpleNamespace(
+            pieces=pieces, optimizer=optimizer, watching=True, before_lookup=lambda piece, tell: None
+        )
+        updates = optimizer if description["updates"] else None
+        super().__init__(replica, SingleCommunicator(), 1, optimizer=updates, scaled=description["scaled"])
+        self._frames = [frame(p.flat.numel(), p.flat.dtype) for p in pieces]
+        self.flats = [values for _, _, values in self._frames]
+
+    def _rule(self, i: int) -> Rule:
+        return Rule(RULES[self._described[i]["rule"]], self._described[i]["slots"])
+
+    def _first_value(self, i: int) -> float:
+        return float(self._described[i]["first"])
+
+    def rebase(self) -> None:
+        """Values come by SET."""
+
+    def push_from(self, worker: int, s: int, read: int, group: Mapping[str, Any], *, rows: int, in_use: bool) -> int:
+        """Update shard ``s`` by the gradient that follows, of so many rows or of the whole; how late it is."""
+        assert self._optimizer is not None
+        which = self._rows(worker, rows)
+        gradient = self._like(self._table(s)[:rows] if rows else self.flats[s], worker)
+        used = self._used[self.shards[s].units]  # a parameter here is a unit
+        if in_use:
+            used[:] = 1
+        self.replica.watching = not used.all()
+        self._optimizer.param_groups[s] = dict(group)
+        late = int(self._versions[s]) - read
+        if rows:
+            self._update_rows(self.shards[s], which, gradient, late)
+        else:
+            self._update(self.shards[s], gradient, late)
+        self._versions[s] += 1
+        return late
+
+    def change(self, worker: int, what: Ask, s: int, read: int) -> None:
+        """What is answered as usual: SET, PULL, ADD, RESTORE, STOP."""
+        if what == Ask.SET:
+            self._world.recv(self.flats[s], worker, PAYLOAD)
+        elif what == Ask.ADD:
+            self.flats[s].add_(self._like(self.flats[s], worker))
+            self._versions[s] += 1
+        elif what == Ask.RESTORE:
+            counts, *slots = self._state(s)
+            for part in (counts, *slots):
+                self._world.recv(part, worker, PAYLOAD)
+            units = self.shards[s].units
+            self._versions[s] = int(counts[0])
+            self._updates[units], self._used[units] = counts[1:].view(2, -1).numpy()
+        elif what == Ask.STOP:
+            self.stop(read)
+        self.answer(worker, s, values=what == Ask.PULL)
+
+    def tell(self, worker: int, what: Ask, s: int, count: int) -> None:
+        """What has an answer of its own: USE, KEEP, LOOK_UP."""
+        if what == Ask.USE:
+            reached = self._world.recv(torch.zeros(count, dtype=torch.int64), worker, PAYLOAD).tensor
+            self._used |= reached.numpy()
+            told = [torch.from_numpy(self._used)]
+        elif what == Ask.KEEP:
+            told = self._state(s)
+        else:
+            values = self._table(s)[self._rows(worker, count)].view(-1)
+            whole, beginning, there = frame(values.numel(), values.dtype)
+            self._begin(beginning, s)
+            there.copy_(values)
+            told = [whole]
+        for part in told:
+            self._world.send(part, worker, ANSWER).wait()
+
+    def answer(self, worker: int, s: int = 0, late: int = 0, *, values: bool = False) -> None:
+        """Version and lateness, and the shard's values if they are wanted."""
+        whole, beginning, _ = self._frames[s]
+        self._begin(beginning, s, late)
+        self._world.send(whole if values else whole[:ANSWERED_B], worker, ANSWER).wait()
+
+    def _begin(self, beginning: Tensor, s: int, late: int = 0) -> None:
+        beginning.copy_(torch.tensor([self._versions[s], late, self.stopped], dtype=torch.float64))
+
+    def _table(self, s: int) -> Tensor:
+        return self.flats[s].view(-1, self.replica.pieces[s].width)
+
+    def _like(self, other: Tensor, worker: int) -> Tensor:
+        return self._world.recv(torch.empty_like(other), worker, PAYLOAD).tensor
+
+    def _rows(self, worker: int, count: int) -> Tensor:
+        rows = torch.empty(count, dtype=torch.int64)
+        return self._world.recv(rows, worker, PAYLOAD).tensor if count else rows
+
+    def _state(self, s: int) -> list[Tensor]:
+        """Version, updates and use of a shard, and its slots."""
+        units = self.shards[s].units
+        counts = torch.tensor([self._versions[s], *self._updates[units], *self._used[units]], dtype=torch.int64)
+        return [counts, *self._slots[s]]
