@@ -1,16 +1,18 @@
 """The built-in studies: cells that can be made on every machine, and what a user says of the task goes before them."""
 
 import inspect
+import itertools
 
 import pytest
 
 from manyhands.communication import futex
+from manyhands.consistency import strategies
 from manyhands.errors import BadInput
-from manyhands.plan import Facts, resolve
+from manyhands.plan import Facts, resolve, strategy_from
 from manyhands.studies import presets, studies
 from manyhands.studies.grid import parse
 
-PRESETS = [presets.default, presets.quick, presets.compare, presets.scaling]
+PRESETS = [presets.default, presets.quick, presets.compare, presets.scaling, presets.spectrum]
 
 
 @pytest.fixture
@@ -43,9 +45,48 @@ def test_the_largest_number_of_workers_is_kept(preset):
     assert {cell.plan["workers"] for cell in preset(1).cells()} == {1}
 
 
-def test_compare_sets_every_strategy_beside_one_process_of_all_threads(on):
-    from manyhands.consistency import strategies
+def test_the_default_study_sets_every_strategy_beside_one_process_of_one_and_of_all_threads(on):
+    on(4)
+    study = presets.default()
+    alone = [c for c in study.cells() if c.plan["workers"] == 1]
+    many = {(c.plan["strategy"], c.plan["workers"]) for c in study.cells() if c.plan["workers"] > 1}
+    assert [(c.plan["strategy"], c.plan["threads"]) for c in alone] == [("synchronous", 1), ("synchronous", 4)]
+    assert many == set(itertools.product(strategies, (2, 4)))
+    assert study.limit_s < 180
 
+
+def test_the_default_study_of_many_cores_has_few_counts_of_workers(on):
+    on(64)
+    assert {c.plan["workers"] for c in presets.default().cells()} == {1, 4, 16, 64}
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_spectrum_shows_every_strategy_with_every_seed_beside_one_process(workers):
+    study = presets.spectrum(workers)
+    many = [c for c in study.cells() if c.plan["workers"] > 1]
+    shown = {c.plan["strategy"] for c in many}
+    assert {strategy_from(text).name for text in shown} == set(strategies)
+    assert {c.task["seed"] for c in study.cells()} == {0, 1, 2}
+    assert len(many) == 3 * len(shown)
+    assert {c.plan["workers"] for c in many} == {workers}
+    assert len([c for c in study.cells() if c.plan["workers"] == 1]) == 3
+    for cell in many:
+        task, plan = cell.make()
+        resolve(plan, Facts(cores=4, batch_size=task.batch_size))
+
+
+def test_a_seed_of_spectrum_goes_through_all_strategies_before_the_next():
+    seeds = [c.task["seed"] for c in presets.spectrum().cells()]
+    assert seeds == sorted(seeds)
+
+
+def test_quick_spectrum_has_one_seed_and_less_of_everything():
+    full, quick = presets.spectrum(), presets.spectrum(quick=True)
+    assert len(full.cells()) == 3 * len(quick.cells())
+    assert quick.task["epochs"] < full.task["epochs"]
+
+
+def test_compare_sets_every_strategy_beside_one_process_of_all_threads(on):
     on(4)
     study = presets.compare()
     cells = study.cells()
@@ -104,4 +145,4 @@ def test_the_curves_of_learning_are_recorded():
 
 
 def test_the_presets_are_in_the_catalogue():
-    assert {"default", "quick", "compare", "scaling"} <= set(studies)
+    assert {"default", "quick", "compare", "scaling", "spectrum"} <= set(studies)

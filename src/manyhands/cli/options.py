@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from manyhands.errors import BadInput, UnknownName
 
 #: The kinds that ``manyhands list`` knows.
-KINDS = ("strategies", "transports", "models", "data", "losses", "optimizers", "schedules")
+KINDS = ("strategies", "aggregations", "transports", "models", "data", "losses", "optimizers", "schedules")
 #: Of a task, what can be said to a study.
 STUDY_TASK = (
     *("model", "data", "loss", "optimizer", "schedule", "clip", "batch_size", "batch_per_worker"),

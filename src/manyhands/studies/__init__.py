@@ -26,6 +26,7 @@ studies = Catalogue(
         "quick": "manyhands.studies.presets:quick",
         "compare": "manyhands.studies.presets:compare",
         "scaling": "manyhands.studies.presets:scaling",
+        "spectrum": "manyhands.studies.presets:spectrum",
         "xin-ma": "manyhands.studies.xin_ma.design:xin_ma",
     },
 )

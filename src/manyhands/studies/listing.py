@@ -14,6 +14,7 @@ from typing import Any
 from manyhands.catalogue import Catalogue
 from manyhands.communication.transports import transports
 from manyhands.consistency import strategies
+from manyhands.consistency.robust import aggregations
 from manyhands.data import datasets
 from manyhands.errors import UnknownName
 from manyhands.grammar import format_value
@@ -21,6 +22,7 @@ from manyhands.models import loss_functions, models, optimizer_classes, schedule
 
 KINDS: Mapping[str, Catalogue] = {
     "strategies": strategies,
+    "aggregations": aggregations,
     "transports": transports,
     "models": models,
     "data": datasets,
@@ -31,7 +33,11 @@ KINDS: Mapping[str, Catalogue] = {
 
 #: Parameters that are filled in and that nobody writes: from the data set, the run or the command line.
 FILLED = ("params", "optimizer", "folder", "last_epoch")
-NOTES = {"schedules": "These move at every step: where torch's text says epoch, read step."}
+NOTES = {
+    "strategies": "n: the number of parameters. What is sent is the payload of one worker, a mean over many steps.",
+    "aggregations": "A strategy's option, e.g. synchronous(aggregate=krum(f=1)). n: the number of workers.",
+    "schedules": "These move at every step: where torch's text says epoch, read step.",
+}
 
 
 @dataclass(frozen=True)
@@ -109,7 +115,7 @@ def _about(kind: str, name: str, made: Any) -> str:
     # A transport's file says what its workers are; its class, what one end of it is. Two engines share a file.
     own_file = kind == "transports" and made.__module__.rpartition(".")[2] == name
     text = inspect.getdoc(inspect.getmodule(made) if own_file else made) or ""
-    return " ".join(text.split("\n\n")[0].split()).replace("``", "").replace("`", "")
+    return " ".join(text.split("\n\n")[0].split()).replace("``", "`")
 
 
 def _parameters(made: Any) -> dict[str, Any]:
@@ -123,7 +129,15 @@ def _parameters(made: Any) -> dict[str, Any]:
 
 def _facts(kind: str, made: Any) -> dict[str, Any]:
     if kind == "strategies":
-        return {**_guarantees(made), "replicas": "bit-identical" if made.identical else "may differ"}
+        return {
+            **_guarantees(made),
+            "replicas": "bit-identical" if made.identical else "may differ",
+            "results": "repeat bit for bit" if made.deterministic else "differ from run to run",
+            "sends": _sends(made()),
+        }
+    if kind == "aggregations":
+        rule = made()
+        return {"needs": rule.needs, "bears": f"{rule.bears(5)} of 5 workers by default"}
     if kind == "transports":
         return {"shares memory": _yes(made.shares_memory), "communicates beside compute": _yes(made.overlaps)}
     if kind == "optimizers":
@@ -137,6 +151,16 @@ def _facts(kind: str, made: Any) -> dict[str, Any]:
 
 def _yes(value: bool) -> str:
     return "yes" if value else "no"
+
+
+def _sends(strategy: Any) -> str:
+    """Among a few workers and among more."""
+    n = 2**20
+    few, more = (strategy.traffic(n, workers, 1).sent_B_per_step / n for workers in (2, 8))
+    if not more:
+        return "nothing in a step"
+    with_more = f" with 2 workers, {more:.3g} n with 8" if more != few else ""
+    return f"{'at most ' if strategy.sends_at_most else ''}{few:.3g} n a step{with_more}"
 
 
 def _guarantees(cls: Any) -> dict[str, str]:
