@@ -3,7 +3,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-SOURCES := src tests benchmarks
+SOURCES := src tests benchmarks docs
 
 # Real data lying beside the clone is used; otherwise the library downloads or takes its embedded digits.
 ifneq ($(wildcard ../shared/data),)

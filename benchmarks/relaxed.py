@@ -39,7 +39,7 @@ from torch.nn import functional as F
 
 import manyhands as mh
 from manyhands.communication.communicator import Communicator
-from manyhands.consistency.server import serving
+from manyhands.consistency.parameter_server.server import serving
 from manyhands.contract import Batch, Worker
 from manyhands.data.mnist import mnist
 from manyhands.errors import ManyhandsError

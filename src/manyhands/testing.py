@@ -13,7 +13,7 @@ from typing import Any
 
 from manyhands.catalogue import import_object
 from manyhands.communication.communicator import Communicator
-from manyhands.consistency.server import serving
+from manyhands.consistency.parameter_server.server import serving
 from manyhands.contract import Strategy
 from manyhands.plan import SHARE_MEMORY, strategy_from
 from manyhands.studies import parity

@@ -30,8 +30,10 @@ from manyhands.training import environment
 from manyhands.training.checkpoint import CheckpointNotWritten
 from manyhands.training.gather import first_decides
 from manyhands.training.interruption import terminating
-from manyhands.training.loop import Options, signature, work
+from manyhands.training.loop import work
 from manyhands.training.member import Member, own_traceback
+from manyhands.training.preparation import signature
+from manyhands.training.run import Options
 from manyhands.training.team import team
 
 log = logging.getLogger(__name__)

@@ -25,7 +25,10 @@ from tests.consistency.jobs import problem
 TRANSPORTS = ("simulated", "shared")
 OTHERS = ("threads", "gloo", "mpi")
 #: One of each family, for the transports that only carry bytes.
-FAMILIES = ("synchronous(update='sharded')", "synchronous(update='replicated')", "replica_average", "slice_update")
+FAMILIES = (
+    *("synchronous(update='sharded')", "synchronous(update='replicated')", "replica_average", "slice_update"),
+    *("asynchronous", "elastic", "gossip"),
+)
 #: Why 1e-12: float64 rounds at 1.1e-16, a step adds some hundred numbers of order 1, and there are four steps.
 JOINED = 1e-12
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 import manyhands as mh
 from manyhands.communication.communicator import Communicator
-from manyhands.consistency.remote_board import ANY, OTHERS, far_enough
-from manyhands.consistency.remote_store import RemoteStore
-from manyhands.consistency.server import serving
+from manyhands.consistency.parameter_server.remote_board import ANY, OTHERS, far_enough
+from manyhands.consistency.parameter_server.remote_store import RemoteStore
+from manyhands.consistency.parameter_server.server import serving
 from manyhands.errors import DeadlineExceeded, InvalidPlan, PeerLost, WorkerFailed
 from manyhands.partition.data import DataReplica
 from manyhands.plan import Facts, resolve

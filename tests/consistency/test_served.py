@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from manyhands.communication.communicator import Communicator
-from manyhands.consistency import store
+from manyhands.consistency.parameter_server import store
 from manyhands.contract import Batch, Setting
 from manyhands.errors import BadInput
 from manyhands.partition.data import DataReplica

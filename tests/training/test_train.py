@@ -361,15 +361,15 @@ def test_a_worker_that_sees_other_data_is_refused(workers):
 
 
 def test_samples_per_second_do_not_count_evaluation(monkeypatch, tmp_path):
-    from manyhands.training import loop
+    from manyhands.training import conclusion
 
-    evaluate = loop.evaluate
+    evaluate = conclusion.evaluate
 
     def slow(*arguments, **options):
         time.sleep(0.5)
         return evaluate(*arguments, **options)
 
-    monkeypatch.setattr(loop, "evaluate", slow)
+    monkeypatch.setattr(conclusion, "evaluate", slow)
     summary = train(task(), out=tmp_path).summary
     assert summary.wall_s > 1.5
     assert summary.samples_per_s > 150 / 1.0  # three epochs of 50 samples

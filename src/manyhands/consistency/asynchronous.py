@@ -23,9 +23,9 @@ from torch import Tensor
 
 from manyhands.checks import is_whole
 from manyhands.communication.communicator import Communicator
-from manyhands.consistency import store
-from manyhands.consistency.remote_store import opened
-from manyhands.consistency.served import ServedWorker, server_problems
+from manyhands.consistency.parameter_server import store
+from manyhands.consistency.parameter_server.remote_store import opened
+from manyhands.consistency.parameter_server.worker import ServedWorker, server_problems
 from manyhands.contract import Batch, Reference, Replica, Setting, Strategy, Traffic, Worker
 from manyhands.errors import Problem
 
@@ -41,7 +41,7 @@ class Asynchronous(Strategy):
     deterministic: ClassVar[bool] = False
     survives: ClassVar[bool] = True
     sparse: ClassVar[bool] = True
-    steadier: ClassVar[str] = "with asynchronous fewer workers or staleness_aware=True"
+    steadier: ClassVar[str] = "with asynchronous, fewer workers or staleness_aware=True"
 
     servers: int = 1
     staleness_aware: bool = False

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from manyhands.checks import is_whole
 from manyhands.communication.communicator import Communicator
-from manyhands.consistency import store
-from manyhands.consistency.served import ServedWorker, server_problems
+from manyhands.consistency.parameter_server import store
+from manyhands.consistency.parameter_server.worker import ServedWorker, server_problems
 from manyhands.contract import Batch, Reference, Replica, Setting, Strategy, Traffic, Worker
 from manyhands.errors import Problem
 

@@ -25,9 +25,9 @@ from torch import Tensor
 
 from manyhands.checks import is_whole
 from manyhands.communication.communicator import Communicator
-from manyhands.consistency import store
-from manyhands.consistency.remote_store import opened
-from manyhands.consistency.served import ServedWorker, server_problems
+from manyhands.consistency.parameter_server import store
+from manyhands.consistency.parameter_server.remote_store import opened
+from manyhands.consistency.parameter_server.worker import ServedWorker, server_problems
 from manyhands.contract import Batch, Reference, Replica, Setting, StateSlice, Strategy, Traffic, Worker
 from manyhands.errors import BadInput, Problem
 from manyhands.models import optimizers
@@ -44,7 +44,7 @@ class Downpour(Strategy):
     )
     deterministic: ClassVar[bool] = False
     survives: ClassVar[bool] = True
-    steadier: ClassVar[str] = "with downpour smaller fetch= and push=, or server='adagrad(lr=…)'"
+    steadier: ClassVar[str] = "with downpour, smaller fetch= and push=, or server='adagrad(lr=…)'"
 
     fetch: int = 1
     push: int = 1

@@ -13,7 +13,8 @@ What the paper compares with is ``lock``:
     round_robin    gradients side by side, updates in the order of ranks (Langford, Smola & Zinkevich 2009)
 
 Each worker keeps optimizer state of its own, so with momentum or Adam it averages its own gradients only. Parameters
-are one copy, hence only for transports that share memory.
+are one copy, hence only for transports that share memory. Buffers such as BatchNorm's statistics are each worker's own
+and follow the plan's ``buffers``.
 
 Payload per rank and step: none. Approximation; results differ from run to run, and a resume is exact for parameters
 and optimizer state but not for the race. One worker is plain SGD bit for bit.
@@ -52,7 +53,7 @@ class Hogwild(Strategy):
     deterministic: ClassVar[bool] = False
     survives: ClassVar[bool] = True
     sparse: ClassVar[bool] = True
-    steadier: ClassVar[str] = "with hogwild fewer workers"
+    steadier: ClassVar[str] = "with hogwild, fewer workers"
 
     lock: Literal["none", "one", "coordinate", "round_robin"] = "none"
 

@@ -81,7 +81,7 @@ class Local(Strategy):
         return steps <= first or (steps - first) % self.every == 0
 
     def traffic(self, numel: int, size: int, itemsize: int = 4) -> Traffic:
-        """One all-reduce of n elements a meeting."""
+        """2(P−1)/P · n elements a meeting."""
         sent_B, messages = reference_B("all_reduce", numel * itemsize, size), 2 * (size - 1)
         first = max(self.warmup, self.switch)
         later = Traffic(sent_B, messages, every=self.every, first=first + self.every)

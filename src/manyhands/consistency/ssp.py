@@ -27,10 +27,10 @@ from torch import Tensor
 
 from manyhands.checks import is_whole
 from manyhands.communication.communicator import Communicator
-from manyhands.consistency import store
 from manyhands.consistency.independent import IndependentWorker
-from manyhands.consistency.remote_store import opened
-from manyhands.consistency.served import server_problems
+from manyhands.consistency.parameter_server import store
+from manyhands.consistency.parameter_server.remote_store import opened
+from manyhands.consistency.parameter_server.worker import server_problems
 from manyhands.contract import Batch, Parameters, Reference, Replica, Setting, Strategy, Traffic, Worker
 from manyhands.errors import Problem
 
@@ -49,7 +49,7 @@ class StaleSynchronous(Strategy):
     )
     deterministic: ClassVar[bool] = False
     survives: ClassVar[bool] = True
-    steadier: ClassVar[str] = "with ssp a smaller staleness="
+    steadier: ClassVar[str] = "with ssp, a smaller staleness="
 
     staleness: int = 3
     cached: bool = True

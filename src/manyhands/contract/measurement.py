@@ -63,7 +63,7 @@ class Measurement:
     versions: dict[str, str] = field(default_factory=dict)
     #: Mean time that each worker spent waiting for others in a step, in rank order (of those left at the end).
     wait_s_by_worker: list[float] = field(default_factory=list)
-    #: By how many updates of others the parameters had moved on when a gradient was applied; None: by none ever.
+    #: By how many updates of others (under ssp: steps) the parameters of a gradient were behind; None: nobody counts.
     staleness_mean: float | None = None
     staleness_max: int | None = None
 

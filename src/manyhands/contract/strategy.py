@@ -191,7 +191,7 @@ class Worker(ABC):
 
     @property
     def staleness(self) -> Mapping[int, int]:
-        """How often a gradient was applied to parameters that were so many updates newer than those it was taken at."""
+        """How often a gradient was taken at parameters that lacked so many updates (under ssp: steps) of others."""
         return {}
 
     def regroup(self, comm: Communicator) -> None:

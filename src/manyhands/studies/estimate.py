@@ -37,8 +37,9 @@ from manyhands.studies.grid import Cell, Study
 from manyhands.studies.running import Planned, Rounds, names, order, planned
 from manyhands.task import Task
 from manyhands.training.evaluation import CHUNK, evaluate
-from manyhands.training.loop import Options, prepare
 from manyhands.training.member import Member
+from manyhands.training.preparation import prepare
+from manyhands.training.run import Options
 from manyhands.training.sampler import steps_per_epoch
 from manyhands.training.team import team
 

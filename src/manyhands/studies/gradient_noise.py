@@ -38,8 +38,9 @@ from manyhands.contract import Batch
 from manyhands.errors import BadInput
 from manyhands.plan import Plan
 from manyhands.task import Task
-from manyhands.training.loop import Options, Run, prepare
 from manyhands.training.member import Member
+from manyhands.training.preparation import prepare
+from manyhands.training.run import Options, Run
 from manyhands.training.team import team
 
 #: Batches. A variance from so many has a standard error of 18 % where one direction holds it all, and less the more

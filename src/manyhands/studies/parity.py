@@ -28,7 +28,7 @@ from manyhands.checks import is_whole
 from manyhands.communication.communicator import Communicator
 from manyhands.communication.transports import transports as known_transports
 from manyhands.consistency import strategies as known_strategies
-from manyhands.consistency.server import serving
+from manyhands.consistency.parameter_server.server import serving
 from manyhands.contract import Batch, Setting, Strategy
 from manyhands.errors import BadInput, ManyhandsError, UnknownName
 from manyhands.models import optimizers

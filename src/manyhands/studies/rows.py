@@ -63,7 +63,7 @@ class Row:
     disturbance: float | None = None  # the calibration loop about this run over the study's quickest, see calibration
     noisy: bool = False  # that is beyond the bound, also when the run was repeated
     attempts: int = 1
-    history: list[dict[str, Any]] = field(default_factory=list)  # a record an evaluation, see training.loop.record
+    history: list[dict[str, Any]] = field(default_factory=list)  # see training.conclusion.record
     noise: dict[str, float] | None = None  # of a noise cell, see gradient_noise.Noise
     measurement: Measurement | None = field(default=None)
 

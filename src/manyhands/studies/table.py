@@ -214,7 +214,9 @@ def _remarks(lines: Sequence[Line]) -> tuple[str, ...]:
     if any(line.sent_B_per_step is not None for line in lines):
         said.append("sent/step: payload that one worker sends; sent/sample: all workers together.")
     if any(line.staleness_mean is not None for line in lines):
-        said.append("Staleness: updates of other workers between a gradient's parameters and its own update; mean.")
+        said.append(
+            "Staleness: updates of other workers (of ssp, steps) that a gradient's parameters did not have; mean."
+        )
     if any(line.status == "done" and line.oversubscribed for line in lines):
         said.append(
             f"Correctness only: workers × threads are more than the {lines[0].cores} cores, so no speed-up is stated."
@@ -230,6 +232,10 @@ def _bases(lines: Sequence[Line]) -> str:
     text = f"one worker (single, {of_threads}) of the same strategy at the same batch{' per worker' if weak else ''}"
     foreign = [line for line in lines if line.base is not None and family(line.base) != family(line)]
     if foreign:
-        others = ", ".join(dict.fromkeys(f"{family(x)}: {x.base.strategy}'s" for x in foreign if x.base is not None))
-        text += f" ({others}, having none of its own)"
+        others = dict.fromkeys(f"{family(x)}: {x.base.strategy}'s" for x in foreign if x.base is not None)
+        theirs = {x.base.strategy for x in foreign if x.base is not None}
+        if len(others) > 2 and len(theirs) == 1:
+            text += f" ({theirs.pop()}'s where there is none: one worker is plain SGD under each)"
+        else:
+            text += f" ({', '.join(others)}, having none of its own)"
     return text

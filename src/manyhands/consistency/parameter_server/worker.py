@@ -11,7 +11,7 @@ from torch import Tensor
 from manyhands.communication.communicator import Communicator
 from manyhands.consistency.clipping import clip_own_
 from manyhands.consistency.independent import told_what_diverged
-from manyhands.consistency.store import Store
+from manyhands.consistency.parameter_server.store import Store
 from manyhands.contract import Batch, Parameters, Replica, Setting, Worker
 from manyhands.errors import Problem
 

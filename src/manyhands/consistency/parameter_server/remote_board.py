@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from manyhands.communication.communicator import Communicator
-from manyhands.consistency.requests import ANSWER, REQUEST, Ask, header
+from manyhands.consistency.parameter_server.requests import ANSWER, REQUEST, Ask, header
 from manyhands.errors import DeadlineExceeded
 
 #: Whom a WAIT waits for, if not for one rank.

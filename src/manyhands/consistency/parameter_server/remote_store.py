@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from manyhands.communication.communicator import Board, Communicator, Work
-from manyhands.consistency.remote_board import RemoteBoard
-from manyhands.consistency.requests import ANSWER, ANSWERED_B, PAYLOAD, REQUEST, Ask, frame, header
-from manyhands.consistency.store import CommonStore, Store, within
+from manyhands.consistency.parameter_server.remote_board import RemoteBoard
+from manyhands.consistency.parameter_server.requests import ANSWER, ANSWERED_B, PAYLOAD, REQUEST, Ask, frame, header
+from manyhands.consistency.parameter_server.store import CommonStore, Store, within
 from manyhands.contract import Parameters, Replica
 from manyhands.models.update_rules import rule_of
 

@@ -17,9 +17,19 @@ from torch import Tensor
 
 from manyhands.communication.communicator import Communicator
 from manyhands.communication.transports.single import SingleCommunicator
-from manyhands.consistency.remote_board import Boards
-from manyhands.consistency.requests import ANSWER, ANSWERED_B, HEADER, PAYLOAD, REQUEST, Ask, frame, group_of, header
-from manyhands.consistency.store import CommonStore
+from manyhands.consistency.parameter_server.remote_board import Boards
+from manyhands.consistency.parameter_server.requests import (
+    ANSWER,
+    ANSWERED_B,
+    HEADER,
+    PAYLOAD,
+    REQUEST,
+    Ask,
+    frame,
+    group_of,
+    header,
+)
+from manyhands.consistency.parameter_server.store import CommonStore
 from manyhands.contract import Piece
 from manyhands.errors import CommunicationError, NonFiniteLoss
 from manyhands.models.update_rules import Rule, adagrad_, adam_, sgd_

@@ -1,0 +1,76 @@
+"""What the steps of a run cost this rank: times, their parts, bytes."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from manyhands.contract import Spread, StepParts
+from manyhands.training.run import Run
+
+#: Of a long run every step time is kept up to this many, which is plenty for a median.
+STEP_TIMES = 200_000
+#: Steps before times count: allocators, caches and the kernel's page tables settle.
+WARM_UP = 5
+
+
+@dataclass
+class Cost:
+    """What the steps of this process cost this rank; begun before the first of them, `measured` after the last."""
+
+    first_step: int
+    began: float
+    trained_before_s: float
+    sent_before_B: int
+    parts_before: tuple[float, ...]
+    parts_from: int = 0  # steps before the parts count
+    times: list[float] = field(default_factory=list)
+    seen: int = 0  # samples, of all ranks
+    moved_B: int = 0
+
+    @classmethod
+    def begun(cls, run: Run) -> Cost:
+        """Now."""
+        sent_B = run.comm.counters.sent_B("step")
+        return cls(run.cursor.step, time.perf_counter(), run.trained_s, sent_B, _spent(run))
+
+    def took(self, run: Run, step_s: float) -> None:
+        """One more step; parts count from the end of the warm-up, as times do."""
+        if len(self.times) < STEP_TIMES:
+            self.times.append(step_s)
+            if len(self.times) == WARM_UP:
+                self.parts_before, self.parts_from = _spent(run), WARM_UP
+
+    @contextlib.contextmanager
+    def aside(self, run: Run) -> Iterator[None]:
+        """What is spent inside, in an evaluation or a checkpoint, is no part of a step."""
+        before = _spent(run)
+        yield
+        spent = (now - then for now, then in zip(_spent(run), before, strict=True))
+        self.parts_before = tuple(x + s for x, s in zip(self.parts_before, spent, strict=True))
+
+    def measured(self, run: Run, wall_s: float) -> dict[str, Any]:
+        """The figures of the summary that are about cost."""
+        steps = run.cursor.step - self.first_step
+        trained_s = run.trained_s - self.trained_before_s
+        sent_B = run.comm.counters.sent_B("step") - self.sent_before_B
+        return {
+            "samples_per_s": self.seen / trained_s if steps else 0.0,
+            "step_s": Spread.of(self.times[self.parts_from :] or self.times),
+            "step_parts_s": _parts(run, self.parts_before, max(steps - self.parts_from, 1)),
+            "sent_B_per_step": sent_B / steps if steps else 0.0,
+            "moved_B_per_step": self.moved_B / steps if steps and run.comm.counts_moved else None,
+            "wall_s": wall_s,
+        }
+
+
+def _spent(run: Run) -> tuple[float, float, float, float]:
+    counters, replica = run.comm.counters, run.replica
+    return replica.compute_s, counters.communicate_s, counters.wait_s, replica.update_s
+
+
+def _parts(run: Run, before: tuple[float, ...], steps: int) -> StepParts:
+    return StepParts(*((now - then) / steps for now, then in zip(_spent(run), before, strict=True)))
