@@ -51,7 +51,12 @@ def laws(found: Sequence[Contender]) -> list[str]:
     for name, plans in _scalings(found).items():
         for sentence in _laws(plans):
             said.setdefault(sentence, []).append(name)
-    return [f"{', '.join(names)}: {sentence}" for sentence, names in said.items()]
+    return [f"{_named(names)}: {sentence}" for sentence, names in said.items()]
+
+
+def _named(names: Sequence[str]) -> str:
+    """A few by name, many by the first and their number."""
+    return ", ".join(names) if len(names) <= 3 else f"{names[0]} and {len(names) - 1} others"
 
 
 def _scalings(found: Sequence[Contender]) -> dict[str, list[Contender]]:
