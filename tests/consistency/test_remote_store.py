@@ -316,8 +316,14 @@ class EndsTheServer(torch.nn.Module):
         if self.passes == 3 and factories.rank() == 0:
             ours = f"/proc/{os.getppid()}/task/{os.getppid()}/children"
             with open(ours) as children:
-                os.kill(max(map(int, children.read().split())), signal.SIGKILL)
+                os.kill(max(map(int, children.read().split()), key=started_at), signal.SIGKILL)
         return self.last(x)
+
+
+def started_at(pid: int) -> int:
+    """In clock ticks; numbers of processes begin anew after the largest."""
+    with open(f"/proc/{pid}/stat") as stat:
+        return int(stat.read().rpartition(")")[2].split()[19])
 
 
 def test_a_killed_server_of_a_run_is_called_a_server():

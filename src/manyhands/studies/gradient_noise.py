@@ -157,6 +157,7 @@ def _restore(run: Run, parameters: list[Tensor], buffers: list[Tensor]) -> None:
         for buffer, value in zip(run.replica.buffers, buffers, strict=True):
             buffer.copy_(value)
         comm.barrier()
+        run.worker.rebase()
 
 
 class Moments:
