@@ -254,7 +254,7 @@ def test_three_workers_are_one_on_the_joined_batch(text, spec, on):
 
 @pytest.mark.parametrize("on", TRANSPORTS)
 @pytest.mark.parametrize("name", ACROSS)
-@pytest.mark.parametrize("text", [t for t in STRATEGIES if t not in LOCKSTEP])
+@pytest.mark.parametrize("text", [t for t in CHOSEN if t not in LOCKSTEP])
 def test_relaxed_workers_send_what_they_declare_and_are_exact_where_they_say_so(text, name, on):
     assert_joined(text, on, 3, TOGETHER[name])
 
