@@ -275,7 +275,7 @@ def _circumstances(rows: Sequence[Row], done: Sequence[Row]) -> str:
 def _noisy(runs: int) -> str:
     if not runs:
         return "none was disturbed."
-    return f"{runs} of them were disturbed by other processes, also when repeated: read their times as upper bounds."
+    return f"disturbed by other processes, also when repeated: {runs}. The times of such runs are upper bounds."
 
 
 def write(folder: Path) -> None:
