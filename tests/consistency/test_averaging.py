@@ -688,7 +688,9 @@ RESUMED = (
 )
 
 
-@pytest.mark.parametrize(("optimizer", "stop"), [("adam(lr=0.01)", 10), (f"{HERE}:momentum", 12)])
+@pytest.mark.parametrize(
+    ("optimizer", "stop"), [("adam(lr=0.01)", 10), pytest.param(f"{HERE}:momentum", 12, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("strategy", RESUMED)
 def test_a_resume_within_a_period_and_at_a_meeting_is_exact(tmp_path, strategy, optimizer, stop):
     whole = train(tmp_path, strategy, 18, optimizer=optimizer)

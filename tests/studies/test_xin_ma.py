@@ -193,3 +193,11 @@ def test_two_repeats_decide_nothing_about_time():
 def test_help_without_overhead_is_no_support():
     verdicts = judged(overhead=lambda batch: batch / 1000)
     assert verdicts["(c)"].outcome == "not supported"
+
+
+def test_overhead_measured_beside_other_work_decides_nothing():
+    study = xin_ma(quick=True)
+    rows = [dataclasses.replace(r, noisy=True) for r in made_rows(study, overhead=lambda batch: batch / 1000)]
+    (verdict,) = [j.verdict for j in conclusions(trials(study, rows)) if j.verdict.claim.startswith("(c)")]
+    assert verdict.outcome == "undecided"
+    assert "from runs that were disturbed" in verdict.why

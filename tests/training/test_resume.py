@@ -1,6 +1,7 @@
 """Resume: a run that stopped anywhere goes on as if it had not, bit for bit on as many workers."""
 
 import functools
+import itertools
 import json
 import logging
 from pathlib import Path
@@ -81,8 +82,14 @@ def test_a_resume_in_mid_epoch_is_exact(tmp_path, changed, update, stop):
     assert resumed.summary.steps == STEPS
 
 
-@pytest.mark.parametrize("transport", ["single", "threads", "gloo"])
-@pytest.mark.parametrize("name", strategies)
+def everywhere():
+    """A start of workers over gloo takes a second, and a resume three of them: per commit for one strategy."""
+    for name, transport in itertools.product(strategies, ["single", "threads", "gloo"]):
+        slow = transport == "gloo" and name != "synchronous"
+        yield pytest.param(name, transport, marks=[pytest.mark.slow] if slow else [])
+
+
+@pytest.mark.parametrize(("name", "transport"), list(everywhere()))
 def test_every_strategy_resumes_exactly_on_every_transport(tmp_path, name, transport):
     workers = 1 if transport == "single" else 2
     if workers > 1 and not strategies.load(name).deterministic:

@@ -105,10 +105,11 @@ def many_nodes_at_small_batch(found: Sequence[Trial]) -> Judged:
         helps.append(Finding(setting, _sign(fit), f"Help, {setting}: {_points(fit)} per doubling of the nodes"))
     overheads = []
     for setting in settings(found, design.TIME_BATCH):
-        ratio = overhead_ratio(found, setting)
+        ratio, quiet = overhead_ratio(found, setting)
         if ratio is not None:
             says = f"Overhead, {setting}: {ratio} times the share of a step that it takes at batch {LARGE}"
-            overheads.append(Finding(setting, _beyond_one(ratio), says))
+            outcome = _beyond_one(ratio) if quiet else "undecided"
+            overheads.append(Finding(setting, outcome, says + ("" if quiet else ", from runs that were disturbed")))
     findings = [*helps, *overheads]
     verdict = Verdict(
         f"(c) At a small batch ({SMALL}) more nodes help, with more overhead",
@@ -116,7 +117,8 @@ def many_nodes_at_small_batch(found: Sequence[Trial]) -> Judged:
         _joined(findings),
         "Help: the slope of (b) at the small batch lies above 0. Overhead: the share of communication and waiting in a "
         f"step of two nodes, batch {SMALL} over batch {LARGE}, lies beyond {MARGIN:g} by its whole interval (Student's "
-        f"on logarithms, {LEAST} repeats or more). Both must be supported; one that is contradicted is enough against.",
+        f"on logarithms, {LEAST} repeats or more that nothing disturbed). Both must be supported; one that is "
+        "contradicted is enough against.",
     )
     return Judged(verdict, tuple(findings), f"help {combined(helps)}, overhead {combined(overheads)}")
 
@@ -162,13 +164,18 @@ def variances(found: Sequence[Trial], setting: str, variant: str) -> list[tuple[
     return sorted((t.nodes, t.row.noise["variance"]) for t in chosen if t.row.noise is not None)
 
 
-def overhead_ratio(found: Sequence[Trial], setting: str) -> Estimate | None:
-    """Of two nodes, the overhead's share at the small batch over that at the large one, repeat by repeat."""
+def overhead_ratio(found: Sequence[Trial], setting: str) -> tuple[Estimate | None, bool]:
+    """Of two nodes, the overhead's share at the small batch over that at the large one, repeat by repeat.
+
+    From runs that no other work disturbed, if there are `LEAST` pairs of them; else from all, and False.
+    """
     cells = [t for t in of(found, design.TIME_BATCH, setting=setting, nodes=2) if not t.oversubscribed]
-    small = {t.row.repeat: t.overhead for t in cells if t.batch == SMALL}
-    large = {t.row.repeat: t.overhead for t in cells if t.batch == LARGE}
-    pairs = [(small[r], large[r]) for r in sorted(small.keys() & large.keys()) if small[r] > 0 and large[r] > 0]
-    return ratio_of(pairs) if pairs else None
+    small = {t.row.repeat: t for t in cells if t.batch == SMALL and t.overhead > 0}
+    large = {t.row.repeat: t for t in cells if t.batch == LARGE and t.overhead > 0}
+    both_of = [(small[r], large[r]) for r in sorted(small.keys() & large.keys())]
+    quiet = [pair for pair in both_of if not any(t.row.noisy for t in pair)]
+    chosen = quiet if len(quiet) >= LEAST else both_of
+    return (ratio_of([(a.overhead, b.overhead) for a, b in chosen]) if chosen else None), chosen is quiet
 
 
 def both(one: Outcome, other: Outcome) -> Outcome:
