@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import manyhands as mh
-from manyhands.errors import WorkerFailed
+from manyhands.errors import NonFiniteLoss, WorkerFailed
 from manyhands.training import checkpoint
 from manyhands.verbs import Result
 
@@ -103,3 +103,30 @@ def test_where_the_others_cannot_go_on_the_run_ends_within_seconds_and_names_the
     with pytest.raises(WorkerFailed, match=r"worker \d at step \d+ failed: its process was killed by SIGKILL"):
         train(strategy, tmp_path, model=model)
     assert time.monotonic() - began < 20  # the start is part of it; no deadline of 60 s was waited for
+
+
+class Diverging(nn.Module):
+    """Worker 1 is late, and its loss is not finite in the last step of an epoch, when the others wait at its end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(64, 10)
+        self.late = multiprocessing.current_process().name == "manyhands-worker-1"
+        self.passes = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.passes += 1
+        if self.late and self.passes == 24:  # 1,437 samples in batches of 60
+            time.sleep(0.3)
+            return self.layer(x.flatten(1)) * float("nan")
+        return self.layer(x.flatten(1))
+
+
+def diverging() -> Diverging:
+    return Diverging()
+
+
+@pytest.mark.parametrize("strategy", [*GO_ON, "local", "gossip"])
+def test_who_has_to_stop_meets_those_who_wait_at_the_end_of_the_epoch(tmp_path, strategy):
+    with pytest.raises(NonFiniteLoss, match="of worker 1 is not finite at step 23"):
+        train(strategy, tmp_path, model="diverging", epochs=2)

@@ -139,6 +139,7 @@ class CoordinateLockedWorker(HogwildWorker):
     def __init__(self, replica: Replica, comm: Communicator) -> None:
         super().__init__(replica, comm, "coordinate")
         self._held = contextlib.ExitStack()
+        self._tables_held: set[int] = set()
         self._dense: list[Lock] = []
         for i, piece in enumerate(replica.pieces):
             if piece.width:
@@ -149,7 +150,7 @@ class CoordinateLockedWorker(HogwildWorker):
 
     def step(self, batch: Batch) -> Tensor:
         """One step; see the file's head."""
-        self._tables_held: set[int] = set()
+        self._tables_held.clear()
         with self._held:
             for lock in self._dense:
                 self._held.enter_context(lock)

@@ -104,6 +104,7 @@ class IndependentWorker(Worker):
 
     def meet(self) -> None:
         """See `contract.Worker.meet`."""
+        self.leave_out_the_lost()
         self.raise_what_diverged()
 
     def raise_what_diverged(self) -> None:

@@ -17,7 +17,6 @@ order where the update is stateless (plain SGD). A resume takes up clocks, own p
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -165,8 +164,3 @@ class StaleSynchronousWorker(IndependentWorker):
         super().load_state_dict(state)
         self._offset = self.steps
         self._seen = -state["behind"]
-
-
-def spread(clocks: list[int]) -> int:
-    """By how many completed steps the furthest two workers are apart."""
-    return max((abs(a - b) for a, b in itertools.combinations(clocks, 2)), default=0)

@@ -156,6 +156,7 @@ class Worker(ABC):
     def __init__(self, replica: Replica, comm: Communicator) -> None:
         self.replica = replica
         self.comm = comm
+        self.ranks = list(range(comm.size))  # of the workers that are left, as they were numbered at the start
 
     @abstractmethod
     def step(self, batch: Batch) -> Tensor:
@@ -174,10 +175,19 @@ class Worker(ABC):
     def meet(self) -> None:
         """Workers that go their own ways come together: raises on all of them what has stopped one. Collective.
 
-        The loop calls it before every evaluation, checkpoint and end; so does a worker itself that must stop.
-        Nothing to do where every step is a meeting.
+        The loop calls it before every evaluation, checkpoint and end; so does a worker itself that must stop, and the
+        two are one. Nothing to do where every step is a meeting.
         """
         return
+
+    def leave_out_the_lost(self) -> None:
+        """The beginning of a `meet`: where the others go on without a worker that was killed (see
+        `Strategy.survives`), they are from here on a group of their own. Collective.
+        """
+        lost = self.comm.agree_on_lost()
+        if lost:
+            self.ranks = [rank for p, rank in enumerate(self.ranks) if p not in lost]
+            self.regroup(self.comm.without(lost))
 
     def consensus(self) -> Parameters:
         """What `finish` would agree on now; for evaluation, export and checkpoints. Collective, counted apart."""

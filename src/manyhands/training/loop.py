@@ -176,29 +176,31 @@ def shares(run: Run) -> Iterator[Share]:
 
 
 def meet(run: Run, metrics: MetricsLog) -> None:
-    """All workers come together, and here those that have been killed are left out, if the strategy bears that.
+    """All workers come together; raises `NonFiniteLoss` as `Worker.meet` does."""
+    run.worker.meet()
+    follow(run, metrics)
 
-    Their samples since the last meeting are lost; from the next step on the others divide the whole batch. Raises
-    `NonFiniteLoss` as `Worker.meet` does.
+
+def follow(run: Run, metrics: MetricsLog) -> None:
+    """If the workers have become fewer where they met, so has the run: from the next step on they divide the whole
+    batch. What a lost worker has seen since the meeting before is lost with it.
     """
+    if run.comm is run.worker.comm:
+        return
+    before, run.ranks, run.comm = run.ranks, run.worker.ranks, run.worker.comm
     strategy = run.plan.strategy
     assert isinstance(strategy, Strategy)
-    lost = run.comm.agree_on_lost() if strategy.survives else []
-    if lost:
-        names = [run.ranks[p] for p in lost]
-        run.ranks = [rank for p, rank in enumerate(run.ranks) if p not in lost]
-        run.comm = run.comm.without(lost)
-        run.replica.regroup(run.comm)
-        run.worker.regroup(run.comm)
-        run.sampler = sampler_of(run.task, run.splits, strategy, run.comm)
-        metrics.event("workers_lost", step=run.comm.step, ranks=names, left=run.ranks)
-    run.worker.meet()
+    run.replica.regroup(run.comm)
+    run.sampler = sampler_of(run.task, run.splits, strategy, run.comm)
+    lost = [rank for rank in before if rank not in run.ranks]
+    metrics.event("workers_lost", step=run.comm.step, ranks=lost, left=run.ranks)
 
 
 def stopped(
     run: Run, e: NonFiniteLoss, before: Cursor, good: list[torch.Tensor], metrics: MetricsLog, *, saved_step: int
 ) -> NonFiniteLoss:
     """Keep the last good state, and say what happened. Collective; ``good``: the buffers as they were then."""
+    follow(run, metrics)  # the worker itself may have called the meeting
     for buffer, then in zip(run.replica.buffers, good, strict=False):
         buffer.copy_(then)  # the forward pass has put the bad batch into running statistics
     spoilt = _spoilt(run)

@@ -47,6 +47,8 @@ SLOT_SHIFT_B = 21 * 64
 #: So many slices of symmetric memory are remembered with their counterparts; a training step uses a handful.
 CACHED = 1024
 _NAN, _INFINITY = math.nan, math.inf
+#: Of a whole number that a float64 holds exactly.
+_BITS = 52
 
 # What a rank comes to a barrier for, in a word: operation (bits 0–3), dtype (4–10), an adverb (11), the root (12–23),
 # the number of elements (from 24). Ranks that disagree are told so; it costs 0.1 to 0.3 µs.
@@ -503,15 +505,21 @@ class SharedCommunicator(Communicator):
         self._enter.passes_without_the_gone = True
         try:
             self._meet("agree_on_lost", _BARRIER)
-            mine = sum(1 << p for p in range(self.size) if self._segment.gone(self._names[p]))
-            said = self._exchange(float(mine), "agree_on_lost", _BARRIER)
+            gone = [p for p in range(self.size) if self._segment.gone(self._names[p])]
+            return [p for first in range(0, self.size, _BITS) for p in self._said_to_be(gone, first)]
         finally:
             self._enter.passes_without_the_gone = False
-        lost = 0
-        for p, mask in enumerate(said):
-            if not mine >> p & 1:  # what a dead rank has said last means nothing
-                lost |= int(mask or 0)
-        return [p for p in range(self.size) if lost >> p & 1]
+
+    def _said_to_be(self, gone: Sequence[int], first: int) -> list[int]:
+        """Of the ranks from ``first`` on, as many as a number has bits, those that anybody names.
+
+        Such numbers are negative. What a rank that has died meanwhile left of another exchange is not, or is an older
+        one of these, which names nobody who is alive.
+        """
+        mine = sum(1 << p - first for p in gone if first <= p < first + _BITS)
+        said = self._exchange(float(-1 - mine), "agree_on_lost", _BARRIER)
+        masks = [int(-1 - x) for x in said if x is not None and -math.inf < x < 0]
+        return [first + bit for bit in range(_BITS) if any(mask >> bit & 1 for mask in masks)]
 
     def without(self, lost: Sequence[int]) -> Communicator:
         """A group as `split` makes one, by those who are left."""

@@ -57,11 +57,11 @@ def bounds(numel: int, servers: int, width: int = 0) -> list[tuple[int, int]]:
     return [(lo, hi) for lo, hi in slices(numel, servers) if hi > lo]
 
 
-def traffic(numel: int, size: int, itemsize: int, servers: int, *, every: int = 1, first: int = 0) -> Traffic:
+def traffic(numel: int, size: int, itemsize: int, servers: int, *, every: int = 1) -> Traffic:
     """Of pulling or pushing all shards of a piece once in ``every`` steps: n elements. A worker alone sends nothing."""
     if size == 1:
         return Traffic()
-    return Traffic(numel * itemsize, len(bounds(numel, servers)), every, first)
+    return Traffic(numel * itemsize, len(bounds(numel, servers)), every)
 
 
 class Store(ABC):

@@ -78,6 +78,7 @@ class ServedWorker(Worker):
 
     def meet(self) -> None:
         """See `contract.Worker.meet`."""
+        self.leave_out_the_lost()
         told_what_diverged(self.comm, self._diverged)
 
     @property
