@@ -93,7 +93,7 @@ def server_burst(member: Member, servers: int, steps: int, warm: int) -> list[fl
 
 
 def _burst_of_updates(comm: Communicator, steps: int, warm: int) -> list[float]:
-    worker, (batch,) = null_worker(comm, D1, 1)
+    worker, (batch,) = null_worker(comm, D1, 1 if comm.servers else comm.size)  # as a plan decides
     comm.barrier()
     return list(measure.burst(lambda: worker.step(batch), steps, warm, 0.0))
 

@@ -98,9 +98,9 @@ def format_value(value: Any) -> str:
 
 
 def format_description(name: str, obj: Any) -> str:
-    """A frozen dataclass as text: its name and the fields that differ from their defaults."""
+    """A frozen dataclass as text: its name and the fields that differ from their defaults, in its signature's order."""
     changed = {}
-    for f in dataclasses.fields(obj):
+    for f in sorted(dataclasses.fields(obj), key=lambda f: f.kw_only is True):
         value = getattr(obj, f.name)
         default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
         if not f.init or value == default:

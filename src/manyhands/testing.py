@@ -15,7 +15,7 @@ from manyhands.catalogue import import_object
 from manyhands.communication.communicator import Communicator
 from manyhands.consistency.parameter_server.server import serving
 from manyhands.contract import Strategy
-from manyhands.plan import SHARE_MEMORY, strategy_from
+from manyhands.plan import SERVERS_IN_MEMORY, strategy_from
 from manyhands.studies import parity
 from manyhands.training.member import Member
 from manyhands.training.team import Team, team
@@ -61,7 +61,7 @@ def check_strategy(
     """
     for size in (1, workers):
         place = "single" if size == 1 else on
-        servers = strategy_from(strategy).server_ranks(shares_memory=place in SHARE_MEMORY)
+        servers = strategy_from(strategy).server_ranks(in_memory=place in SERVERS_IN_MEMORY)
         found = run_ranks(parity_row, size, on=place, args=(str(strategy), optimizer), servers=servers)
         row = parity.Row(**found[0])
         if not row.passed:

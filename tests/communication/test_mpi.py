@@ -21,7 +21,7 @@ from tests import guards
 
 ROOT = Path(__file__).parent.parent.parent
 MPIEXEC = Path(sys.executable).with_name("mpiexec")
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "UCX_TLS": "self,posix,sysv,cma"}
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "UCX_TLS": "self,posix,sysv,cma", "UCX_LOG_LEVEL": "error"}
 
 needs_mpiexec = pytest.mark.skipif(not MPIEXEC.exists(), reason="needs the mpich wheel")
 
@@ -95,9 +95,14 @@ def test_weighted_means_are_exact_to_rounding():
 
 
 def lose(comm: MpiCommunicator) -> None:
+    (lock,) = comm.locks(1)
+    if comm.rank == 1:
+        lock.__enter__()
     comm.barrier()
     if comm.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
+    if comm.rank == 0:
+        lock.__enter__()
     comm.recv(torch.empty(3), 1)
 
 
@@ -112,6 +117,9 @@ def test_a_killed_rank_ends_the_run_and_leaves_no_memory_behind():
 def say_so(comm: MpiCommunicator) -> None:
     group = comm.split(comm.rank % 2)  # ranks 0 and 2; rank 1 alone
     comm.step = 4
+    (lock,), board = comm.locks(1), comm.board()
+    if comm.rank == 1:
+        lock.__enter__()
     comm.barrier()
     t0 = time.monotonic()
     token = torch.zeros(1)
@@ -125,6 +133,11 @@ def say_so(comm: MpiCommunicator) -> None:
         comm.all_reduce(torch.zeros(1000)).wait()
     with pytest.raises(PeerLost, match=f"rank {comm.rank} lost rank 1 while in recv at step 4"):
         group.recv(torch.zeros(3), None)  # a group's error names ranks of the world
+    with pytest.raises(PeerLost, match=f"rank {comm.rank} lost rank 1 while in lock 0 at step 4"):
+        lock.__enter__()
+    with pytest.raises(PeerLost, match=f"rank {comm.rank} lost rank 1 while in the test at step 4"):
+        board.wait(1, "the test", rank=1)
+    comm.fail()  # as a worker does that has met an error
     assert time.monotonic() - t0 < 5
 
 
@@ -188,6 +201,31 @@ def split_often(comm: MpiCommunicator) -> None:
 @needs_mpiexec
 def test_closed_groups_are_given_back_and_too_many_are_an_error_of_ours():
     assert_well(run(split_often, 2))
+
+
+def open_often(comm: MpiCommunicator) -> None:
+    mark = comm.mark()
+    kept = comm.window(8)
+    later = comm.mark()
+    for _ in range(25):
+        windows = [comm.window(64) for _ in range(100)]  # MPICH has 2048
+        comm.release(later)
+        with pytest.raises(CommunicationError, match="a window that has been given back"):
+            windows[-1].put(0, (0, torch.zeros(1)))
+    kept.put(1 - comm.rank, (0, torch.ones(1)))
+    comm.release(mark)
+    with pytest.raises(CommunicationError, match="a window that has been given back"):
+        kept.put(0, (0, torch.zeros(1)))
+    with pytest.raises(CommunicationError, match=f"rank {comm.rank}, window: "):
+        [comm.window(8) for _ in range(2500)]
+    comm.close()
+    comm.window(8)  # there is room again
+    comm.close()
+
+
+@needs_mpiexec
+def test_windows_are_given_back_and_too_many_are_an_error_of_ours():
+    assert_well(run(open_often, 2))
 
 
 def test_without_mpi_it_says_what_to_install(monkeypatch):

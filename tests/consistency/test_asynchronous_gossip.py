@@ -14,7 +14,7 @@ from manyhands.plan import strategy_from
 from manyhands.testing import run_ranks
 from tests.consistency.test_gossip import started
 
-ON = ("threads", "shared")
+ON = ("threads", "shared", pytest.param("mpi", marks=pytest.mark.slow))
 TEXTS = (
     "asynchronous_gossip",
     "asynchronous_gossip(graph='ring')",

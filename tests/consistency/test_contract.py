@@ -17,7 +17,7 @@ from manyhands.consistency import strategies
 from manyhands.contract import Setting, Strategy
 from manyhands.models import optimizers
 from manyhands.models.update_rules import served
-from manyhands.plan import SHARE_MEMORY, strategy_from
+from manyhands.plan import SERVERS_IN_MEMORY, strategy_from
 from manyhands.testing import run_ranks
 from tests.consistency import jobs
 from tests.consistency.jobs import problem
@@ -27,7 +27,7 @@ OTHERS = ("threads", "gloo", "mpi")
 #: One of each family, for the transports that only carry bytes.
 FAMILIES = (
     *("synchronous(update='sharded')", "synchronous(update='replicated')", "replica_average", "slice_update"),
-    *("asynchronous", "elastic", "gossip"),
+    *("asynchronous", "backup_workers", "elastic", "gossip"),
 )
 #: Why 1e-12: float64 rounds at 1.1e-16, a step adds some hundred numbers of order 1, and there are four steps.
 JOINED = 1e-12
@@ -61,6 +61,7 @@ def setting(on: str, size: int, spec: dict) -> Setting:
         stateless=optimizers.is_stateless(made),
         clip=spec["clip"] is not None,
         served=served(made),
+        one_sided=on == "mpi",
     )
 
 
@@ -70,7 +71,7 @@ def frozen(value: object) -> object:
 
 @functools.lru_cache(maxsize=256)
 def _run(text: str, on: str, size: int, spec: tuple) -> list[dict]:
-    servers = strategy_from(text).server_ranks(shares_memory=on in SHARE_MEMORY)
+    servers = strategy_from(text).server_ranks(in_memory=on in SERVERS_IN_MEMORY)
     return run_ranks(jobs.train, size, on=on, args=(text, dict(spec)), timeout_s=30, servers=servers)
 
 
@@ -86,7 +87,7 @@ def run(text: str, on: str, size: int, spec: dict) -> list[dict]:
     if refused:
         assert all(p.asked and p.rule and p.cure for p in refused)
         pytest.skip(f"refused at plan time: {refused[0].rule}")
-    return _run(text, on, size, frozen(spec))
+    return _run(str(strategy_from(text).resolve(setting(on, size, spec))), on, size, frozen(spec))
 
 
 def plain(spec: dict) -> dict:

@@ -1,4 +1,7 @@
-"""Servers that are ranks: what they hold is what shared memory would, over messages."""
+"""Servers that are ranks: what they hold is what shared memory would, over messages.
+
+Over MPI the same claims are made of servers that are windows, where no rank serves; see also `test_window_store`.
+"""
 
 import os
 import signal
@@ -16,7 +19,7 @@ from manyhands.consistency.parameter_server.remote_store import RemoteStore
 from manyhands.consistency.parameter_server.server import serving
 from manyhands.errors import DeadlineExceeded, InvalidPlan, PeerLost, WorkerFailed
 from manyhands.partition.data import DataReplica
-from manyhands.plan import Facts, resolve
+from manyhands.plan import SERVERS_IN_MEMORY, Facts, resolve
 from manyhands.testing import run_ranks
 from manyhands.training.team import team
 from tests.consistency import jobs
@@ -30,7 +33,7 @@ CARRIED = ("gloo", pytest.param("mpi", marks=pytest.mark.slow))
 
 
 def ranks(fn, n: int, *args, on: str = "gloo", servers: int = 1) -> list:
-    return run_ranks(fn, n, on=on, args=args, servers=servers, timeout_s=40)
+    return run_ranks(fn, n, on=on, args=args, servers=0 if on in SERVERS_IN_MEMORY else servers, timeout_s=40)
 
 
 # -- one worker is plain torch -----------------------------------------------------------------------------------------
@@ -359,9 +362,8 @@ def idling(member, seconds: float) -> bool:
         return True
 
 
-@pytest.mark.parametrize("on", CARRIED)
-def test_a_server_that_hears_nothing_waits_beyond_the_deadline_of_any_other_wait(on):
-    with team(on, 2, threads=1, timeout_s=1.0, allocator="plain") as crew:
+def test_a_server_that_hears_nothing_waits_beyond_the_deadline_of_any_other_wait():
+    with team("gloo", 2, threads=1, timeout_s=1.0, allocator="plain") as crew:
         assert crew.run(f"{HERE}:idling", 2.0) == [True, True]
 
 
@@ -372,10 +374,10 @@ def facts(ranks_started: int, launcher: str = "torchrun") -> Facts:
     return Facts(cores=8, launched=ranks_started, launcher=launcher, batch_size=100)
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "mpi"])
-def test_under_a_launcher_the_last_ranks_serve(launcher):
+@pytest.mark.parametrize(("launcher", "workers"), [("torchrun", 3), ("mpi", 5)])
+def test_under_a_launcher_the_last_ranks_serve_unless_servers_are_memory(launcher, workers):
     plan = resolve(mh.Plan(strategy="asynchronous(servers=2)"), facts(5, launcher)).plan
-    assert plan.workers == 3
+    assert plan.workers == workers
     assert resolve(mh.Plan(strategy="synchronous"), facts(5, launcher)).plan.workers == 5
 
 
@@ -388,5 +390,5 @@ def test_a_launcher_that_started_other_ranks_than_workers_and_servers_is_refused
 
 def test_on_shared_memory_there_are_no_server_ranks():
     plan = resolve(mh.Plan(strategy="asynchronous(servers=3)", workers=2, transport="threads"), Facts(cores=2)).plan
-    assert plan.strategy.server_ranks(shares_memory=True) == 0
-    assert plan.strategy.server_ranks(shares_memory=False) == 3
+    assert plan.strategy.server_ranks(in_memory=True) == 0
+    assert plan.strategy.server_ranks(in_memory=False) == 3

@@ -286,6 +286,7 @@ def start_cut(comm):
     comm.mesh = Mesh(data=2, tensor=2)
     model, opt = jobs.build(problem())
     replica = DataReplica(model, opt, CrossEntropy(), comm, common=False)
+    replica.pieces[0].replicated_over = frozenset({"data"})
     Synchronous(aggregate="median").start(replica, comm)
 
 
@@ -492,8 +493,8 @@ def test_one_worker_that_sends_garbage_ruins_the_mean_and_no_robust_rule(on):
         assert all(torch.equal(r["parameters"], results[0]["parameters"]) for r in results)
 
 
-def digits(comm, text, liar):
-    """Logistic regression for three epochs; rank ``liar`` sends −1000 times its gradient."""
+def digits(comm, text, liar, dawdle=None):
+    """Logistic regression for three epochs; rank ``liar`` sends −1000 times its gradient. ``dawdle``: a seed."""
     comm.mesh = Mesh(data=comm.size)
     splits = load("digits")
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
@@ -504,11 +505,15 @@ def digits(comm, text, liar):
         worker = strategy_from(text).start(replica, comm)
     if comm.rank == liar:
         spoil(replica, lambda piece: piece.grad.mul_(-1000))
+    if dawdle is not None:
+        jobs.slow_down(replica, dawdle, comm.rank)
     order = torch.cat([torch.randperm(1437, generator=torch.Generator().manual_seed(e)) for e in range(3)])
     for step, indices in enumerate(order.split(100)[:-1]):
         comm.step = step
         lo, hi = jobs.cut(len(indices), comm.size, "even")[comm.rank]
         worker.step(Batch(*splits.train.rows(indices[lo:hi]), hi - lo))
+    worker.meet()
+    worker.finish()
     inputs, target = splits.test.rows(torch.arange(len(splits.test)))
     with torch.no_grad():
         right = (model(inputs).argmax(1) == target).double().mean()

@@ -1,5 +1,6 @@
 """Parameter server, SSP, HOGWILD: pushes arrive once, staleness is bounded and measured, races are survived."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -12,7 +13,7 @@ from manyhands.consistency.parameter_server import store
 from manyhands.contract import Batch, Setting
 from manyhands.errors import BadInput
 from manyhands.partition.data import DataReplica
-from manyhands.plan import strategy_from
+from manyhands.plan import Facts, Plan, resolve, strategy_from
 from manyhands.testing import run_ranks
 from tests.consistency import jobs
 from tests.consistency.jobs import problem
@@ -241,72 +242,6 @@ def test_a_staleness_aware_rate_is_divided_by_one_more_than_the_staleness():
     assert not torch.allclose(plain[0]["moved"], aware[0]["moved"])
 
 
-# -- backup workers ----------------------------------------------------------------------------------------------------
-
-
-def rounds(comm: Communicator, backups: int, steps: int, seed: int) -> dict:
-    """What each round was made of, seen from the servers: the gradients brought, and what was applied."""
-    spec = problem()
-    worker = started(comm, f"backup_workers(backups={backups})", spec)
-    brought, applied = [], []
-    bring, receive = worker._bring, worker.store.receive
-    worker._bring = lambda weight: (
-        brought.append([worker._own_round, jobs.vector(p.grad for p in worker.replica.pieces), weight]),
-        bring(weight),
-    )
-    worker.store.receive = lambda vectors: (
-        applied.append([int(worker._round[0]), jobs.vector(vectors)]),
-        receive(vectors),
-    )
-    generator = torch.Generator().manual_seed(seed + comm.rank)
-    gradients = worker.replica.gradients
-
-    def slow(*args):
-        comm.elapse(float(torch.rand((), generator=generator)) ** 4)
-        return gradients(*args)
-
-    if comm.transport == "simulated":
-        worker.replica.gradients = slow
-    else:
-        jobs.slow_down(worker.replica, seed, comm.rank)
-    for step, batch in enumerate(shares(comm, spec, steps=steps)):
-        comm.step = step
-        worker.step(batch)
-    worker.meet()
-    comm.barrier()
-    return {"brought": brought, "applied": applied, "in_time": worker.in_time, "late": worker.late}
-
-
-@pytest.mark.parametrize("on", SHARING)
-@pytest.mark.parametrize("backups", [0, 1, 2])
-def test_a_round_is_the_mean_of_the_first_n_distinct_workers_and_late_gradients_are_dropped(on, backups):
-    results = run_ranks(rounds, 4, on=on, args=(backups, 15, 3))
-    brought = [[r, rank, g, w] for rank, result in enumerate(results) for r, g, w in result["brought"]]
-    applied = dict(pair for result in results for pair in result["applied"])
-    for r, mean in applied.items():
-        those = [(rank, g, w) for number, rank, g, w in brought if number == r]
-        assert len({rank for rank, *_ in those}) == len(those)
-        if r < 15 - 1:  # nobody can have left yet
-            assert len(those) == 4 - backups
-        expected = sum(w * g for _, g, w in those) / sum(w for *_, w in those)
-        assert (mean - expected).abs().max() < 1e-12
-    assert all(r["in_time"] + r["late"] == 15 for r in results)
-    assert sum(r["in_time"] for r in results) == len(brought)
-    if backups == 0:
-        assert not any(r["late"] for r in results)
-        assert len(applied) == 15
-    else:
-        assert any(r["late"] for r in results)
-
-
-def test_backup_workers_must_leave_somebody_to_wait_for():
-    setting = Setting(workers=2, transport="shared", shares_memory=True, elementwise=True, stateless=True)
-    (refused,) = strategy_from("backup_workers(backups=2)").problems(setting)
-    assert "backups=1" in refused.cure
-    with pytest.raises(BadInput, match="from 0"):
-        strategy_from("backup_workers(backups=-1)")
-
-
 # -- hogwild -----------------------------------------------------------------------------------------------------------
 
 
@@ -360,10 +295,9 @@ def test_where_supports_are_disjoint_hogwild_is_serial_in_any_order(on, lock):
 
 def test_a_hogwild_that_cannot_share_memory_is_refused_with_what_would_work():
     setting = Setting(workers=2, transport="gloo", shares_memory=False, elementwise=True, stateless=True)
-    for text in ("hogwild", "backup_workers"):
-        (refused,) = strategy_from(text).problems(setting)
-        assert text in refused.asked
-        assert "shared" in refused.cure
+    (refused,) = strategy_from("hogwild").problems(setting)
+    assert "hogwild" in refused.asked
+    assert "shared" in refused.cure
 
 
 @pytest.mark.parametrize(
@@ -383,3 +317,30 @@ def test_a_hogwild_that_cannot_share_memory_is_refused_with_what_would_work():
 def test_what_is_out_of_range_is_refused_with_the_range(text, said):
     with pytest.raises(BadInput, match=said):
         strategy_from(text)
+
+
+# -- how many servers --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("transport", "decided"), [("shared", "servers=3"), ("threads", "servers=3"), ("gloo", "servers=1")]
+)
+@pytest.mark.parametrize("text", ["asynchronous", "ssp(staleness=1)", "downpour(fetch=2, push=2)"])
+def test_there_is_a_shard_a_worker_where_servers_are_memory_and_one_server_where_they_are_ranks(
+    text, transport, decided
+):
+    strategy = strategy_from(text)
+    assert str(strategy) == text
+    shares = transport in SHARING
+    setting = Setting(workers=3, transport=transport, shares_memory=shares, elementwise=True, stateless=True)
+    resolved = strategy.resolve(setting)
+    assert decided in str(resolved)
+    assert strategy_from(str(resolved)) == resolved == resolved.resolve(dataclasses.replace(setting, workers=5))
+    assert resolved.server_ranks(in_memory=shares) == (0 if shares else 1)
+    assert resolved.traffic(10**6, 3).messages == 2 * int(decided[-1]) or "downpour" in text
+    assert strategy_from(f"{strategy.name}(servers=2)").resolve(setting).servers == 2
+
+
+def test_a_plan_says_how_many_servers_it_has():
+    plan = resolve(Plan(strategy="asynchronous", workers=2, transport="threads"), Facts(cores=2)).plan
+    assert plan.as_table()["strategy"] == "asynchronous(servers=2)"

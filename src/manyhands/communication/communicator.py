@@ -12,6 +12,7 @@ really does; a transport that knows better reports what it moved in ``Counters.m
     all_to_all       pairwise                 (P−1)/P · n
     broadcast        chain from the root              n     (0 for the last rank of the chain)
     send, pull, push                                  n   pull, push: between memory that stands for a server and a rank
+    get, put                                          n   of a `Window`; to and from a rank's own memory 0
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def reference_B(operation: str, n_B: int, size: int, *, rank: int = 0, root: int
         return (size - 1) * n_B // size
     if operation == "broadcast":
         return 0 if (rank - root) % size == size - 1 else n_B
-    if operation in ("send", "pull", "push"):
+    if operation in ("send", "pull", "push", "get", "put"):
         return n_B
     return 0
 
@@ -88,6 +89,23 @@ class Board(Protocol):
 
     def wait_for_one(self, least: int, doing: str) -> list[int]:
         """All counters, once one of them is at least ``least``."""
+
+
+#: Where a part lies in a window, in bytes from its beginning; or where each row of a matrix does.
+At = int | Tensor
+
+
+class Window(Protocol):
+    """Memory of every rank's that the others read and write while it goes on with its own work (one-sided).
+
+    What a call moved is there for every rank when it returns. Who may write when is for the caller to settle, by locks.
+    """
+
+    def get(self, frm: int, *parts: tuple[At, Tensor]) -> None:
+        """Fill the tensors from the memory of rank ``frm``."""
+
+    def put(self, to: int, *parts: tuple[At, Tensor]) -> None:
+        """Write the tensors to the memory of rank ``to``."""
 
 
 class Done:
@@ -157,6 +175,8 @@ class Communicator(ABC):
     transport: ClassVar[str]
     #: Whether `allocate` with ``common=True`` really gives one copy that all ranks see (HOGWILD and the like need it).
     shares_memory: ClassVar[bool] = False
+    #: Whether there is a `window`, and locks and boards by which to share what lies in it.
+    one_sided: ClassVar[bool] = False
     #: Whether ``counters.moved_B`` is kept.
     counts_moved: ClassVar[bool] = False
     #: Whether operations that return `Work` go on while the caller computes, so that bucketed overlap can pay.
@@ -216,15 +236,22 @@ class Communicator(ABC):
         """Whether ``x`` lies in memory that all ranks see as one copy."""
         return False
 
-    def locks(self, count: int) -> list[Lock]:
-        """So many locks that all ranks share, for what they write in common memory. Collective.
+    def window(self, size_B: int) -> Window:
+        """Zero-filled memory, of this rank ``size_B`` bytes, that all ranks may get and put. Collective.
 
-        Only where `shares_memory`; a strategy that needs it says so when the plan is made.
+        Only where `one_sided`; given back at the next `release`, or when this group is closed.
+        """
+        raise BadInput(f"transport={self.transport} has no memory that another worker reaches; mpi has windows.")
+
+    def locks(self, count: int) -> list[Lock]:
+        """So many locks that all ranks share, for what they write in common memory or in windows. Collective.
+
+        Only where `shares_memory` or `one_sided`; a strategy that needs it says so when the plan is made.
         """
         raise BadInput(f"transport={self.transport} has no memory that its workers share, so there is nothing to lock.")
 
     def board(self) -> Board:
-        """A new board of counters, all 0. Collective; only where `shares_memory`."""
+        """A new board of counters, all 0. Collective; only where `shares_memory` or `one_sided`."""
         raise BadInput(f"transport={self.transport} has no memory that its workers share, so there is no board in it.")
 
     def access(self, operation: str, x: Tensor) -> None:
@@ -330,6 +357,13 @@ class Communicator(ABC):
             self._peer(frm)
         return Received(self._recv(_flat(like), frm, tag).source, like)
 
+    def arrived(self, tag: int = 0) -> bool:
+        """Whether a message of ``tag`` from anyone is here, so that `recv` takes one without waiting.
+
+        For choosing what to do first, never for ending a wait: where the transport cannot tell (gloo, nccl) it is False.
+        """
+        return self.size > 1 and self._arrived(tag)
+
     def listen(self, like: Tensor, frm: Collection[int], tag: int = 0) -> Received:
         """`recv` from any of the ranks ``frm``, with no deadline: for a rank that serves them as long as they live.
 
@@ -353,6 +387,13 @@ class Communicator(ABC):
         """The group of the ranks that gave the same ``color``, in rank order. Collective over this group."""
         group = self._split(color)
         group.context = self.context
+        return group
+
+    def arranged(self, mesh: Mesh) -> Communicator:
+        """The same ranks as a group of its own with another mesh. Collective. The group ends with this one."""
+        group = self.split(0)
+        group.mesh = mesh
+        self._made.append(group)
         return group
 
     def over(self, axes: frozenset[str]) -> Communicator:
@@ -390,10 +431,22 @@ class Communicator(ABC):
         while self._made:
             self._made.pop().close()
 
-    def agree_on_lost(self) -> list[int]:
-        """The ranks of this group whose processes have died, as far as all others know alike. Collective of the others.
+    def lost(self) -> list[int]:
+        """The ranks of this group of which a launcher has said by now that they have died and the others go on.
 
-        Only where a launcher lets the others go on (see `Strategy.survives`), who then need a group `without` them.
+        See `Strategy.survives`. A message from one of them, or to it, ends in `PeerLost`.
+        """
+        return []
+
+    def goes_on_without(self, rank: int) -> bool:
+        """Whether ``rank``, of which a `PeerLost` tells, is one of the `lost`; waits for the launcher's word on it."""
+        return rank in self.lost()
+
+    def agree_on_lost(self) -> list[int]:
+        """The `lost` ranks, as far as all others know alike, who then need a group `without` them. Collective of those.
+
+        Rank 0 is never one of them. One that dies after it has come here is not in the list: whatever comes next with
+        it ends in `PeerLost`.
         """
         return []
 
@@ -479,8 +532,11 @@ class Communicator(ABC):
     @abstractmethod
     def _recv(self, like: Tensor, frm: int | None, tag: int) -> Received: ...
 
+    def _arrived(self, tag: int) -> bool:
+        return False
+
     def _listen(self, like: Tensor, frm: Collection[int], tag: int) -> Received:
-        raise BadInput(f"transport={self.transport} has no server ranks; gloo and mpi have.")
+        raise BadInput(f"transport={self.transport} has no server ranks; gloo has.")
 
     @abstractmethod
     def _split(self, color: int) -> Communicator: ...

@@ -281,6 +281,11 @@ def objection(graph: str, size: int, degree: int | None = None) -> tuple[str, st
     return None
 
 
+def fits_any_size(graph: str, degree: int | None = None) -> bool:
+    """Whether there is such a graph for every number of ranks, so that it can be drawn anew when they become fewer."""
+    return graph not in ("torus", "matching") and (graph not in OF_A_DEGREE or degree is None)
+
+
 # -- what a graph is worth ---------------------------------------------------------------------------------------------
 
 

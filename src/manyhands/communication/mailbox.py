@@ -8,6 +8,9 @@ Each ring has one writer and one reader, so a counter each is enough and nothing
 A message is a header (tag, length) and its bytes; one larger than the ring streams through it. Sending never blocks:
 what does not fit waits in the sender and goes on whenever the sender waits for anything (`progress`), so two ranks
 that send to each other first and receive afterwards do not deadlock.
+
+A rank that is killed leaves whole messages, which are received, and perhaps the beginning of one, which never is: who
+waits for the rest, or for room in a ring that nobody empties any more, is told by `PeerLost`.
 """
 
 from __future__ import annotations
@@ -89,8 +92,10 @@ class Mailbox:
 
     # -- sending ---------------------------------------------------------------------------------------------------
 
-    def send(self, x: Tensor, to: int, tag: int) -> Outgoing | None:
+    def send(self, x: Tensor, to: int, tag: int, step: int | None) -> Outgoing | None:
         """Start sending; None when all of it is in the ring already, else what `wait_until_sent` takes."""
+        if self._segment.gone(self._names[to]):
+            raise PeerLost(self._names[self.rank], self._names[to], step, "send")
         body = x.view(torch.uint8).numpy().data if x.numel() else memoryview(b"")
         header = tag.to_bytes(8, "little", signed=True) + len(body).to_bytes(8, "little")
         message = Outgoing(to, header, body)
@@ -115,7 +120,11 @@ class Mailbox:
             return message.sent >= total
 
         if not sent():
-            self._wait(sent, f"rank {self._names[message.to]} to receive", "send", step)
+            try:
+                self._wait(sent, f"rank {self._names[message.to]} to receive", "send", step, (message.to,))
+            except PeerLost:
+                self._outgoing[message.to].clear()  # else every later wait would try to push it
+                raise
 
     def _push(self, to: int, queue: deque[Outgoing]) -> None:
         base = self._ring(self.rank, to)
@@ -167,7 +176,8 @@ class Mailbox:
 
         if not arrived():
             who = "anyone" if frm is None else f"rank {self._names[frm]}"
-            self._wait(arrived, who, f"recv(from {who}, tag {tag})", step)
+            others = [p for p in sources if p != self.rank]
+            self._wait(arrived, who, f"recv(from {who}, tag {tag})", step, others)
         source, body = found[0]
         if frm is None:
             self._served = source
@@ -176,6 +186,13 @@ class Mailbox:
         if like.numel():
             like.copy_(body.view(like.dtype))
         return source
+
+    def arrived(self, tag: int) -> bool:
+        """Whether a whole message of ``tag`` from anyone is here."""
+        self.progress()
+        for source in range(self.size):
+            self._pull(source)
+        return any(t == tag for box in self._boxes for t, _ in box.complete)
 
     def _pull(self, source: int) -> None:
         base = self._ring(source, self.rank)
@@ -217,15 +234,20 @@ class Mailbox:
             self._words[rank * LINE_WORDS] = (self._words[rank * LINE_WORDS] + 1) & 0xFFFFFFFF
             futex.wake(self._region.address + rank * LINE_WORDS * 8)
 
-    def _wait(self, ready: Any, who: str, doing: str, step: int | None) -> None:
+    def _wait(self, ready: Any, who: str, doing: str, step: int | None, of: Sequence[int]) -> None:
+        """Until it is ``ready``, which any rank of ``of`` can bring about as long as it lives."""
         clock = time.perf_counter
         t0 = clock()
         nap, bell = 0.001, self.rank * LINE_WORDS
         while True:
             seen = self._words[bell]
+            gone = bool(of) and all(self._segment.gone(self._names[p]) for p in of)  # before the last look
             futex.fence()
             if ready():
                 break
+            if gone:
+                self.wait_s += clock() - t0
+                raise PeerLost(self._names[self.rank], self._names[of[0]], step, doing)
             failed, me = self._segment.failed, self._names[self.rank]
             elapsed = clock() - t0
             if failed is not None and failed != me:

@@ -20,7 +20,8 @@ Cost for 2 ranks on 2 cores: about 2 µs; for 8 ranks on 2 cores: three to five 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from manyhands.communication import futex
 from manyhands.communication.segment import Region, Segment
@@ -71,7 +72,20 @@ class SharedBarrier:
         self.spins = size <= futex.cores()
         self._arrived_fence = futex.fence if self.spins else futex.give_way
         self.wait_s = 0.0
-        self.passes_without_the_gone = False
+        self._passes_without_the_gone = False
+
+    @contextmanager
+    def passing_without_the_gone(self) -> Iterator[None]:
+        """Inside, ranks that the launcher has said are gone are passed over; afterwards, who waits for one is told.
+
+        So one that dies inside, too late for the others to agree that it is lost, is in no later exchange with what it
+        left there of an earlier one.
+        """
+        peers, self._passes_without_the_gone = self._peers, True
+        try:
+            yield
+        finally:
+            self._peers, self._passes_without_the_gone = peers, False
 
     def __call__(self, what: int, step: int | None, doing: str, meanwhile: Callable[[], bool] | None = None) -> None:
         """Return when all ranks have called it as often as this one, with the same number ``what``.
@@ -158,7 +172,7 @@ class SharedBarrier:
             futex.wait(self._release_address, seen, nap)
             failed, me = self._segment.failed, self._names[self.rank]
             gone = [p for p in missing if self._segment.gone(self._names[p // LINE_WORDS])]
-            if gone and self.passes_without_the_gone:
+            if gone and self._passes_without_the_gone:
                 self._peers = [p for p in self._peers if p not in gone]
                 missing = [p for p in missing if p not in gone]
             elif gone:

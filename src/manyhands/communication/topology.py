@@ -64,6 +64,17 @@ class Mesh:
         return [list(g) for _, g in itertools.groupby(by_color, key=lambda r: self.color(r, over))]
 
 
+def shares(count: int, size: int) -> list[tuple[int, int]]:
+    """Bounds of ``size`` contiguous parts of ``count`` things; the first parts take the remainder.
+
+    >>> shares(10, 4)
+    [(0, 3), (3, 6), (6, 8), (8, 10)]
+    """
+    least, rest = divmod(count, size)
+    bounds = [rank * least + min(rank, rest) for rank in range(size + 1)]
+    return list(itertools.pairwise(bounds))
+
+
 def parse_mesh(text: str) -> Mesh:
     """Read ``data=2,pipeline=3`` (also with ``mesh(…)`` around it)."""
     body = text.strip()

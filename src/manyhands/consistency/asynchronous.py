@@ -21,64 +21,29 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from manyhands.checks import is_whole
 from manyhands.communication.communicator import Communicator
-from manyhands.consistency.parameter_server import store
-from manyhands.consistency.parameter_server.remote_store import opened
-from manyhands.consistency.parameter_server.worker import ServedWorker, server_problems
-from manyhands.contract import Batch, Reference, Replica, Setting, Strategy, Traffic, Worker
-from manyhands.errors import Problem
+from manyhands.consistency.parameter_server.opening import opened
+from manyhands.consistency.parameter_server.strategy import OnShards
+from manyhands.consistency.parameter_server.worker import ServedWorker
+from manyhands.contract import Batch, Reference, Replica, Worker
 
 
 @dataclass(frozen=True)
-class Asynchronous(Strategy):
-    """Every gradient is applied as it comes; ``servers``: into how many shards, each with its own lock or rank."""
+class Asynchronous(OnShards):
+    """Every gradient is applied as it comes; ``servers``: in how many shards (None: as many as pay)."""
 
     name: ClassVar[str] = "asynchronous"
     paper: ClassVar[Reference] = Reference(
         "Agarwal & Duchi", "Distributed delayed stochastic optimization", 2011, "arXiv:1104.5525", survey="VI-A"
     )
-    deterministic: ClassVar[bool] = False
-    survives: ClassVar[bool] = True
     sparse: ClassVar[bool] = True
     steadier: ClassVar[str] = "with asynchronous, fewer workers or staleness_aware=True"
 
-    servers: int = 1
     staleness_aware: bool = False
-
-    def __post_init__(self) -> None:
-        if not is_whole(self.servers, 1):
-            raise ValueError(f"servers={self.servers!r}: the number of shards is a whole number from 1")
-
-    @property
-    def lockstep(self) -> bool:
-        """Never."""
-        return False
-
-    @property
-    def sends_at_most(self) -> bool:
-        """A worker whose share is empty has nothing to push, and of a sparse table only rows travel."""
-        return True
-
-    def traffic(self, numel: int, size: int, itemsize: int = 4) -> Traffic:
-        """A push and a pull."""
-        return store.traffic(numel, size, itemsize, self.servers) + store.traffic(numel, size, itemsize, self.servers)
-
-    def exact(self, setting: Setting) -> bool:
-        """Only alone."""
-        return setting.workers == 1
-
-    def problems(self, setting: Setting) -> list[Problem]:
-        """It needs a server, and the server the optimizer."""
-        return server_problems(self.name, setting)
-
-    def server_ranks(self, *, shares_memory: bool) -> int:
-        """As many as ``servers``, where they are not memory."""
-        return 0 if shares_memory else self.servers
 
     def start(self, replica: Replica, comm: Communicator) -> Worker:
         """This rank's worker."""
-        kept = opened(replica, comm, self.servers, optimizer=replica.optimizer, scaled=self.staleness_aware)
+        kept = opened(replica, comm, self.shards, optimizer=replica.optimizer, scaled=self.staleness_aware)
         return AsynchronousWorker(replica, comm, kept)
 
 

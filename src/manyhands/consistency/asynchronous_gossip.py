@@ -6,10 +6,11 @@
 graph, drawn anew for every exchange from the seed. By the time Δ is added, others may have averaged with θ_p: gradients
 are stale by a few exchanges, and no worker waits for another's gradient.
 
-The parameters that neighbours reach lie in memory that all see, a row a worker, each with a lock. The two locks of an
-exchange are taken in the order of ranks, so no cycle can close: there is no need for the paper's bipartite graph of
-active and passive workers. They are held while three vectors are written, never during a gradient. Without common
-memory a worker would have to look for requests while it computes; `gossip(graph='matching')` has pairs there.
+The parameters that neighbours reach lie in memory that all see, or over MPI in windows: a row a worker, each with a
+lock. The two locks of an exchange are taken in the order of ranks, so no cycle can close: there is no need for the
+paper's bipartite graph of active and passive workers. They are held while three vectors are written, never during a
+gradient. Without such memory a worker would have to look for requests while it computes; `gossip(graph='matching')` has
+pairs there.
 
 Paper: X. Lian, W. Zhang, C. Zhang & J. Liu (2018), Asynchronous decentralized parallel stochastic gradient descent,
 arXiv:1710.06952, Algorithm 1.
@@ -32,6 +33,7 @@ from torch import Tensor
 from manyhands.communication.communicator import Communicator
 from manyhands.consistency.independent import IndependentWorker
 from manyhands.consistency.neighbours import OverGraph
+from manyhands.consistency.rows import rows_between
 from manyhands.contract import Batch, Parameters, Reference, Replica, Setting, Traffic, Worker
 from manyhands.errors import Problem
 
@@ -67,11 +69,6 @@ class AsynchronousGossip(OverGraph):
 
     graph: Choice = "complete"
 
-    @property
-    def survives(self) -> bool:  # type: ignore[override]
-        """On the graphs that there are for any number of workers."""
-        return self.graph in ("complete", "ring")
-
     def traffic(self, numel: int, size: int, itemsize: int = 4) -> Traffic:
         """n elements there and n back."""
         return Traffic() if size == 1 else Traffic(2 * numel * itemsize, 2, every=self.every)
@@ -79,12 +76,12 @@ class AsynchronousGossip(OverGraph):
     def problems(self, setting: Setting) -> list[Problem]:
         """A graph that there is not, or no memory in which neighbours reach each other."""
         found = super().problems(setting)
-        if setting.shares_memory or setting.workers == 1:
+        if setting.shares_memory or setting.one_sided or setting.workers == 1:
             return found
         unshared = Problem(
             f"{self} on transport={setting.transport}",
-            "a worker averages with a neighbour that computes on, in memory that both see.",
-            "Use transport=shared or threads, or gossip(graph='matching'), whose pairs wait for each other.",
+            "a worker averages with a neighbour that computes on, in memory that both reach.",
+            "Use transport=shared, threads or mpi, or gossip(graph='matching'), whose pairs wait for each other.",
         )
         return [*found, unshared]
 
@@ -109,7 +106,7 @@ class AsynchronousGossipWorker(IndependentWorker):
             []
             if self._alone
             else [
-                group.allocate(group.size * piece.flat.numel(), piece.flat.dtype, common=True).view(group.size, -1)
+                rows_between(group, piece.flat.numel(), piece.flat.dtype)
                 for piece, group in zip(pieces, self.groups, strict=True)
             ]
         )
@@ -132,7 +129,8 @@ class AsynchronousGossipWorker(IndependentWorker):
 
     def _publish(self) -> None:
         for piece, rows, group in zip(self.replica.pieces, self._rows, self.groups, strict=True):
-            rows[group.rank].copy_(piece.flat)
+            rows.get(group.rank).copy_(piece.flat)
+            rows.put(group.rank)
         with self.comm.counting("control"):
             self.comm.barrier()
         self._published = True
@@ -141,15 +139,16 @@ class AsynchronousGossipWorker(IndependentWorker):
         """Own parameters as neighbours have left them, into the model; a copy."""
         flat, rank = self.replica.pieces[i].flat, self.groups[i].rank
         with self._locks[i][rank]:
-            flat.copy_(self._rows[i][rank])
+            flat.copy_(self._rows[i].get(rank))
         return flat.clone()
 
     def _put(self, i: int, start: Tensor) -> None:
         """Add what the optimizer did to what neighbours have made of the row meanwhile."""
-        flat, rank = self.replica.pieces[i].flat, self.groups[i].rank
+        flat, rank, rows = self.replica.pieces[i].flat, self.groups[i].rank, self._rows[i]
         with self._locks[i][rank]:
-            self._rows[i][rank].add_(flat.sub_(start))
-            flat.copy_(self._rows[i][rank])
+            own = rows.get(rank).add_(flat.sub_(start))
+            rows.put(rank)
+            flat.copy_(own)
 
     def _exchange(self, i: int, start: Tensor) -> None:
         flat, rank, rows, locks = self.replica.pieces[i].flat, self.groups[i].rank, self._rows[i], self._locks[i]
@@ -157,10 +156,13 @@ class AsynchronousGossipWorker(IndependentWorker):
         other = partner(self._neighbours[i], rank, exchange, self._strategy.seed)
         flat.sub_(start)
         with locks[min(rank, other)], locks[max(rank, other)]:
-            self.groups[i].access("pull", rows[other])
-            average_pair_(rows[rank], rows[other], flat)
-            self.groups[i].access("push", rows[other])
-            flat.copy_(rows[rank])
+            self.groups[i].access("pull", flat)
+            own, others = rows.get(rank), rows.get(other)
+            average_pair_(own, others, flat)
+            self.groups[i].access("push", flat)
+            rows.put(rank)
+            rows.put(other)
+            flat.copy_(own)
 
     def consensus(self) -> Parameters:
         """The mean of the rows, once everybody has stopped writing."""
@@ -179,7 +181,7 @@ class AsynchronousGossipWorker(IndependentWorker):
     def _adopt_row(self) -> None:
         if self._published:
             for piece, rows, group in zip(self.replica.pieces, self._rows, self.groups, strict=True):
-                piece.flat.copy_(rows[group.rank])
+                piece.flat.copy_(rows.get(group.rank))
 
     def regroup(self, comm: Communicator) -> None:
         """Each keeps its row. What a worker that is gone has in its own is lost, as is what was averaged into it."""

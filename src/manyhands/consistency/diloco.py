@@ -44,6 +44,7 @@ class DiLoCo(Strategy):
     """``inner`` steps alone, then one of Nesterov's SGD (``lr``, ``momentum``) along the average displacement."""
 
     name: ClassVar[str] = "diloco"
+    bears_cuts: ClassVar[bool] = True
     paper: ClassVar[Reference] = Reference(
         "Douillard et al.",
         "DiLoCo: distributed low-communication training of language models",

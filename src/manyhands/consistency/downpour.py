@@ -26,37 +26,35 @@ from torch import Tensor
 from manyhands.checks import is_whole
 from manyhands.communication.communicator import Communicator
 from manyhands.consistency.parameter_server import store
-from manyhands.consistency.parameter_server.remote_store import opened
-from manyhands.consistency.parameter_server.worker import ServedWorker, server_problems
-from manyhands.contract import Batch, Reference, Replica, Setting, StateSlice, Strategy, Traffic, Worker
-from manyhands.errors import BadInput, Problem
+from manyhands.consistency.parameter_server.opening import opened
+from manyhands.consistency.parameter_server.strategy import OnShards
+from manyhands.consistency.parameter_server.worker import ServedWorker
+from manyhands.contract import Batch, Reference, Replica, Setting, StateSlice, Traffic, Worker
+from manyhands.errors import BadInput
 from manyhands.models import optimizers
 from manyhands.models.update_rules import served
 
 
 @dataclass(frozen=True)
-class Downpour(Strategy):
+class Downpour(OnShards):
     """Asynchronous replicas with periods; ``server``: the servers' optimizer, e.g. ``"adagrad(lr=0.05)"``."""
 
     name: ClassVar[str] = "downpour"
     paper: ClassVar[Reference] = Reference(
         "Dean et al.", "Large scale distributed deep networks", 2012, "NeurIPS 25", survey="VI-A"
     )
-    deterministic: ClassVar[bool] = False
-    survives: ClassVar[bool] = True
     steadier: ClassVar[str] = "with downpour, smaller fetch= and push=, or server='adagrad(lr=…)'"
 
     fetch: int = 1
     push: int = 1
     server: str = ""
-    servers: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("fetch", "push", "servers"):
+        super().__post_init__()
+        for name in ("fetch", "push"):
             value = getattr(self, name)
             if not is_whole(value, 1):
-                what = "the number of shards" if name == "servers" else "a period in steps"
-                raise ValueError(f"{name}={value!r}: {what} is a whole number from 1")
+                raise ValueError(f"{name}={value!r}: a period in steps is a whole number from 1")
         if self.server and not served(_trial(self.server)):
             raise ValueError(f"server={self.server!r}: a server applies sgd, adagrad, adam or adamw")
 
@@ -66,36 +64,23 @@ class Downpour(Strategy):
         return self.fetch == self.push == 1 and not self.server
 
     @property
-    def lockstep(self) -> bool:
-        """Never."""
-        return False
-
-    @property
-    def sends_at_most(self) -> bool:
-        """A worker whose share is empty has nothing to push."""
-        return True
+    def servers_update(self) -> bool:
+        """With the user's optimizer, unless they have one of their own."""
+        return not self.server
 
     def traffic(self, numel: int, size: int, itemsize: int = 4) -> Traffic:
         """A pull in ``fetch`` steps and a push in ``push`` steps."""
-        pulls = store.traffic(numel, size, itemsize, self.servers, every=self.fetch)
-        return pulls + store.traffic(numel, size, itemsize, self.servers, every=self.push)
+        pulls = store.traffic(numel, size, itemsize, self.shards, every=self.fetch)
+        return pulls + store.traffic(numel, size, itemsize, self.shards, every=self.push)
 
     def exact(self, setting: Setting) -> bool:
         """Only alone."""
         return setting.workers == 1 and self.plain_alone
 
-    def problems(self, setting: Setting) -> list[Problem]:
-        """It needs a server, and the server an optimizer."""
-        return server_problems(self.name, setting, optimizer=not self.server)
-
-    def server_ranks(self, *, shares_memory: bool) -> int:
-        """As many as ``servers``, where they are not memory."""
-        return 0 if shares_memory else self.servers
-
     def start(self, replica: Replica, comm: Communicator) -> Worker:
         """This rank's worker."""
         optimizer = _trial(self.server) if self.server else replica.optimizer
-        kept = opened(replica, comm, self.servers, optimizer=optimizer)
+        kept = opened(replica, comm, self.shards, optimizer=optimizer)
         return DownpourWorker(replica, comm, kept, self)
 
 

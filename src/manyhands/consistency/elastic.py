@@ -67,6 +67,7 @@ class Elastic(Strategy):
     """Workers on springs around a centre, which pull in every ``every``-th step; ``momentum`` > 0 is EAMSGD."""
 
     name: ClassVar[str] = "elastic"
+    bears_cuts: ClassVar[bool] = True
     paper: ClassVar[Reference] = Reference(
         "Zhang, Choromanska & LeCun",
         "Deep learning with elastic averaging SGD",

@@ -20,13 +20,19 @@ centralized algorithms?, arXiv:1705.09056. One peer at a time: B. Ying, K. Yuan,
 Exponential graph is provably efficient for decentralized deep training, arXiv:2110.13363. Pairs: X. Lian, W. Zhang,
 C. Zhang & J. Liu (2018), Asynchronous decentralized parallel stochastic gradient descent, arXiv:1710.06952.
 
+Without a worker that was killed the others go on: the share W_qp of a lost neighbour p is q's own. On graphs that go
+both ways that leaves W doubly stochastic; on ``exponential`` and ``one_peer``, whose edges go one way, the rows add up
+to 1 (what q has stays a mean) but until the next meeting, where the graph is drawn anew, the columns do not: who sent
+to p counts for less and who heard from p for more (½ and 1½ in a round of ``one_peer``). For ``torus``, ``matching``
+and a ``degree`` there is not always a graph of one fewer, so there the run ends.
+
 Payload per rank and exchange: d · n elements, d the graph's degree.
 Guarantee: an exchange conserves Σ_p θ_p, up to rounding. An approximation of lock-step SGD.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
@@ -46,11 +52,22 @@ def mix_(own: Tensor, rank: int, others: Mapping[int, Tensor], taken: Mapping[in
     reduce_into(own, [own if p == rank else others[p] for p in taken], list(taken.values()))
 
 
+def left_of(taken: Mapping[int, float], rank: int, lost: Collection[int]) -> dict[int, float]:
+    """What remains of row ``rank`` of W without the ``lost``: their shares are its own, so that it adds up to 1.
+
+    Where W is symmetric, the matrix of all rows that are left is symmetric, too, and doubly stochastic.
+    """
+    left = {p: share for p, share in taken.items() if p not in lost}
+    left[rank] += sum(share for p, share in taken.items() if p in lost)
+    return left
+
+
 @dataclass(frozen=True)
 class Gossip(OverGraph):
     """Averaging with the neighbours in ``graph`` every ``every`` steps; ``degree`` of random_regular, and its seed."""
 
     name: ClassVar[str] = "gossip"
+    bears_cuts: ClassVar[bool] = True
     paper: ClassVar[Reference] = Reference(
         "Lian, Zhang, Zhang, Hsieh, Zhang & Liu",
         "Can decentralized algorithms outperform centralized algorithms? A case study for decentralized parallel SGD",
@@ -75,4 +92,5 @@ class GossipWorker(NeighbourWorker):
         """One exchange; see the file's head."""
         own, rank = self.replica.pieces[i].flat, self.groups[i].rank
         others = {p: theta for p, (theta, _) in self.swap(i, mixing, own).items()}
-        mix_(own, rank, others, mixing.taken(rank))
+        taken = mixing.taken(rank)
+        mix_(own, rank, others, left_of(taken, rank, self.broken[i]) if self.broken[i] else taken)

@@ -32,7 +32,7 @@ class IndependentWorker(Worker):
 
     def __init__(self, replica: Replica, comm: Communicator) -> None:
         super().__init__(replica, comm)
-        self.groups = [comm.over(piece.replicated_over) for piece in replica.pieces]
+        self.groups = replicas_of(comm, replica)
         self.steps = 0  # done so far, of the whole run: periods are counted from its beginning
         self.samples = 0.0  # what this worker's shares have counted since the last meeting: its weight there
         self.alike = False  # all have held the same parameters since the last meeting: nobody has moved
@@ -140,7 +140,7 @@ class IndependentWorker(Worker):
     def regroup(self, comm: Communicator) -> None:
         """See `contract.Worker.regroup`."""
         super().regroup(comm)
-        self.groups = [comm.over(piece.replicated_over) for piece in self.replica.pieces]
+        self.groups = replicas_of(comm, self.replica)
 
     def state_dict(self) -> dict[str, Any]:
         """Own parameters, own optimizer state, and how far the period is."""
@@ -155,6 +155,15 @@ class IndependentWorker(Worker):
         for piece, own in zip(self.replica.pieces, state["parameters"], strict=True):
             piece.flat.copy_(own)
         self.replica.load_optimizer_state([StateSlice(*entry) for entry in state["optimizer"]])
+
+
+def replicas_of(comm: Communicator, replica: Replica) -> list[Communicator]:
+    """For each piece the group of this rank's counterparts in the other replicas of the model.
+
+    What the ranks of one replica hold alike they also update alike, so there is nothing to agree on along other axes;
+    and if they had partners of different numbers, such pieces would go ways of their own.
+    """
+    return [comm.over(piece.replicated_over & {"data"}) for piece in replica.pieces]
 
 
 _WHAT = ("loss", "gradient")

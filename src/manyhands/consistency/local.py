@@ -45,6 +45,7 @@ class Local(Strategy):
     """Train alone for ``every`` steps, then average parameters; ``state``: what becomes of momentum and moments."""
 
     name: ClassVar[str] = "local"
+    bears_cuts: ClassVar[bool] = True
     paper: ClassVar[Reference] = Reference(
         "Stich", "Local SGD converges fast and communicates little", 2019, "arXiv:1805.09767", survey="VI-A"
     )

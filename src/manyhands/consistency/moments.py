@@ -29,7 +29,7 @@ _WORD_B = 8
 
 def average_state(replica: Replica, comm: Communicator, weight: float) -> None:
     """Give all workers that hold the same parameters the same optimizer state. Collective."""
-    group = comm.over(frozenset.intersection(*(piece.replicated_over for piece in replica.pieces)))
+    group = comm.over(frozenset({"data"}).intersection(*(piece.replicated_over for piece in replica.pieces)))
     mine = replica.optimizer_state()
     with comm.counting("state"):
         everybody = _told(group, [_described(s) for s in mine])

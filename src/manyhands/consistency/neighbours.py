@@ -8,14 +8,24 @@ of ranks that wait can close.
 News ride along with every message: once a worker stands still (its loss was not finite) its messages name the exchange
 by which all will have heard of it, which the graph bounds; after that exchange all meet and stop. Until then it goes on
 passing on the parameters that it had, which are finite. News and a scalar weight are not counted as payload.
+
+A worker that is killed leaves the graph (`Strategy.survives`): its edges are lost as soon as their other ends find them
+broken. That concerns those two alone, so nobody waits for what will never come; what becomes of the share that would
+have crossed the edge, the subclass says. A parcel of which only a part has arrived is none. At the next meeting the
+graph is drawn anew over those who are left. Until then it may be wider than it was, or in parts, so that news reach all
+by no known exchange: once the launcher has said that a worker is lost, news wait for that meeting, too. (If it says so
+while some have ended the exchange with which news are due and others have not, they wait for each other until the
+deadline.)
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,7 +35,9 @@ from manyhands.communication.communicator import Communicator
 from manyhands.communication.graphs import Graph, Mixing
 from manyhands.consistency.independent import IndependentWorker
 from manyhands.contract import Batch, Replica, Setting, Strategy, Traffic
-from manyhands.errors import Problem
+from manyhands.errors import PeerLost, Problem
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -52,6 +64,11 @@ class OverGraph(Strategy):
             _check_whole("degree", self.degree, 1, "without neighbours there is nothing to exchange")
             if self.graph not in graphs.OF_A_DEGREE:
                 raise ValueError(f"degree={self.degree} with graph={self.graph!r}, which has a degree of its own")
+
+    @property
+    def survives(self) -> bool:  # type: ignore[override]
+        """On the graphs that there are for any number of workers."""
+        return graphs.fits_any_size(self.graph, self.degree)
 
     @property
     def lockstep(self) -> bool:
@@ -89,13 +106,19 @@ class NeighbourWorker(IndependentWorker):
 
     def __init__(self, replica: Replica, comm: Communicator, strategy: OverGraph) -> None:
         super().__init__(replica, comm)
-        self.every = strategy.every
-        self.graphs = [strategy.rounds(group.size) for group in self.groups]
+        self.every, self._strategy = strategy.every, strategy
         self._outboxes = [_Parcel(piece.flat) for piece in replica.pieces]
         self._inboxes: list[list[_Parcel]] = [[] for _ in replica.pieces]
         self._due = math.inf  # the exchange after which all meet, since one of them stands still
+        self._draw()
+
+    def _draw(self) -> None:
+        """The graph over those who are there."""
+        self.graphs = [self._strategy.rounds(group.size) for group in self.groups]
+        #: For each piece, the ranks at the other ends of edges that are lost.
+        self.broken: list[set[int]] = [set() for _ in self.groups]
         # News that cross a cut of the model travel by `meet` alone.
-        whole = all(group.size == comm.size for group in self.groups)
+        whole = all(group.size == self.comm.size for group in self.groups)
         self._spread = graphs.reach(self.graphs[0]) if whole else None
 
     def step(self, batch: Batch) -> Tensor:
@@ -115,32 +138,55 @@ class NeighbourWorker(IndependentWorker):
             self._due = min(self._due, k + self._spread - 1)
         for i, graph in enumerate(self.graphs):
             self.mix(i, graph[(k - 1) % len(graph)])
-        if k >= self._due:
+        if k >= self._due and not self.comm.lost():
             self.meet()
 
     def swap(self, i: int, mixing: Mixing, vector: Tensor, weight: float = 1.0) -> dict[int, tuple[Tensor, float]]:
-        """Send ``vector``, ``weight`` riding along, to the neighbours; what arrived, by rank, until the next swap."""
+        """Send ``vector``, ``weight`` riding along, to the neighbours; what arrived, by rank, until the next swap.
+
+        Nothing arrives from ranks that are `broken`, and nothing has reached them.
+        """
         comm, group, out = self.comm, self.groups[i], self._outboxes[i]
         to, senders = mixing.receivers(group.rank), [p for p in mixing.taken(group.rank) if p != group.rank]
         inbox = self._inboxes[i]
         inbox += [_Parcel(vector) for _ in range(len(senders) - len(inbox))]
         out.pack(vector, self._due, weight)
         with comm.counting("parcels"):
-            works = [group.send(out.whole, q) for q in to]
+            works = {q: self._across(i, q, functools.partial(group.send, out.whole, q)) for q in to}
             for p, parcel in zip(senders, inbox, strict=False):
-                group.recv(parcel.whole, frm=p)
-            for work in works:
-                work.wait()
+                self._across(i, p, functools.partial(group.recv, parcel.whole, p))
+            for q, work in works.items():
+                if work is not None:
+                    self._across(i, q, work.wait)
+        sent = len(to) - len(self.broken[i].intersection(to))
         tally = comm.counters.tallies[comm.context.purpose]["send"]
-        tally.calls += len(to)
-        tally.messages += len(to)
-        tally.sent_B += len(to) * vector.nbytes
+        tally.calls += sent
+        tally.messages += sent
+        tally.sent_B += sent * vector.nbytes
         arrived = {}
         for p, parcel in zip(senders, inbox, strict=False):
-            due, weight_of_p = parcel.head.tolist()
-            self._due = min(self._due, due)
-            arrived[p] = parcel.body, weight_of_p
+            if p not in self.broken[i]:
+                due, weight_of_p = parcel.head.tolist()
+                self._due = min(self._due, due)
+                arrived[p] = parcel.body, weight_of_p
         return arrived
+
+    def _across(self, i: int, peer: int, do: Callable[[], T]) -> T | None:
+        """What ``do`` gives, unless the edge to ``peer`` is broken or breaks over it."""
+        if peer in self.broken[i]:
+            return None
+        try:
+            return do()
+        except PeerLost:
+            if not self.groups[i].goes_on_without(peer):
+                raise
+            self.broken[i].add(peer)
+            return None
+
+    def regroup(self, comm: Communicator) -> None:
+        """A graph of fewer."""
+        super().regroup(comm)
+        self._draw()
 
 
 class _Parcel:

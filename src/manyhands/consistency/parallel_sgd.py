@@ -31,6 +31,7 @@ class ParallelSGD(Strategy):
     """Every worker trains alone; parameters are averaged once, at the end."""
 
     name: ClassVar[str] = "parallel_sgd"
+    bears_cuts: ClassVar[bool] = True
     paper: ClassVar[Reference] = Reference(
         "Zinkevich, Weimer, Smola & Li", "Parallelized stochastic gradient descent", 2010, "NeurIPS 23", survey="V-A"
     )

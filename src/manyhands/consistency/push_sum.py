@@ -15,13 +15,18 @@ Papers: M. Assran, N. Loizou, N. Ballas & M. Rabbat (2019), Stochastic gradient 
 arXiv:1811.10792, Algorithm 1. A. Nedić & A. Olshevsky (2016), Stochastic gradient-push for strongly convex functions on
 time-varying directed graphs, arXiv:1406.2075.
 
+Without a worker that was killed the others go on: what it had, and what it had already been sent, is lost with the
+weight that belongs to it, and who finds that a receiver is lost keeps that share, weight and all. So the columns of A
+over those who are left add up to 1, a worker's z is a mean as before, and that Σ_p w_p is no longer P matters to
+nobody. At the next meeting the graph is drawn anew; with a ``degree``, too much for fewer perhaps, the run ends.
+
 Payload per rank and exchange: d · n elements to d receivers; the weight rides along.
 Guarantee: an exchange conserves Σ_p x_p and Σ_p w_p, up to rounding. An approximation of lock-step SGD.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
@@ -49,11 +54,17 @@ def gather_(own: Tensor, rank: int, weight: float, others: Mapping[int, tuple[Te
     return total
 
 
+def kept(mixing: Mixing, rank: int, lost: Collection[int]) -> int:
+    """How many of its equal shares ``rank`` keeps: its own, and those whose receivers are ``lost``."""
+    return 1 + sum(q in lost for q in mixing.receivers(rank))
+
+
 @dataclass(frozen=True)
 class PushSum(OverGraph):
     """Shares pushed along a directed ``graph`` every ``every`` steps; ``degree`` of random_directed, and its seed."""
 
     name: ClassVar[str] = "push_sum"
+    bears_cuts: ClassVar[bool] = True
     paper: ClassVar[Reference] = Reference(
         "Assran, Loizou, Ballas & Rabbat",
         "Stochastic gradient push for distributed deep learning",
@@ -90,9 +101,13 @@ class PushSumWorker(NeighbourWorker):
         """One exchange; see the file's head."""
         z, rank = self.replica.pieces[i].flat, self.groups[i].rank
         share = mixing.shares[rank][rank]  # all are equal
-        kept = share * self.weights[i]
-        z.mul_(kept)
-        self.weights[i] = gather_(z, rank, kept, self.swap(i, mixing, z, kept))
+        pushed = share * self.weights[i]
+        z.mul_(pushed)
+        arrived = self.swap(i, mixing, z, pushed)
+        shares = kept(mixing, rank, self.broken[i])
+        if shares > 1:
+            z.mul_(shares)
+        self.weights[i] = gather_(z, rank, shares * pushed, arrived)
 
     def consensus(self) -> Parameters:
         """Σ x_p / Σ w_p: the mean of z, weighted by w."""

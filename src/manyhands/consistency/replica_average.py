@@ -35,6 +35,7 @@ class ReplicaAverage(Strategy):
     paper: ClassVar[Reference] = Reference(
         "Ma", "Parallel parameter update for deep neural network", 2018, "CSE 633 course project", survey="V-A"
     )
+    bears_cuts: ClassVar[bool] = True
     identical: ClassVar[bool] = True
 
     what: Literal["gradients", "parameters"] = "gradients"

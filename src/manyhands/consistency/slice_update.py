@@ -28,6 +28,7 @@ class SliceUpdate(Slicing):
     """The whole batch on every worker, a slice of the update each."""
 
     name: ClassVar[str] = "slice_update"
+    bears_cuts: ClassVar[bool] = True
     whole_batch: ClassVar[bool] = True
 
     def exact(self, setting: Setting) -> bool:

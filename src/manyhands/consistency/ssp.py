@@ -27,15 +27,13 @@ from torch import Tensor
 from manyhands.checks import is_whole
 from manyhands.communication.communicator import Communicator
 from manyhands.consistency.independent import IndependentWorker
-from manyhands.consistency.parameter_server import store
-from manyhands.consistency.parameter_server.remote_store import opened
-from manyhands.consistency.parameter_server.worker import server_problems
-from manyhands.contract import Batch, Parameters, Reference, Replica, Setting, Strategy, Traffic, Worker
-from manyhands.errors import Problem
+from manyhands.consistency.parameter_server.opening import opened
+from manyhands.consistency.parameter_server.strategy import OnShards
+from manyhands.contract import Batch, Parameters, Reference, Replica, Setting, Worker
 
 
 @dataclass(frozen=True)
-class StaleSynchronous(Strategy):
+class StaleSynchronous(OnShards):
     """Bounded staleness. ``cached``: pull only when the bound asks for it; else at every step, as fresh as can be."""
 
     name: ClassVar[str] = "ssp"
@@ -46,23 +44,19 @@ class StaleSynchronous(Strategy):
         "NeurIPS 26",
         survey="VI-A",
     )
-    deterministic: ClassVar[bool] = False
-    survives: ClassVar[bool] = True
     steadier: ClassVar[str] = "with ssp, a smaller staleness="
 
     staleness: int = 3
     cached: bool = True
-    servers: int = 1
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not is_whole(self.staleness, 0):
             raise ValueError(f"staleness={self.staleness!r}: how many steps workers may be apart, from 0 (lock-step)")
-        if not is_whole(self.servers, 1):
-            raise ValueError(f"servers={self.servers!r}: the number of shards is a whole number from 1")
 
     @property
-    def lockstep(self) -> bool:
-        """A worker that has diverged is found out where all meet, also for s = 0."""
+    def servers_update(self) -> bool:
+        """They add up what workers have changed."""
         return False
 
     @property
@@ -70,21 +64,9 @@ class StaleSynchronous(Strategy):
         """Cached reads save the first pull, and others as long as nobody is late."""
         return self.cached
 
-    def traffic(self, numel: int, size: int, itemsize: int = 4) -> Traffic:
-        """A push and (at most) a pull."""
-        return store.traffic(numel, size, itemsize, self.servers) + store.traffic(numel, size, itemsize, self.servers)
-
     def exact(self, setting: Setting) -> bool:
         """In lock-step, with an update that keeps no state."""
         return setting.workers == 1 or (self.staleness == 0 and setting.stateless and not setting.clip)
-
-    def problems(self, setting: Setting) -> list[Problem]:
-        """It needs a server; which optimizer is the worker's business."""
-        return server_problems(self.name, setting, optimizer=False)
-
-    def server_ranks(self, *, shares_memory: bool) -> int:
-        """As many as ``servers``, where they are not memory."""
-        return 0 if shares_memory else self.servers
 
     def start(self, replica: Replica, comm: Communicator) -> Worker:
         """This rank's worker."""
@@ -97,7 +79,7 @@ class StaleSynchronousWorker(IndependentWorker):
     def __init__(self, replica: Replica, comm: Communicator, strategy: StaleSynchronous) -> None:
         super().__init__(replica, comm)
         self._bound, self._cached = strategy.staleness, strategy.cached
-        self._store = opened(replica, comm, strategy.servers)
+        self._store = opened(replica, comm, strategy.shards)
         self._clocks = self._store.board()
         self._reads = self._store.board() if strategy.staleness == 0 else None  # who has read for which step
         self._offset = 0  # clocks count from a resume on

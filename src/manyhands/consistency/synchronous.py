@@ -32,7 +32,7 @@ from torch import Tensor
 from manyhands.communication.communicator import Communicator, Work, reference_B
 from manyhands.consistency.agreement import agree_on_unused, weight_of
 from manyhands.consistency.clipping import clip_
-from manyhands.consistency.robust.aggregation import Aggregation, aggregation_from
+from manyhands.consistency.robust.aggregation import Aggregation, aggregation_from, too_few
 from manyhands.consistency.robust.worker import RobustWorker
 from manyhands.contract import Batch, Reference, Replica, Setting, Strategy, Traffic, Worker
 from manyhands.errors import NonFiniteLoss, Problem, Vetoed
@@ -60,6 +60,11 @@ class Synchronous(Strategy):
             raise ValueError(f"update={self.update!r}: it is auto, sharded or replicated")
         if self.aggregate != "mean":
             object.__setattr__(self, "aggregate", str(self.rule))  # equal rules, equal text
+
+    @property
+    def bears_cuts(self) -> bool:  # type: ignore[override]
+        """A mean is taken element by element; a rule compares whole vectors."""
+        return self.aggregate == "mean"
 
     @property
     def rule(self) -> Aggregation:
@@ -99,15 +104,10 @@ class Synchronous(Strategy):
         return []
 
     def _problems_of_rule(self, setting: Setting) -> list[Problem]:
-        rule, found = self.rule, list[Problem]()
-        if setting.workers < rule.fewest:
-            found.append(
-                Problem(
-                    f"aggregate={rule} with {setting.workers} worker{'s' if setting.workers > 1 else ''}",
-                    f"it needs {rule.needs}, so {rule.fewest} here.",
-                    f"Use workers={rule.fewest} or more, a smaller f, or aggregate=median, which needs no f.",
-                )
-            )
+        rule, workers = self.rule, setting.workers
+        found = too_few(
+            rule, workers, f"{workers} worker{'s' if workers > 1 else ''}", f"workers={rule.fewest} or more"
+        )
         if self.update == "sharded":
             found.append(
                 Problem(

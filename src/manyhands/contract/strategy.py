@@ -75,13 +75,19 @@ class Traffic:
 class Setting:
     """What a strategy may ask of the plan it stands in, to check itself before anything starts."""
 
-    workers: int
+    workers: int  # replicas of the model: those that have batches of their own
     transport: str
     shares_memory: bool
     elementwise: bool  # the optimizer updates element by element, so that an update may be cut anywhere
     stateless: bool  # the optimizer keeps no state between steps (plain SGD)
     clip: bool = False  # gradients are clipped by their global norm
     served: bool = True  # a parameter server can apply the optimizer
+    one_sided: bool = False  # workers reach memory of each other's
+
+    @property
+    def servers_in_memory(self) -> bool:
+        """Whether a parameter server is memory, common or reached one-sidedly, and needs no rank."""
+        return self.shares_memory or self.one_sided
 
 
 @dataclass(frozen=True)
@@ -94,11 +100,14 @@ class Strategy(ABC):
     identical: ClassVar[bool] = False
     #: Every worker computes on the whole global batch rather than on a share of it.
     whole_batch: ClassVar[bool] = False
+    #: It can do with a model that is cut, of which a worker holds some pieces alone and some along with others.
+    bears_cuts: ClassVar[bool] = False
     #: It knows what to do with a piece of which only some rows have a gradient (see `Piece`); else pieces are dense.
     sparse: ClassVar[bool] = False
     #: The result is a function of task and plan: no race decides, and a resume is exact bit for bit.
     deterministic: ClassVar[bool] = True
-    #: On shared memory the others go on when a worker (but 0) is killed: nobody waits for it before the next `meet`.
+    #: On shared and gloo the others go on when a worker (but 0) of one host is killed: who waits for it is told, and at
+    #: the next `meet` membership shrinks. One that dies in that meeting, or in what it was called for, ends the run.
     survives: ClassVar[bool] = False
     #: Promise 1 for one worker: it is the user's optimizer and nothing else. False where a second rule works on top.
     plain_alone: ClassVar[bool] = True
@@ -124,8 +133,11 @@ class Strategy(ABC):
         """What cannot work in this setting; found when the plan is made."""
         return []
 
-    def server_ranks(self, *, shares_memory: bool) -> int:
-        """How many ranks beyond the workers' it wants, to serve; reached by ``comm.servers``."""
+    def server_ranks(self, *, in_memory: bool) -> int:
+        """How many ranks beyond the workers' it wants, to serve; reached by ``comm.servers``.
+
+        ``in_memory``: servers are memory here, see `Setting.servers_in_memory`.
+        """
         return 0
 
     def resolve(self, setting: Setting) -> Strategy:
@@ -207,7 +219,7 @@ class Worker(ABC):
     def regroup(self, comm: Communicator) -> None:
         """Some workers are gone; ``comm`` is the group of the others. What all have in common goes on as it is.
 
-        Called where `Strategy.survives` holds.
+        Called where `Strategy.survives` holds, by `leave_out_the_lost`.
         """
         self.comm = comm
 

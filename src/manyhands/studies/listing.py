@@ -35,7 +35,7 @@ KINDS: Mapping[str, Catalogue] = {
 FILLED = ("params", "optimizer", "folder", "last_epoch")
 NOTES = {
     "strategies": "n: the number of parameters. What is sent is the payload of one worker, a mean over many steps.",
-    "aggregations": "A strategy's option, e.g. synchronous(aggregate=krum(f=1)). n: the number of workers.",
+    "aggregations": "An option of synchronous and backup_workers, e.g. aggregate=krum(f=1). n: workers waited for.",
     "schedules": "These move at every step: where torch's text says epoch, read step.",
 }
 

@@ -49,7 +49,7 @@ class EngineCommunicator(Communicator):
             yield
         finally:
             spent_s = time.perf_counter() - t0
-            if doing in ("barrier", "recv"):
+            if doing in ("barrier", "recv", "agree_on_lost"):
                 self.counters.wait_s += spent_s
             else:
                 self.counters.communicate_s += spent_s

@@ -316,6 +316,10 @@ class InProcessCommunicator(Communicator):
                 like.copy_(tensor)
         return Received(source, like)
 
+    def _arrived(self, tag: int) -> bool:
+        with self.world.exclusive():
+            return Receive(self.group, self.rank, None, tag).due() is not None
+
     # -- meeting ---------------------------------------------------------------------------------------------------
 
     def _meet(

@@ -8,6 +8,8 @@ MPICH 5.0.2 on 2 cores, means of 100, µs, 2 / 4 / 8 ranks: blocking 42 / 120 / 
 The weights of a mean are gathered first, which costs a latency of MPI (2 µs on one host) and makes the factor of a
 rank that alone has weight exactly 1. Tensors are moved as bytes; half precision is summed in float32.
 
+Memory that ranks reach at each other (`window`, and locks and boards made of it) is in `mpi_window`.
+
 MPI alone cannot tell a rank that another has failed: a failing one says so on a communicator kept for that (`fail`).
 One that is killed takes the others along where the launcher cleans up (mpiexec does); otherwise they meet a deadline.
 """
@@ -15,20 +17,21 @@ One that is killed takes the others along where the launcher cleans up (mpiexec 
 from __future__ import annotations
 
 import contextlib
-import math
+import functools
 import os
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from manyhands.communication.communicator import Received, Work, wrong_length
+from manyhands.communication.communicator import Board, Lock, Received, Window, Work, wrong_length
 from manyhands.communication.reduction import coefficients, slices
 from manyhands.communication.transports.engine import EngineCommunicator
-from manyhands.errors import BadInput, CommunicationError
+from manyhands.communication.transports.mpi_window import MpiBoard, MpiWindow, locks_between
+from manyhands.errors import BadInput, CommunicationError, DeadlineExceeded
 
 #: So often the processor is yielded before the first nap: about a millisecond, the docstring's measurement.
 YIELDS = 1000
@@ -41,6 +44,7 @@ class MpiCommunicator(EngineCommunicator):
     """One MPI process's end of a communicator. Operations progress only while some rank's call waits."""
 
     transport: ClassVar[str] = "mpi"
+    one_sided: ClassVar[bool] = True
     _world: MpiCommunicator
 
     def __init__(
@@ -55,6 +59,7 @@ class MpiCommunicator(EngineCommunicator):
         self._mpi, self._engine, self._control = _mpi(), mpi_comm, control
         self._parent = None if within is None else within[0]
         self._split_off: list[MpiCommunicator] = []
+        self._windows: list[Any] = []  # of MPI's, in the order in which all ranks of the group made them
         self._failed = False
         self._sums = {
             torch.float32: self._mpi.FLOAT,
@@ -75,6 +80,54 @@ class MpiCommunicator(EngineCommunicator):
     def wrap(cls, mpi_comm: Any, *, timeout_s: float = 60.0) -> MpiCommunicator:
         """The ranks of an mpi4py communicator, over duplicates of it. Collective."""
         return cls(mpi_comm.Dup(), mpi_comm.Dup(), timeout_s=timeout_s)
+
+    # -- memory ----------------------------------------------------------------------------------------------------
+
+    def window(self, size_B: int) -> Window:
+        """See `Communicator.window`."""
+        return MpiWindow(self, size_B)
+
+    def locks(self, count: int) -> list[Lock]:
+        """Words of a window, taken turns with the ranks: lock i lies with rank i mod P."""
+        return locks_between(self, count)
+
+    def board(self) -> Board:
+        """Words of a window, with rank 0."""
+        return MpiBoard(self)
+
+    def _open_window(self, size_B: int) -> Any:
+        """A window of MPI's with so many bytes here, all 0, open to everybody until it is freed. Collective."""
+        self._barrier()  # all are here: what MPI waits for next is there
+        with self._translating("window"):
+            # A window takes one of MPI's groups. MPICH 5.0.2 crashes where there are no more, unless it is asked first.
+            self._comm.Dup().Free()
+            made = self._mpi.Win.Allocate(size_B, 1, self._mpi.INFO_NULL, self._comm)
+            self._windows.append(made)
+            made.Lock_all(self._mpi.MODE_NOCHECK)
+            memory = made.tomemory()
+            memory[:] = bytes(len(memory))
+            made.Sync()
+        self._barrier()
+        return made
+
+    def _free_windows(self, but: int = 0) -> None:
+        """Give back all but so many. Collective; MPI takes none back unasked."""
+        if len(self._windows) > but and not self._world._failed:
+            self._barrier()
+            with self._translating("release"):
+                for window in self._windows[but:]:
+                    window.Unlock_all()
+                    window.Free()
+        del self._windows[but:]
+
+    def mark(self) -> int:
+        """How many windows there are."""
+        return len(self._windows)
+
+    def release(self, mark: int) -> None:
+        """Give back groups and windows made since ``mark``; an access to such a window is an error from now on."""
+        super().release(mark)
+        self._free_windows(mark)
 
     # -- collectives -----------------------------------------------------------------------------------------------
 
@@ -141,12 +194,9 @@ class MpiCommunicator(EngineCommunicator):
             raise wrong_length(self._names[self.rank], self._names[source], tag, sent_B, like)
         return Received(source, like)
 
-    def _listen(self, like: Tensor, frm: Collection[int], tag: int) -> Received:
-        status = self._mpi.Status()
-        request = self._comm.Irecv(self._raw(like), self._mpi.ANY_SOURCE, tag)
-        with self._translating("listen"), self._spending("recv"):
-            self._poll(request, "recv", None, status, timeout_s=math.inf)
-        return Received(status.Get_source(), like)
+    def _arrived(self, tag: int) -> bool:
+        with self._translating("arrived"):
+            return bool(self._comm.Iprobe(self._mpi.ANY_SOURCE, tag))
 
     def _check_tag(self, tag: int) -> None:
         if not 0 <= tag <= self._highest_tag:
@@ -173,13 +223,14 @@ class MpiCommunicator(EngineCommunicator):
         return group
 
     def close(self) -> None:
-        """Free the groups split from this one, and this one if it was split itself. Collective over each group.
+        """Free windows and the groups split from this one, and this one if it was split itself. Collective over each.
 
         MPI has only so many (MPICH: 2048) and takes none back unasked.
         """
         super().close()
         while self._split_off:
             self._split_off[-1].close()
+        self._free_windows()
         if self._parent is not None and self in self._parent._split_off:
             self._parent._split_off.remove(self)
             if not self._world._failed:
@@ -203,8 +254,15 @@ class MpiCommunicator(EngineCommunicator):
 
     def _await(self, request: Any, doing: str, peer: int | None = None, status: Any = None) -> None:
         """Return when ``request`` is done, or raise what is known about why it is not."""
+        whom = None if peer is None else [peer]
         with self._translating(doing, peer), self._spending(doing):
-            self._poll(request, doing, peer, status)
+            try:
+                self._poll(functools.partial(request.Test, status), doing, lambda s: self._late(doing, s, whom))
+            except CommunicationError:
+                if doing == "recv":  # what comes now must not be written to the caller's tensor
+                    request.Cancel()
+                    request.Wait()
+                raise
 
     @contextlib.contextmanager
     def _translating(self, doing: str, peer: int | None = None) -> Iterator[None]:
@@ -216,23 +274,20 @@ class MpiCommunicator(EngineCommunicator):
                 raise self._lost(doing, peer) from e
             raise CommunicationError(f"rank {self._names[self.rank]}, {doing}: {e.Get_error_string()}") from e
 
-    def _poll(self, request: Any, doing: str, peer: int | None, status: Any, *, timeout_s: float | None = None) -> None:
+    def _poll(self, done: Callable[[], bool], doing: str, late: Callable[[float], DeadlineExceeded]) -> None:
+        """Return when ``done``; raise `PeerLost` when a rank says that it has failed, ``late`` at the deadline."""
         t0 = time.perf_counter()
-        timeout_s = self.timeout_s if timeout_s is None else timeout_s
         for _ in range(YIELDS):
-            if request.Test(status):
+            if done():
                 return
             os.sched_yield()
-        while not request.Test(status):
+        while not done():
             waited_s = time.perf_counter() - t0
             news = self._mpi.Status()
-            failed = self._control.Iprobe(self._mpi.ANY_SOURCE, FAILED_TAG, news)
-            whom = None if peer is None else [peer]
-            if failed or waited_s > timeout_s:
-                if doing == "recv":  # what comes now must not be written to the caller's tensor
-                    request.Cancel()
-                    request.Wait()
-                raise self._world._lost(doing, news.Get_source()) if failed else self._late(doing, waited_s, whom)
+            if self._control.Iprobe(self._mpi.ANY_SOURCE, FAILED_TAG, news):
+                raise self._world._lost(doing, news.Get_source())
+            if waited_s > self.timeout_s:
+                raise late(waited_s)
             time.sleep(min(max(waited_s / 20, NAP_S[0]), NAP_S[1]))
 
     # -- tensors as MPI sees them ----------------------------------------------------------------------------------

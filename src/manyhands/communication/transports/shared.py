@@ -474,7 +474,7 @@ class SharedCommunicator(Communicator):
 
     def _send(self, x: Tensor, to: int, tag: int) -> Work:
         t0 = time.perf_counter()
-        pending = self._mail.send(x, to, tag)
+        pending = self._mail.send(x, to, tag, self.step)
         self.counters.moved_B += x.nbytes
         self.counters.communicate_s += time.perf_counter() - t0
         return DONE if pending is None else _Leaving(self, pending)
@@ -484,6 +484,9 @@ class SharedCommunicator(Communicator):
         with self._exchanging(mail):
             source = mail.recv(like, frm, tag, self.step)
         return Received(source, like)
+
+    def _arrived(self, tag: int) -> bool:
+        return self._mail.arrived(tag)
 
     @contextlib.contextmanager
     def _exchanging(self, mail: Mailbox) -> Iterator[None]:
@@ -498,17 +501,18 @@ class SharedCommunicator(Communicator):
 
     # -- groups ------------------------------------------------------------------------------------------------
 
+    def lost(self) -> list[int]:
+        """Those that the launcher has marked in the memory file."""
+        return [p for p in range(self.size) if self._segment.gone(self._names[p])]
+
     def agree_on_lost(self) -> list[int]:
         """Two barriers that do not wait for the dead: after the first all know of them, with the second all say so."""
         if self.size == 1:
             return []
-        self._enter.passes_without_the_gone = True
-        try:
+        with self._enter.passing_without_the_gone():
             self._meet("agree_on_lost", _BARRIER)
-            gone = [p for p in range(self.size) if self._segment.gone(self._names[p])]
+            gone = self.lost()
             return [p for first in range(0, self.size, _BITS) for p in self._said_to_be(gone, first)]
-        finally:
-            self._enter.passes_without_the_gone = False
 
     def _said_to_be(self, gone: Sequence[int], first: int) -> list[int]:
         """Of the ranks from ``first`` on, as many as a number has bits, those that anybody names.
@@ -524,12 +528,9 @@ class SharedCommunicator(Communicator):
     def without(self, lost: Sequence[int]) -> Communicator:
         """A group as `split` makes one, by those who are left."""
         members = [p for p in range(self.size) if p not in lost]
-        self._enter.passes_without_the_gone = True
-        try:
-            offset = float(self._segment.reserve(self.control_B(len(members)))) if members[0] == self.rank else None
+        offset = float(self._segment.reserve(self.control_B(len(members)))) if members[0] == self.rank else None
+        with self._enter.passing_without_the_gone():
             place = self._exchange(offset, "without", _BARRIER)[members[0]]
-        finally:
-            self._enter.passes_without_the_gone = False
         assert place is not None
         group = self._group(int(place), members)
         group.context, group.mesh = self.context, Mesh(data=len(members))

@@ -31,7 +31,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from manyhands.communication.transports.events import Elapsed, Event, Group, Operation, name_ranks
+from manyhands.communication.transports.events import Elapsed, Event, Group, Operation, Receive, name_ranks
 from manyhands.communication.transports.inprocess import InProcessCommunicator, World
 from manyhands.errors import BadInput, CommunicationError, Deadlock
 
@@ -57,6 +57,11 @@ class SimulatedCommunicator(InProcessCommunicator):
         if self.world.failure is not None:
             raise self.world.lost(self, "elapse")
         self.world.wait(self, Elapsed(self.now + seconds, f"elapse({seconds})", seconds))
+
+    def _arrived(self, tag: int) -> bool:
+        """By this rank's clock: no other that has the turn later sends anything that is here by now."""
+        at = Receive(self.group, self.rank, None, tag).due()
+        return at is not None and at <= self.now
 
 
 class SimulatedWorld(World):

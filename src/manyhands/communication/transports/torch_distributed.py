@@ -29,20 +29,27 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from queue import SimpleQueue
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 import torch.distributed
 from torch import Tensor
 
-from manyhands.communication.communicator import Received, Work, wrong_length
+from manyhands.communication.communicator import Communicator, Received, Work, wrong_length
 from manyhands.communication.reduction import coefficients, reduce_into, slices
 from manyhands.communication.transports.engine import EngineCommunicator
 from manyhands.communication.transports.framing import frame, unframe
-from manyhands.errors import BadInput, CommunicationError, DeadlineExceeded, Deadlock
+from manyhands.communication.transports.launchers_word import LaunchersWord
+from manyhands.errors import BadInput, CommunicationError, DeadlineExceeded, Deadlock, PeerLost
 
 #: Tags from here on are ours, one after the other for successive exchanges; the user's lie below.
 FIRST_OWN_TAG = 2**30
+
+#: The last of those, which no exchange takes.
+LAST_OWN_TAG = 2**31 - 1
+
+#: Making the connections of a group on one host takes 10 ms for 2 ranks.
+CONNECTED_S = 3.0
 
 #: Longer than any run: a deadline that is none, which gloo can still count in nanoseconds.
 EVER = timedelta(days=10_000)
@@ -272,12 +279,12 @@ class TorchCommunicator(EngineCommunicator):
     def _alone(self) -> TorchCommunicator:
         return self._group(self._store, [self.rank])  # it never asks the store
 
-    def _group(self, store: Any, members: list[int]) -> TorchCommunicator:
+    def _group(self, store: Any, members: list[int], *, timeout_s: float | None = None) -> TorchCommunicator:
         return type(self)(
             store,
             members.index(self.rank),
             len(members),
-            timeout_s=self.timeout_s,
+            timeout_s=timeout_s or self.timeout_s,
             one_host=self._one_host,
             device=self._device,
             within=(self, members),
@@ -334,10 +341,19 @@ class GlooCommunicator(TorchCommunicator):
     A message shorter than the tensor it is received into fills its beginning and nothing tells, a longer one ends the
     receiving process (gloo's own check, torch 2.13): a length sent ahead would double every message's latency.
     A dead peer is noticed in about 15 ms by whoever waits for it; a message awaited from anyone knows no peer, so
-    that wait ends at its deadline.
+    that wait ends at its deadline. It breaks its own connections and every collective of its groups; messages between
+    the others go on, and so do these in a group `without` it, if a launcher that started them here says so.
     """
 
     transport: ClassVar[str] = "gloo"
+    _word: LaunchersWord | None = None  # the world's
+
+    @classmethod
+    def join_file(cls, path: str | os.PathLike[str], rank: int, size: int, *, timeout_s: float = 60.0) -> Self:
+        """See `TorchCommunicator.join_file`; in the file's folder a launcher may say who has died."""
+        comm = super().join_file(path, rank, size, timeout_s=timeout_s)
+        comm._word = LaunchersWord(path)
+        return comm
 
     @classmethod
     def _place(cls, local_rank: int) -> torch.device:
@@ -371,6 +387,78 @@ class GlooCommunicator(TorchCommunicator):
             self._hearing.end()
             self._hearing = None
         super().close()
+
+    # -- going on without the lost ---------------------------------------------------------------------------------
+
+    @property
+    def _said(self) -> LaunchersWord | None:
+        return self._world._word if isinstance(self._world, GlooCommunicator) else None
+
+    def lost(self) -> list[int]:
+        """Those that the launcher has named."""
+        word = self._said
+        return [] if word is None else [p for p in range(self.size) if word.gone(self._names[p])]
+
+    def goes_on_without(self, rank: int) -> bool:
+        """See `Communicator.goes_on_without`."""
+        if self._said is None or not self._said.awaited(self._names[rank]):
+            return False
+        self._errors.clear()  # nothing is wrong with this group
+        return True
+
+    def agree_on_lost(self) -> list[int]:
+        """All come to rank 0, which tells those who came who did not."""
+        if self.size == 1 or self._said is None:
+            return []
+        missing = torch.zeros(self.size, dtype=torch.int64)
+        if self.rank != 0:
+            self._message("send", missing, 0, whom=0)
+            self._message("recv", missing, 0, whom=None)  # rank 0 itself may wait for another
+            return [p for p, is_missing in enumerate(missing.tolist()) if is_missing]
+        for p in range(1, self.size):
+            try:
+                self._message("recv", torch.zeros_like(missing), p, whom=p)
+            except PeerLost:
+                if not self.goes_on_without(p):
+                    raise
+        lost = self.lost()
+        missing.copy_(torch.tensor([p in lost for p in range(self.size)]))
+        for p in range(1, self.size):
+            if p not in lost:
+                self._message("send", missing, p, whom=p)
+        return lost
+
+    def _message(self, doing: Literal["send", "recv"], x: Tensor, peer: int, *, whom: int | None) -> None:
+        with self._calling("agree_on_lost", whom):
+            work = getattr(self._backend, doing)([x], peer, LAST_OWN_TAG)
+        _Pending(self, "agree_on_lost", [work], peer=whom).wait()
+
+    def without(self, lost: Sequence[int]) -> Communicator:
+        """A group with connections of its own.
+
+        A member that dies before it is connected ends this in `PeerLost`, or after `CONNECTED_S` at the latest.
+        """
+        members = [p for p in range(self.size) if p not in lost]
+        store = dist.PrefixStore("without", self._store)
+        self._gather(store, members)
+        group = self._group(store, members, timeout_s=min(self.timeout_s, CONNECTED_S))
+        for backend in group._backends:
+            backend._set_default_timeout(timedelta(seconds=self.timeout_s))
+        group.timeout_s, group.context, group.servers = self.timeout_s, self.context, self.servers
+        self._made.append(group)
+        return group
+
+    def _gather(self, store: Any, members: Sequence[int]) -> None:
+        """Until all members are here: who waits for a connection is not told that its peer has died."""
+        t0 = time.perf_counter()
+        store.set(f"came/{self.rank}", "")
+        missing = list(members)
+        while missing := [p for p in missing if not store.check([f"came/{p}"])]:
+            for p in set(missing) & set(self.lost()):
+                raise self._lost("without", p)
+            if time.perf_counter() - t0 > self.timeout_s:
+                raise self._late("without", time.perf_counter() - t0, missing)
+            time.sleep(0.001)
 
     def _connect(self) -> Any:
         gloo = dist.ProcessGroupGloo

@@ -6,13 +6,15 @@ What `communication.board` does in shared memory, over messages: a worker that h
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor
 
+from manyhands.communication.board import NEVER
 from manyhands.communication.communicator import Communicator
 from manyhands.consistency.parameter_server.requests import ANSWER, REQUEST, Ask, header
-from manyhands.errors import DeadlineExceeded
+from manyhands.errors import DeadlineExceeded, PeerLost
 
 #: Whom a WAIT waits for, if not for one rank.
 OTHERS, ANY = -1, -2
@@ -21,7 +23,7 @@ OTHERS, ANY = -1, -2
 def far_enough(counters: Sequence[int], least: int, of: int, me: int) -> bool:
     """Whether the counters of all ``OTHERS`` than ``me``, of ``ANY`` rank, or of rank ``of`` are at least ``least``."""
     if of == ANY:
-        return max(counters) >= least
+        return any(least <= c < NEVER for c in counters)
     return all(c >= least for p, c in enumerate(counters) if (p == of if of >= 0 else p != me))
 
 
@@ -30,6 +32,7 @@ class RemoteBoard:
 
     def __init__(self, comm: Communicator, number: int) -> None:
         assert comm.servers is not None
+        # Workers are numbered as they are now, also when some are gone.
         self._comm, self._world, self._number = comm, comm.servers, number
 
     def post(self, value: int) -> None:
@@ -78,15 +81,12 @@ class Boards:
         self._world, self._workers = world, workers
         self._counters: dict[int, list[int]] = {}
         self._waiting: list[tuple[int, int, int, int]] = []
+        self._lost: set[int] = set()
 
     def post(self, worker: int, board: int, value: int) -> None:
         """Note a counter, and tell those who have waited for it."""
-        counters = self._of(board)
-        counters[worker] = value
-        met = [w for w in self._waiting if w[1] == board and far_enough(counters, w[2], w[3], w[0])]
-        for waiter in met:
-            self._waiting.remove(waiter)
-            self._tell(waiter[0], board)
+        self._of(board)[worker] = value
+        self._tell_those_who_waited()
 
     def wait(self, worker: int, board: int, least: int, of: int) -> None:
         """Tell the counters now, so that whoever waits in vain knows for whom, and once they are far enough."""
@@ -94,8 +94,22 @@ class Boards:
         if not far_enough(self._of(board), least, of, worker):
             self._waiting.append((worker, board, least, of))
 
+    def lose(self, worker: int) -> None:
+        """Nobody waits for ``worker`` any more, and it waits for nobody."""
+        self._lost.add(worker)
+        self._waiting = [w for w in self._waiting if w[0] != worker]
+        for counters in self._counters.values():
+            counters[worker] = NEVER
+        self._tell_those_who_waited()
+
+    def _tell_those_who_waited(self) -> None:
+        for waiter in [w for w in self._waiting if far_enough(self._of(w[1]), w[2], w[3], w[0])]:
+            self._waiting.remove(waiter)
+            with suppress(PeerLost):  # the server hears of it where it listens; this is about the others
+                self._tell(waiter[0], waiter[1])
+
     def _of(self, board: int) -> list[int]:
-        return self._counters.setdefault(board, [0] * self._workers)
+        return self._counters.setdefault(board, [NEVER if p in self._lost else 0 for p in range(self._workers)])
 
     def _tell(self, worker: int, board: int) -> None:
         self._world.send(torch.tensor(self._of(board)), worker, ANSWER).wait()

@@ -1,4 +1,4 @@
-"""The worker's end of servers that are ranks: shards travel as messages, over gloo and MPI (survey §VI-A).
+"""The worker's end of servers that are ranks: shards travel as messages, over gloo (survey §VI-A).
 
 Shard j of every piece lies on server j, the rank P + j of ``comm.servers``; what it does there, `server` says. A worker
 asks all servers at once and takes the answers in the servers' order, so that no two of them can wait for each other.
@@ -20,22 +20,12 @@ from torch import Tensor
 from manyhands.communication.communicator import Board, Communicator, Work
 from manyhands.consistency.parameter_server.remote_board import RemoteBoard
 from manyhands.consistency.parameter_server.requests import ANSWER, ANSWERED_B, PAYLOAD, REQUEST, Ask, frame, header
-from manyhands.consistency.parameter_server.store import CommonStore, Store, within
+from manyhands.consistency.parameter_server.rounds import Outcome
+from manyhands.consistency.parameter_server.store import Store, within
+from manyhands.consistency.robust.aggregation import Aggregation
 from manyhands.contract import Parameters, Replica
+from manyhands.errors import DeadlineExceeded
 from manyhands.models.update_rules import rule_of
-
-
-def opened(
-    replica: Replica,
-    comm: Communicator,
-    servers: int,
-    *,
-    optimizer: torch.optim.Optimizer | None = None,
-    scaled: bool = False,
-) -> Store:
-    """The servers of ``comm``: ranks where it has any, else memory that all workers see. Collective."""
-    kind = CommonStore if comm.servers is None else RemoteStore
-    return kind(replica, comm, servers, optimizer=optimizer, scaled=scaled)
 
 
 class RemoteStore(Store):
@@ -263,6 +253,62 @@ class RemoteStore(Store):
         self.replica.settle(settled)
         return not self.replica.watching
 
+    def open_rounds(self, needed: int, rule: Aggregation) -> None:
+        """See `Store.open_rounds`."""
+        if self._comm.rank == 0:
+            (rank,) = self._held
+            said = {"needed": needed, "workers": self._comm.size, "rule": str(rule)}
+            payload = torch.frombuffer(bytearray(json.dumps(said).encode()), dtype=torch.uint8)
+            with self._comm.counting("service"):
+                works = self._ask(rank, header(Ask.ROUNDS, count=len(payload)), payload)
+                self._answer(rank)
+                _finish(works)
+        self._comm.barrier()
+
+    def bring(self, vectors: Sequence[Tensor], weight: float, *, votes: bool) -> tuple[int, Outcome]:
+        """See `Store.bring`."""
+        assert self._optimizer is not None
+        in_use = self._share_what_is_in_use()
+        ((rank, held),) = self._held.items()
+        mine, number = [piece.flat for piece in self.replica.pieces], self.read[0]
+        brought = [self._slice(s, vectors) for s in held] if weight else []
+        for x in brought:
+            self._comm.access("push", x)
+        for s in held:
+            self._comm.access("pull", self._slice(s, mine))
+        with self._comm.counting("service"):
+            groups = [self._optimizer.param_groups[self._group_of(self.shards[s].piece)] for s in held]
+            headers = [header(Ask.BRING, group=group) for group in groups]
+            about = torch.cat([torch.tensor([weight], dtype=torch.float64), *headers])
+            asked = header(Ask.BRING, read=number, count=votes, in_use=in_use)
+            works = self._ask(rank, asked, about, *brought)
+            came = self._world.recv(torch.zeros(self._comm.size, dtype=torch.int64), rank, ANSWER).tensor.tolist()
+            late = self._end_of_round(held, number, came)
+            _finish(works)
+        return max(late, 0), Outcome(max(-late, 0))
+
+    def _end_of_round(self, held: Sequence[int], number: int, came: Sequence[int]) -> int:
+        """Take what all shards are after round ``number``, to which ``came`` says who had come; what is said of it."""
+        late = 0
+        try:
+            for s in held:
+                self.read[s], late, values = self._answer_of(s, values=True)
+                self._slice(s, [piece.flat for piece in self.replica.pieces]).copy_(values)
+        except DeadlineExceeded as e:
+            behind = [str(p) for p, so_far in enumerate(came) if so_far <= number]
+            names = f"rank{'s' if len(behind) > 1 else ''} {', '.join(behind)}"
+            doing = "backup_workers: for the end of the round"
+            raise DeadlineExceeded(e.rank, names, e.step, e.seconds, doing) from e
+        return late
+
+    def aside(self, by: int) -> None:
+        """See `Store.aside`."""
+        (rank,) = self._held
+        with self._comm.counting("service"):
+            works = self._ask(rank, header(Ask.ASIDE, read=by))
+            self._answer(rank)
+            _finish(works)
+
     def snapshot(self) -> Parameters:
         """See `Store.snapshot`."""
         agreed = tuple(torch.empty_like(piece.flat) for piece in self.replica.pieces)
@@ -271,6 +317,10 @@ class RemoteStore(Store):
             self._fetch(agreed, list(self._at), noting=False)
             self._comm.barrier()
         return agreed
+
+    def regroup(self, comm: Communicator) -> None:
+        """The servers are where they were, and so is everything on them."""
+        self._comm = comm
 
     def stop(self, step: int) -> None:
         """See `Store.stop`."""

@@ -9,11 +9,14 @@
     USE        which parameters a backward has reached → which any worker's has
     KEEP       → what `CommonStore.state_dict` holds of a shard;  RESTORE takes it up
     POST       the worker's counter on a board;  WAIT → all counters, and again once those waited for are far enough
+    ROUNDS     how gradients are joined from now on;  ASIDE: a worker that rounds do not wait for, or do again
+    BRING      a gradient to the round under way → how far all have come, and the shards once the round has ended
     STOP       answers say from now on that the workers are to meet
     LEAVE      this worker asks no more
 
 A request is a `header` of float64, which holds every count and every hyper-parameter exactly, and what it announces. An
-answer begins with three: version, lateness, stopped; those to LOOK_UP also, those to USE, KEEP and WAIT do not.
+answer begins with three: version, lateness, stopped; those to LOOK_UP also, those to USE, KEEP and WAIT do not. That
+to BRING says instead of lateness how late, or negated what became of the round.
 """
 
 from __future__ import annotations
@@ -46,6 +49,7 @@ class Ask(IntEnum):
     """What a request wants."""
 
     LEAVE, OPEN, SET, PULL, PUSH, ADD, USE, KEEP, RESTORE, STOP, POST, WAIT, LOOK_UP, PUSH_ROWS = range(14)
+    ROUNDS, BRING, ASIDE = range(14, 17)
 
 
 def header(
@@ -59,8 +63,10 @@ def header(
 ) -> Tensor:
     """A request's beginning.
 
-    ``count``: how many follow, of OPEN, USE and rows; of PUSH, whether values shall come back; of WAIT, for whom.
+    ``count``: how many follow, of OPEN, USE and rows; of PUSH, whether values shall come back; of WAIT, for whom; of
+    BRING, whether there is a vote.
     ``in_use``: all parameters are. Of POST and WAIT, ``shard`` is the board and ``read`` the counter.
+    Of ASIDE, ``read`` is by how many workers.
     """
     group = group or {}
     numbers = [group.get(name) or 0.0 for name in HYPERPARAMETERS]

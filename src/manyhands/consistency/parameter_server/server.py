@@ -1,12 +1,15 @@
 """The rank that is a parameter server: it holds shards, and answers whoever asks, one after the other (survey §VI-A).
 
 Server ranks come after the workers' and are in no mesh. They know no model and no data, only what rank 0 describes,
-and what they do with a shard is `CommonStore`'s own code. A server ends when all workers have left, or one is lost.
+and what they do with a shard is `CommonStore`'s own code. A server ends when all workers have left, or one is lost
+without whom the others do not go on (`Communicator.goes_on_without`); else a request of which only a part has arrived
+is dropped.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from types import SimpleNamespace
@@ -29,9 +32,11 @@ from manyhands.consistency.parameter_server.requests import (
     group_of,
     header,
 )
+from manyhands.consistency.parameter_server.rounds import Round
 from manyhands.consistency.parameter_server.store import CommonStore
+from manyhands.consistency.robust.aggregation import aggregation_from
 from manyhands.contract import Piece
-from manyhands.errors import CommunicationError, NonFiniteLoss
+from manyhands.errors import CommunicationError, NonFiniteLoss, PeerLost
 from manyhands.models.update_rules import Rule, adagrad_, adam_, sgd_
 
 RULES = {rule.__name__: rule for rule in (sgd_, adagrad_, adam_)}
@@ -73,29 +78,42 @@ def _serve(world: Communicator, workers: int) -> None:
     request = torch.zeros(HEADER, dtype=torch.float64)
     with world.counting("service"):
         while there:
-            worker = world.listen(request, there, REQUEST).source
-            what, shard, read, count, in_use = map(int, request[:5].tolist())
-            if what == Ask.LEAVE:
-                there.discard(worker)
-            elif what == Ask.OPEN:
-                text = world.recv(torch.empty(count, dtype=torch.uint8), worker, PAYLOAD).tensor
-                held, boards = _Held(world, json.loads(bytes(text.tolist()))), Boards(world, workers)
-                held.answer(worker)
-            elif what == Ask.POST:
-                boards.post(worker, shard, read)
-            elif what == Ask.WAIT:
-                boards.wait(worker, shard, read, count)
-            elif held is None:
-                raise CommunicationError(f"server {world.rank}: {Ask(what).name} from rank {worker} before OPEN")
-            elif what in (Ask.PUSH, Ask.PUSH_ROWS):
-                rows = count if what == Ask.PUSH_ROWS else 0
-                group = group_of(request[5:].tolist())
-                late = held.push_from(worker, shard, read, group, rows=rows, in_use=bool(in_use))
-                held.answer(worker, shard, late, values=bool(count and not rows))
-            elif what in (Ask.USE, Ask.KEEP, Ask.LOOK_UP):
-                held.tell(worker, Ask(what), shard, count)
-            else:
-                held.change(worker, Ask(what), shard, read)
+            try:
+                worker = world.listen(request, there, REQUEST).source
+                what, shard, read, count, in_use = map(int, request[:5].tolist())
+                if what == Ask.LEAVE:
+                    there.discard(worker)
+                elif what == Ask.OPEN:
+                    text = world.recv(torch.empty(count, dtype=torch.uint8), worker, PAYLOAD).tensor
+                    held, boards = _Held(world, json.loads(bytes(text.tolist()))), Boards(world, workers)
+                    held.answer(worker)
+                elif what == Ask.POST:
+                    boards.post(worker, shard, read)
+                elif what == Ask.WAIT:
+                    boards.wait(worker, shard, read, count)
+                elif held is None:
+                    raise CommunicationError(f"server {world.rank}: {Ask(what).name} from rank {worker} before OPEN")
+                elif what in (Ask.PUSH, Ask.PUSH_ROWS):
+                    rows = count if what == Ask.PUSH_ROWS else 0
+                    group = group_of(request[5:].tolist())
+                    late = held.push_from(worker, shard, read, group, rows=rows, in_use=bool(in_use))
+                    held.answer(worker, shard, late, values=bool(count and not rows))
+                elif what == Ask.ROUNDS:
+                    text = world.recv(torch.empty(count, dtype=torch.uint8), worker, PAYLOAD).tensor
+                    held.hold_rounds(worker, json.loads(bytes(text.tolist())))
+                elif what == Ask.BRING:
+                    held.bring_from(worker, read, votes=bool(count), in_use=bool(in_use))
+                elif what == Ask.ASIDE:
+                    held.aside_from(worker, read)
+                elif what in (Ask.USE, Ask.KEEP, Ask.LOOK_UP):
+                    held.tell(worker, Ask(what), shard, count)
+                else:
+                    held.change(worker, Ask(what), shard, read)
+            except PeerLost as e:
+                if e.peer is None or not world.goes_on_without(e.peer):
+                    raise
+                there.discard(e.peer)
+                boards.lose(e.peer)
 
 
 class _Held(CommonStore):
@@ -145,6 +163,55 @@ class _Held(CommonStore):
         self._versions[s] += 1
         return late
 
+    def hold_rounds(self, worker: int, described: Mapping[str, Any]) -> None:
+        """What ROUNDS describes: how many are waited for, of how many, and the rule."""
+        rule = aggregation_from(described["rule"])
+        workers, allocate = described["workers"], functools.partial(self._comm.allocate, common=True)
+        self._round = Round(self.replica.pieces, described["needed"], workers, rule, allocate=allocate)
+        self._ended = self._comm.board()
+        self._came = torch.zeros(workers, dtype=torch.int64)  # a worker's: the last round that it came to, plus 1
+        self._waiting: list[int] = []
+        self.answer(worker)
+
+    def bring_from(self, worker: int, read: int, *, votes: bool, in_use: bool) -> None:
+        """Take the gradient that follows into the round under way, if it is of that; say who has come, and is late."""
+        about = self._world.recv(torch.empty(1 + len(self.flats) * HEADER, dtype=torch.float64), worker, PAYLOAD).tensor
+        weight, headers = float(about[0]), about[1:].view(-1, HEADER)
+        gradients = [self._like(flat, worker) for flat in self.flats] if weight else []
+        late = int(self._versions[0]) - read
+        if not late:
+            self._came[worker] = read + 1
+        self._world.send(self._came, worker, ANSWER).wait()
+        if late:
+            self._answer_round(worker, late)
+            return
+        if in_use:
+            self._used[:] = 1
+        self.replica.watching = not self._used.all()
+        self.replica.optimizer.param_groups[:] = [group_of(numbers[5:]) for numbers in headers.tolist()]
+        self._round.take(gradients, weight, votes=votes)
+        self._waiting.append(worker)
+        self._end_and_tell()
+
+    def aside_from(self, worker: int, by: int) -> None:
+        """So many workers more are not waited for."""
+        self._round.aside(by)
+        self._end_and_tell()
+        self.answer(worker)
+
+    def _end_and_tell(self) -> None:
+        """Tell those who wait for the round's end, if it has ended."""
+        number = int(self._versions[0])
+        if not self._end_round():
+            return
+        for waiter in self._waiting:
+            self._answer_round(waiter, -self._round.outcome(number))
+        self._waiting.clear()
+
+    def _answer_round(self, worker: int, late: int) -> None:
+        for s in range(len(self.flats)):
+            self.answer(worker, s, late, values=True)
+
     def change(self, worker: int, what: Ask, s: int, read: int) -> None:
         """What is answered as usual: SET, PULL, ADD, RESTORE, STOP."""
         if what == Ask.SET:
@@ -174,7 +241,7 @@ class _Held(CommonStore):
         else:
             values = self._table(s)[self._rows(worker, count)].view(-1)
             whole, beginning, there = frame(values.numel(), values.dtype)
-            self._begin(beginning, s)
+            self._address(beginning, s)
             there.copy_(values)
             told = [whole]
         for part in told:
@@ -183,10 +250,10 @@ class _Held(CommonStore):
     def answer(self, worker: int, s: int = 0, late: int = 0, *, values: bool = False) -> None:
         """Version and lateness, and the shard's values if they are wanted."""
         whole, beginning, _ = self._frames[s]
-        self._begin(beginning, s, late)
+        self._address(beginning, s, late)
         self._world.send(whole if values else whole[:ANSWERED_B], worker, ANSWER).wait()
 
-    def _begin(self, beginning: Tensor, s: int, late: int = 0) -> None:
+    def _address(self, beginning: Tensor, s: int, late: int = 0) -> None:
         beginning.copy_(torch.tensor([self._versions[s], late, self.stopped], dtype=torch.float64))
 
     def _table(self, s: int) -> Tensor:

@@ -10,7 +10,8 @@ the same amount to do. What a push finds newer than what its worker has pulled i
 
 `CommonStore` is the server without a process: the shards lie in memory that all workers see, and whoever pushes does
 the server's work itself, under the shard's lock. A worker that dies meanwhile leaves a lock for the next to take over.
-Where no memory is shared the shards lie on ranks of their own, see `server` and `remote_store`.
+Where no memory is shared the shards lie in memory that workers reach at each other, see `window_store`, or on ranks of
+their own, see `server` and `remote_store`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ import itertools
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from enum import Enum
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,6 +31,8 @@ from torch import Tensor
 
 from manyhands.communication.communicator import Board, Communicator
 from manyhands.communication.reduction import slices
+from manyhands.consistency.parameter_server.rounds import Outcome, Round
+from manyhands.consistency.robust.aggregation import Aggregation
 from manyhands.contract import Parameters, Replica, Traffic
 from manyhands.models.update_rules import Rule, rule_of
 
@@ -98,6 +103,25 @@ class Store(ABC):
     def add(self, vectors: Sequence[Tensor]) -> None:
         """A change a piece, added as it is."""
 
+    def open_rounds(self, needed: int, rule: Aggregation) -> None:
+        """From here on gradients come by `bring`, ``needed`` to an update, joined by ``rule``. Collective.
+
+        Only where all shards lie on one server, see `rounds`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no rounds")
+
+    def bring(self, vectors: Sequence[Tensor], weight: float, *, votes: bool) -> tuple[int, Outcome]:
+        """A gradient a piece, to the round whose parameters this worker has; then all shards are pulled.
+
+        Returns how many rounds it came too late, and if in time (0) what became of the round, once that has ended.
+        For ``weight`` and ``votes`` see `Round.take`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no rounds")
+
+    def aside(self, by: int) -> None:
+        """Rounds do not wait for this worker from here on (1), or do again (−1)."""
+        raise NotImplementedError(f"{type(self).__name__} has no rounds")
+
     @abstractmethod
     def snapshot(self) -> Parameters:
         """Everything as it is once all workers have come here. Collective, counted as ``consensus``."""
@@ -130,6 +154,12 @@ class Store(ABC):
     @abstractmethod
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up a `state_dict` of the same rank. Collective."""
+
+
+class To(Enum):
+    """What is done with a shard: READ values and version, change (ADD to) them, or UPDATE the optimizer's state too."""
+
+    READ, ADD, UPDATE = range(3)
 
 
 class CommonStore(Store):
@@ -169,6 +199,7 @@ class CommonStore(Store):
                 for slot in self._slots[i]:  # Adagrad's squares; what is looked up late begins like the rest
                     slot.fill_(self._first_value(i))
                 replica.before_lookup(i, functools.partial(self._pull_rows, i))
+        self._lay_out()
         self.rebase()
 
     def _rule(self, i: int) -> Rule:
@@ -185,6 +216,13 @@ class CommonStore(Store):
         """A server's optimizer of its own has one group for all pieces."""
         assert self._optimizer is not None
         return self.replica.pieces[i].group if self._optimizer is self.replica.optimizer else 0
+
+    def _lay_out(self) -> None:
+        """All is allocated, and the slots hold what they begin with."""
+
+    def _holding(self, s: int, to: To, rows: Tensor | None = None) -> AbstractContextManager[None]:
+        """Inside, shard ``s`` (or some ``rows`` of its table) is this worker's alone, ``to`` do that with it."""
+        return self._locks[s]
 
     def regroup(self, comm: Communicator) -> None:
         """Memory and locks stay where they are."""
@@ -205,7 +243,7 @@ class CommonStore(Store):
                 continue  # rows come when they are looked up
             theirs, mine = self._both(shard)
             self._comm.access("pull", mine)
-            with self._locks[s]:
+            with self._holding(s, To.READ):
                 mine.copy_(theirs)
                 self.read[s] = int(self._versions[s])
 
@@ -221,7 +259,7 @@ class CommonStore(Store):
             self._comm.access("push", vectors[shard.piece][shard.lo : shard.hi])
             if pull:
                 self._comm.access("pull", mine)
-            with self._locks[s]:
+            with self._holding(s, To.UPDATE):
                 late = int(self._versions[s]) - self.read[s]
                 self._update(shard, vectors[shard.piece], late)
                 self._versions[s] += 1
@@ -241,7 +279,7 @@ class CommonStore(Store):
                 mine, theirs = (flat.view(-1, piece.width) for flat in (piece.flat, self.flats[i]))
                 self._comm.access("pull", own)  # the request
                 self._comm.access("pull", mine[: len(own)])  # the answer
-                with self._locks[s]:
+                with self._holding(s, To.READ, own):
                     mine[own] = theirs[own]
                     self.read[s] = int(self._versions[s])
 
@@ -257,7 +295,7 @@ class CommonStore(Store):
         gradient = values.view(-1, piece.width)[first : first + len(own)]
         self._comm.access("push", own)
         self._comm.access("push", gradient)
-        with self._locks[s]:
+        with self._holding(s, To.UPDATE, own):
             late = int(self._versions[s]) - self.read[s]
             self._update_rows(shard, own, gradient, late)
             self._versions[s] += 1
@@ -276,13 +314,53 @@ class CommonStore(Store):
         for slot, values in zip(slots, state, strict=True):
             slot[rows] = values
 
-    def receive(self, vectors: Sequence[Tensor]) -> None:
-        """What servers do with a gradient once they have it: nothing is sent."""
-        self._share_what_is_in_use()
+    def open_rounds(self, needed: int, rule: Aggregation) -> None:
+        """See `Store.open_rounds`."""
+        allocate = functools.partial(self._comm.allocate, common=True)
+        self._round = Round(self.replica.pieces, needed, self._comm.size, rule, allocate=allocate)
+        (self._round_lock,) = self._comm.locks(1)
+        self._ended = self._comm.board()  # a worker's: the last round that it has ended, plus 1
+
+    def bring(self, vectors: Sequence[Tensor], weight: float, *, votes: bool) -> tuple[int, Outcome]:
+        """See `Store.bring`."""
+        if weight:
+            for x in vectors:
+                self._comm.access("push", x)
+        number = self.read[0]
+        with self._holding_round():
+            self._share_what_is_in_use()
+            late = int(self._versions[0]) - number
+            if not late:
+                self._round.take(vectors, weight, votes=votes)
+                self._end_round()
+        if not late:
+            self._ended.wait_for_one(number + 1, "backup_workers: for the end of the round")
+        with self._holding_round():
+            self.pull()
+            return late, self._round.outcome(number)
+
+    def aside(self, by: int) -> None:
+        """See `Store.aside`."""
+        with self._holding_round():
+            self._round.aside(by)
+            self._end_round()
+
+    def _holding_round(self) -> AbstractContextManager[object]:
+        """Inside, the round under way is this worker's alone, and the shards stay as they are."""
+        return self._round_lock
+
+    def _end_round(self) -> bool:
+        """Whoever completes a round applies it, and opens the next: its number is the shards' version."""
+        if not self._round.complete:
+            return False
+        vectors = self._round.end(int(self._versions[0]))
         for s, shard in enumerate(self.shards):
-            with self._locks[s]:
-                self._update(shard, vectors[shard.piece], 0)
+            with self._holding(s, To.UPDATE):
+                if vectors is not None:
+                    self._update(shard, vectors[shard.piece], 0)
                 self._versions[s] += 1
+        self._ended.post(int(self._versions[0]))
+        return True
 
     def add(self, vectors: Sequence[Tensor]) -> None:
         """See `Store.add`."""
@@ -290,7 +368,7 @@ class CommonStore(Store):
             shard = self.shards[s]
             change = vectors[shard.piece][shard.lo : shard.hi]
             self._comm.access("push", change)
-            with self._locks[s]:
+            with self._holding(s, To.ADD):
                 self.flats[shard.piece][shard.lo : shard.hi].add_(change)
                 self._versions[s] += 1
 

@@ -12,34 +12,7 @@ from manyhands.communication.communicator import Communicator
 from manyhands.consistency.clipping import clip_own_
 from manyhands.consistency.independent import told_what_diverged
 from manyhands.consistency.parameter_server.store import Store
-from manyhands.contract import Batch, Parameters, Replica, Setting, Worker
-from manyhands.errors import Problem
-
-#: Transports between which and server ranks messages go; on those that share memory, that memory is the server.
-REACH_SERVERS = ("gloo", "mpi")
-
-
-def server_problems(name: str, setting: Setting, *, optimizer: bool = True, ranks: bool = True) -> list[Problem]:
-    """What keeps a strategy of this family from working in ``setting``; ``ranks``: it can do with servers apart."""
-    found = []
-    if not setting.shares_memory and not (ranks and setting.transport in REACH_SERVERS):
-        rule = "its servers are memory that all workers share"
-        found.append(
-            Problem(
-                f"{name} on transport={setting.transport}",
-                f"{rule}, or ranks that anybody can send to." if ranks else f"{rule}.",
-                "Use transport=shared, threads, gloo or mpi." if ranks else "Use transport=shared or threads.",
-            )
-        )
-    if optimizer and not setting.served:
-        found.append(
-            Problem(
-                f"{name} with this optimizer",
-                "a server applies sgd, adagrad, adam or adamw (without maximize, amsgrad, fused or hooks).",
-                "Use one of these, or a strategy whose workers update for themselves, e.g. ssp or local.",
-            )
-        )
-    return found
+from manyhands.contract import Batch, Parameters, Replica, Worker
 
 
 class ServedWorker(Worker):
@@ -56,21 +29,28 @@ class ServedWorker(Worker):
 
         A loss or gradient that is not finite stops all workers, here and now (`NonFiniteLoss`).
         """
+        loss, usable, wrong = self.own_gradient(batch)
+        if wrong:
+            self.diverge(wrong)
+        return loss, usable
+
+    def own_gradient(self, batch: Batch) -> tuple[Tensor, bool, str]:
+        """This worker's loss, whether there are samples behind it, and what of loss and gradient is not finite."""
         self.steps += 1
         if self.store.stopped:
             self.meet()
         replica = self.replica
         loss, count = replica.gradients(batch)
+        usable = bool(count and batch.count)
         if not math.isfinite(loss.item()):
-            self._diverge("loss")
-        if not (count and batch.count):
-            return loss, False
+            return loss, usable, "loss"
+        if not usable:
+            return loss, False, ""
         replica.add_l2([(0, piece.flat.numel()) for piece in replica.pieces])
-        if not clip_own_(replica):
-            self._diverge("gradient")
-        return loss, True
+        return loss, True, "" if clip_own_(replica) else "gradient"
 
-    def _diverge(self, what: str) -> None:
+    def diverge(self, what: str) -> None:
+        """Stop all workers, because this one's loss or gradient is not finite: `NonFiniteLoss`."""
         step = self.comm.step if self.comm.step is not None else self.steps - 1
         self._diverged = step, what
         self.store.stop(step)

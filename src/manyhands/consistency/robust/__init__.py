@@ -2,7 +2,8 @@
 
 A mean obeys whoever sends the largest number. The rules here bear up to f *arbitrary* (Byzantine) vectors among n,
 whether a broken memory, bad data or malice made them; each says how many, and what it needs for that.
-`aggregations` is the table of contents; a rule is an option of a strategy: ``synchronous(aggregate=krum(f=1))``.
+`aggregations` is the table of contents; a rule is an option of a strategy: ``synchronous(aggregate=krum(f=1))``, whose
+payload the files name, or ``backup_workers(aggregate=krum(f=1))``, whose server has all vectors anyway: 2n.
 """
 
 from manyhands.catalogue import Catalogue

@@ -9,6 +9,7 @@ sender's, and a claim is what a rule must bear.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from manyhands.calling import call
 from manyhands.catalogue import Reference
 from manyhands.checks import is_whole
 from manyhands.consistency.robust import aggregations
-from manyhands.errors import BadInput
+from manyhands.errors import BadInput, Problem
 from manyhands.grammar import format_description, parse_call
 
 
@@ -74,6 +75,25 @@ def aggregation_from(value: str | Aggregation) -> Aggregation:
         raise BadInput(f"aggregation {value}: {e}.") from None
     assert isinstance(made, Aggregation)
     return made
+
+
+def is_finite(parts: Sequence[Tensor], row: int) -> bool:
+    """Whether all of one vector is; ``parts`` as in `Aggregation.combine`."""
+    # A finite sum has finite summands, and is quicker told; one that is not may have overflowed.
+    return all(math.isfinite(rows[row].sum().item()) or bool(rows[row].isfinite().all()) for rows in parts)
+
+
+def too_few(rule: Aggregation, vectors: int, whose: str, cure: str) -> list[Problem]:
+    """What is wrong with a ``rule`` for so many vectors, if anything; ``whose`` they are, and how to get more."""
+    if vectors >= rule.fewest:
+        return []
+    return [
+        Problem(
+            f"aggregate={rule} with {whose}",
+            f"it needs {rule.needs}, so {rule.fewest} here.",
+            f"Use {cure}, a smaller f, or aggregate=median, which needs no f.",
+        )
+    ]
 
 
 def check_f(f: object) -> None:

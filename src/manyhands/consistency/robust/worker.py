@@ -32,7 +32,7 @@ from torch import Tensor
 from manyhands.communication.communicator import Communicator
 from manyhands.consistency.agreement import agree_on_unused, weight_of
 from manyhands.consistency.clipping import clip_
-from manyhands.consistency.robust.aggregation import Aggregation
+from manyhands.consistency.robust.aggregation import Aggregation, is_finite
 from manyhands.contract import Batch, Replica, Worker
 from manyhands.errors import BadInput, NonFiniteLoss
 
@@ -67,7 +67,7 @@ class RobustWorker(Worker):
         samples, weights = self._gather_counts(batch.count, weight_of(loss, count))
         self._gather_rows()
         expected = [p for p, (n, weight) in enumerate(zip(samples, weights, strict=True)) if n and weight]
-        failed = [p for p in expected if not (math.isfinite(weights[p]) and self._is_finite(p))]
+        failed = [p for p in expected if not (math.isfinite(weights[p]) and is_finite(self._rows, p))]
         if len(expected) < self.rule.fewest:
             self._warn_once("few", f"only {len(expected)} workers have samples; {self.rule} needs {self.rule.fewest}")
         elif len(failed) > self.rule.bears(len(expected)):
@@ -97,10 +97,6 @@ class RobustWorker(Worker):
             n = piece.grad.numel()
             rows[comm.rank].copy_(piece.grad)
             comm.all_gather(rows, [(p * n, (p + 1) * n) for p in range(comm.size)]).wait()
-
-    def _is_finite(self, p: int) -> bool:
-        # A finite sum has finite summands, and is quicker told; one that is not may have overflowed.
-        return all(math.isfinite(rows[p].sum().item()) or bool(rows[p].isfinite().all()) for rows in self._rows)
 
     def _warn_once(self, key: int | str, what: str) -> None:
         if key not in self._warned and self.comm.rank == 0:

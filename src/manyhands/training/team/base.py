@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 Report = Callable[[int, Any], None]
@@ -22,15 +22,15 @@ class Team(ABC):
         *arguments: Any,
         report: Report | None = None,
         deadline_s: float | None = None,
-        bears_loss: bool = False,
+        may_lose: Collection[int] = (),
     ) -> list[Any]:
         """Call ``module:function`` as ``function(member, *arguments)`` on every worker; results in rank order.
 
         ``report(rank, value)`` gets what workers report on the way. Raises `WorkerFailed` (or the worker's own
         `ManyhandsError`) when one fails; the team is closed then. ``deadline_s`` ends a job of processes that takes
         longer; workers inside this process (single, threads, simulated) cannot be ended, and pass it over.
-        ``bears_loss``: where processes share memory, a worker but 0 that is killed is not waited for, and its result is
-        None; elsewhere, and of a worker that raises, the team is told and ends.
+        ``may_lose``: on shared and gloo the team goes on without one of these ranks that is killed, and its result is
+        None; elsewhere, and where a worker raises, the team is told and ends.
         """
 
     @property

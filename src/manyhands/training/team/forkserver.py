@@ -18,6 +18,7 @@ from multiprocessing.reduction import DupFd
 from pathlib import Path
 from typing import Any
 
+from manyhands.communication.transports.launchers_word import LaunchersWord
 from manyhands.errors import BadInput, WorkerFailed
 from manyhands.training.member import Setup, serve
 from manyhands.training.team.processes import START_S, ProcessTeam, ended
@@ -57,6 +58,7 @@ class ForkserverTeam(ProcessTeam):
         super().__init__(setups[0].transport, len(setups))
         self._segment: Any = None
         self._folder: str | None = None
+        self._word: LaunchersWord | None = None
         self._processes: list[Any] = []
         self._with_main = False
         context = multiprocessing.get_context("forkserver")
@@ -91,7 +93,10 @@ class ForkserverTeam(ProcessTeam):
             self._control = offset
             return [dataclasses.replace(s, control_offset=offset) for s in setups]
         self._folder = tempfile.mkdtemp(prefix="manyhands-")
-        return [dataclasses.replace(s, rendezvous=str(Path(self._folder) / "rendezvous")) for s in setups]
+        rendezvous = str(Path(self._folder) / "rendezvous")
+        if self.transport == "gloo":
+            self._word = LaunchersWord(rendezvous)
+        return [dataclasses.replace(s, rendezvous=rendezvous) for s in setups]
 
     def _started(self, context: Any, setup: Setup, theirs: Any, live: Any) -> Any:
         if not self._with_main:
@@ -138,14 +143,19 @@ class ForkserverTeam(ProcessTeam):
         return None if code is None else ended(code)
 
     def _lose(self, rank: int) -> bool:
-        if self._segment is None:
+        if self._segment is not None:
+            self._segment.report_gone(rank)
+        elif self._word is not None:
+            self._word.say("gone", rank)
+        else:
             return False
-        self._segment.report_gone(rank)
         return True
 
     def _fail(self, rank: int) -> None:
         if self._segment is not None:
             self._segment.report_failure(rank)
+        elif self._word is not None:
+            self._word.say("failed", rank)
 
     def _step_of(self, rank: int) -> int | None:
         if self._segment is None:

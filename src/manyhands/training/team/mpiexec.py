@@ -46,8 +46,9 @@ class MpiTeam(ProcessTeam):
                 self._process = subprocess.Popen(
                     [*mpiexec(len(setups)), sys.executable, "-m", "manyhands.training.member", str(place)],
                     stdin=subprocess.DEVNULL,
-                    # All ranks are on this host: with these ways to move data (UCX's names) none of them listens.
-                    env={**os.environ, "UCX_TLS": "self,posix,sysv,cma"},
+                    # All ranks are on this host: with these ways to move data (UCX's names) none of them listens. It
+                    # warns of windows that workers which have failed cannot give back any more.
+                    env={"UCX_LOG_LEVEL": "error", **os.environ, "UCX_TLS": "self,posix,sysv,cma"},
                     stdout=sys.stderr.fileno() if _has_fileno(sys.stderr) else None,
                     start_new_session=True,
                 )

@@ -7,7 +7,7 @@ import logging
 import signal
 import time
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -57,7 +57,7 @@ class ProcessTeam(Team):
         *arguments: Any,
         report: Report | None = None,
         deadline_s: float | None = None,
-        bears_loss: bool = False,
+        may_lose: Collection[int] = (),
     ) -> list[Any]:
         """Send the job to all workers and collect what they answer."""
         if self._closed:
@@ -67,16 +67,17 @@ class ProcessTeam(Team):
             for connection in self._connections:
                 with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                     connection.send_bytes(message)
-            return self._collect("result", report, deadline_s, bears_loss=bears_loss)
+            return self._collect("result", report, deadline_s, may_lose=may_lose)
         except BaseException:
             self.abandon()
             raise
 
     def _collect(
-        self, wanted: str, report: Report | None, deadline_s: float | None, *, bears_loss: bool = False
+        self, wanted: str, report: Report | None, deadline_s: float | None, *, may_lose: Collection[int] = ()
     ) -> list[Any]:
         results: dict[int, Any] = {}
         failures: list[dict[str, Any]] = []
+        borne: list[dict[str, Any]] = []  # deaths with which the others go on
         ended: set[int] = set()
         end = time.monotonic() + deadline_s if deadline_s is not None else None
         while len(results) + len(ended) < self.size:
@@ -87,7 +88,8 @@ class ProcessTeam(Team):
                 try:
                     kind, *rest = decode(connection.recv_bytes())  # type: ignore[union-attr]
                 except (EOFError, ConnectionResetError):
-                    self._died(rank, ended, failures, bears_loss=bears_loss)
+                    ended.add(rank)
+                    self._died(rank, rank in may_lose, borne, failures)
                     continue
                 if kind == wanted:
                     results[rank] = rest[0] if rest else None
@@ -101,14 +103,15 @@ class ProcessTeam(Team):
                 if rank not in results and rank not in ended and self._connections[rank] not in ready:
                     how = self._alive(rank)
                     if how is not None and not self._connections[rank].poll(0):
-                        self._died(rank, ended, failures, bears_loss=bears_loss)
+                        ended.add(rank)
+                        self._died(rank, rank in may_lose, borne, failures)
             now = time.monotonic()
             if failures:
                 end = now + GRACE_S if end is None else min(end, now + GRACE_S)
             if end is not None and now > end:
                 break
         if failures:
-            raise_cause(failures)
+            raise_cause([*failures, *borne])  # others may have failed for want of one that could be missed
         if len(results) + len(ended) < self.size:
             late = [r for r in range(self.size) if r not in results]
             raise errors.DeadlineExceeded(
@@ -116,15 +119,14 @@ class ProcessTeam(Team):
             )
         return [results.get(r) for r in range(self.size)]
 
-    def _died(self, rank: int, ended: set[int], failures: list[dict[str, Any]], *, bears_loss: bool) -> None:
-        """The others go on if they can: rank 0 is the one who keeps the run's folder, and cannot be missed."""
-        ended.add(rank)
+    def _died(self, rank: int, may_be_lost: bool, borne: list[dict[str, Any]], failures: list[dict[str, Any]]) -> None:
         death = self._death(rank)
-        if bears_loss and rank != 0 and self._lose(rank):
+        if may_be_lost and self._lose(rank):
             log.warning("worker %d is lost (%s); the others go on", rank, death["reason"])
-            return
-        failures.append(death)
-        self._fail(rank)
+            borne.append(death)
+        else:
+            failures.append(death)
+            self._fail(rank)
 
     def _death(self, rank: int) -> dict[str, Any]:
         how = None

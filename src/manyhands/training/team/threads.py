@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from manyhands import errors
@@ -26,7 +27,7 @@ class SingleTeam(Team):
         *arguments: Any,
         report: Report | None = None,
         deadline_s: float | None = None,
-        bears_loss: bool = False,
+        may_lose: Collection[int] = (),
     ) -> list[Any]:
         """Call the job here; an exception that is none of ours becomes a `WorkerFailed` with it as its cause.
 
@@ -65,7 +66,7 @@ class ThreadTeam(Team):
         *arguments: Any,
         report: Report | None = None,
         deadline_s: float | None = None,
-        bears_loss: bool = False,
+        may_lose: Collection[int] = (),
     ) -> list[Any]:
         """Run the job on fresh threads; they are joined before this returns or raises.
 

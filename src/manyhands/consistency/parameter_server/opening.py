@@ -1,0 +1,24 @@
+"""Where a communicator's parameter server lies: on ranks, in common memory, or in memory that workers reach."""
+
+from __future__ import annotations
+
+import torch
+
+from manyhands.communication.communicator import Communicator
+from manyhands.consistency.parameter_server.remote_store import RemoteStore
+from manyhands.consistency.parameter_server.store import CommonStore, Store
+from manyhands.consistency.parameter_server.window_store import WindowStore
+from manyhands.contract import Replica
+
+
+def opened(
+    replica: Replica,
+    comm: Communicator,
+    servers: int,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    scaled: bool = False,
+) -> Store:
+    """The servers of ``comm``, which cut each piece into so many shards; see `CommonStore`. Collective."""
+    kind = RemoteStore if comm.servers is not None else WindowStore if comm.one_sided else CommonStore
+    return kind(replica, comm, servers, optimizer=optimizer, scaled=scaled)

@@ -1,0 +1,110 @@
+"""A round: gradients that were taken at one version of the shards become one update of them (survey §VI-A).
+
+    ḡ = Σ_p n_p g_p / Σ_p n_p   over the first n to come,   or A(g_1, …, g_n) by a rule of `robust`
+
+Workers that are aside (at an evaluation, or done) are not waited for: a round ends with min(n, all that are left). The
+mean is kept as it is so far, which takes one vector; a rule needs all of them, n vectors. What a rule of `robust` does
+about vectors that are not finite, and about too few, is what `robust.worker` does. A round is decided as a whole: which
+gradients are in time and, by Krum's rule, which of them counts, is the same for all shards, so they lie on one server.
+
+`Round` is the state and the arithmetic. It lies in memory given from outside: common memory under a lock, where whoever
+comes last does the server's work, or a server rank's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from manyhands.consistency.robust.aggregation import Aggregation, is_finite
+from manyhands.contract import Piece
+
+#: What of ``counts`` is what: so many have come, with a vote, with a vector but no vote; workers that are aside; and
+#: the number after that of the last round of each `Outcome` but the first.
+CAME, VOTES, IDLE, ASIDE, FEW, SPOILT = range(6)
+
+
+class Outcome(IntEnum):
+    """What became of a round: it was APPLIED, or nothing was, for want of votes or of finite ones."""
+
+    APPLIED, FEW, SPOILT = range(3)
+
+
+class Round:
+    """The round under way; ``needed`` of ``workers`` are waited for. Whoever calls has the memory to himself."""
+
+    def __init__(
+        self,
+        pieces: Sequence[Piece],
+        needed: int,
+        workers: int,
+        rule: Aggregation,
+        *,
+        allocate: Callable[[int, torch.dtype], Tensor],
+    ) -> None:
+        self._needed, self._workers, self._rule = needed, workers, rule
+        self._averages = rule.name == "mean"
+        rows = 1 if self._averages else needed
+        self.vectors = [allocate(rows * p.flat.numel(), p.flat.dtype).view(rows, -1) for p in pieces]
+        self.weight = allocate(1, torch.float64)
+        self.counts = allocate(6, torch.int64).numpy()
+
+    def take(self, vectors: Sequence[Tensor], weight: float, *, votes: bool) -> None:
+        """A worker comes; ``weight`` 0: with nothing. Without a vote (a sum over no samples) it counts in a mean."""
+        self.counts[CAME] += 1
+        if not weight:
+            return
+        so_far, row = float(self.weight), 0
+        if not self._averages:
+            row = self.counts[VOTES] if votes else self._needed - 1 - self.counts[IDLE]
+        for mine, x in zip(self.vectors, vectors, strict=True):
+            if self._averages and so_far:
+                mine[0].lerp_(x, weight / (so_far + weight))
+            else:
+                mine[row].copy_(x)
+        self.weight += weight
+        self.counts[VOTES if votes else IDLE] += 1
+
+    def aside(self, by: int) -> None:
+        """So many workers more are not waited for."""
+        self.counts[ASIDE] += by
+
+    @property
+    def complete(self) -> bool:
+        """Whether all have come that are waited for."""
+        came = int(self.counts[CAME])
+        return came > 0 and came >= min(self._needed, self._workers - int(self.counts[ASIDE]))
+
+    def end(self, number: int) -> list[Tensor] | None:
+        """What the round comes to, in memory of the round, and None where nothing is to be applied; the next begins."""
+        votes, idle, weight = int(self.counts[VOTES]), int(self.counts[IDLE]), float(self.weight)
+        self.counts[: IDLE + 1] = 0
+        self.weight.zero_()
+        if not weight:
+            return None
+        if self._averages:
+            return [mean[0] for mean in self.vectors]
+        finite = [p for p in range(votes) if is_finite(self.vectors, p)]
+        failed = votes - len(finite)
+        if votes < self._rule.fewest:
+            self.counts[FEW] = number + 1
+            return None
+        if failed > self._rule.bears(votes):
+            self.counts[SPOILT] = number + 1
+            return None
+        parts = [rows[finite] if failed else rows[:votes] for rows in self.vectors]
+        combined = self._rule.without(failed).combine(parts)
+        if idle:  # sums over no samples: each adds only what L2 does, and they are averaged with the others
+            empty = [rows[self._needed - idle :].sum(dim=0) for rows in self.vectors]
+            combined = [(x * votes + other) / (votes + idle) for x, other in zip(combined, empty, strict=True)]
+        return combined
+
+    def outcome(self, number: int) -> Outcome:
+        """Of a round that has ended, as long as none of its kind has come after it."""
+        for outcome, at in ((Outcome.FEW, FEW), (Outcome.SPOILT, SPOILT)):
+            if self.counts[at] == number + 1:
+                return outcome
+        return Outcome.APPLIED
