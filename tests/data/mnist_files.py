@@ -11,11 +11,12 @@ import pytest
 from manyhands.data.idx import IdxFile
 
 _STATED = os.environ.get("MANYHANDS_DATA")
-_PLACES = [Path(_STATED)] if _STATED else []
-_PLACES.append(Path(__file__).parents[2].parent / "shared" / "data")
+#: Folders that may hold the real files.
+PLACES = [Path(_STATED)] if _STATED else []
+PLACES.append(Path(__file__).parents[2].parent / "shared" / "data")
 
 #: A folder that has ``mnist/`` with the real files, or None.
-REAL = next((p for p in _PLACES if (p / "mnist" / "train-images-idx3-ubyte.gz").is_file()), None)
+REAL = next((p for p in PLACES if (p / "mnist" / "train-images-idx3-ubyte.gz").is_file()), None)
 
 needs_mnist = pytest.mark.skipif(
     REAL is None, reason="the MNIST files are neither in $MANYHANDS_DATA nor ../shared/data"

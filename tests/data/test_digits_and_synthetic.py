@@ -70,6 +70,13 @@ def test_synthetic_data_has_the_shape_asked_for_and_equal_classes():
     assert (len(splits.test or ()), splits.inputs, splits.classes) == (12, (3, 5, 4), 6)
 
 
+def test_more_classes_than_samples_need_no_centres_of_their_own():
+    splits = load("synthetic(samples=6, inputs=(1000, 1000), classes=1000000, test=2)")  # 4 TB, had each class one
+    assert isinstance(splits.train, Arrays)
+    assert sorted(splits.train.target.tolist()) == list(range(6))
+    assert splits.classes == 1_000_000
+
+
 def test_synthetic_data_follows_its_seed_alone():
     state = torch.random.get_rng_state()
     one, same, other = (load(f"synthetic(samples=50, seed={s})").train for s in (1, 1, 2))

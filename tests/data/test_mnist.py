@@ -4,7 +4,7 @@ import gzip
 import hashlib
 import io
 import time
-import urllib.error
+import urllib.request
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -18,28 +18,10 @@ from manyhands.data import mnist as module
 from manyhands.data.dataset import Arrays
 from manyhands.data.idx import IdxFile
 from manyhands.errors import BadInput, DamagedFile
+from tests.data.conftest import Unreachable
 from tests.data.mnist_files import REAL, needs_mnist, small, small_mnist, write
 
-
-class Unreachable:
-    """No test reaches the network; this one counts who tries."""
-
-    def __init__(self) -> None:
-        self.asked: list[str] = []
-
-    def __call__(self, url: str, timeout_s: float) -> Any:
-        self.asked.append(url)
-        raise urllib.error.URLError("no network in tests")
-
-
-@pytest.fixture(autouse=True)
-def network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Unreachable:
-    """An empty home, no stated folder, no network."""
-    unreachable = Unreachable()
-    monkeypatch.setattr(download, "_open", unreachable)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.delenv("MANYHANDS_DATA", raising=False)
-    return unreachable
+pytestmark = pytest.mark.usefixtures("network")
 
 
 @pytest.fixture

@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from manyhands.catalogue import Reference
+from manyhands.data import load
 from manyhands.errors import BadInput, UnknownName
 from manyhands.models import build, loss_functions, models
 
 MNIST = {"inputs": (1, 28, 28), "classes": 10}
-#: Models that take samples of any shape; the others say whose samples they take: see `test_sparse_models`.
+#: Models that take samples of any shape; the others say whose samples they take, and have tests of their own.
 DENSE = [name for name in models if not hasattr(models.load(name), "data")]
 
 
@@ -68,7 +69,8 @@ def test_every_model_maps_samples_to_classes(name: str, inputs: tuple[int, ...],
 @pytest.mark.parametrize("name", models)
 def test_every_model_says_where_it_was_published_and_pickles(name: str):
     assert isinstance(models.load(name).paper, Reference)
-    model = build(name, **MNIST) if name in DENSE else build(name, inputs=(70,))
+    splits = None if name in DENSE else load(models.load(name).data)
+    model = build(name, **MNIST if splits is None else {"inputs": splits.inputs, "classes": splits.classes})
     assert parameters(pickle.loads(pickle.dumps(model))) == parameters(model)
 
 

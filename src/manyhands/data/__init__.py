@@ -21,6 +21,8 @@ datasets = Catalogue(
         "digits": "manyhands.data.digits:digits",
         "mnist": "manyhands.data.mnist:mnist",
         "synthetic": "manyhands.data.synthetic:synthetic",
+        "tinyshakespeare": "manyhands.data.tinyshakespeare:tinyshakespeare",
+        "markov": "manyhands.data.markov:markov",
         "sparse_logistic": "manyhands.data.sparse:sparse_logistic",
         "ratings": "manyhands.data.sparse:ratings",
     },

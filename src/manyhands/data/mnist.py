@@ -1,14 +1,13 @@
 """MNIST: 60,000 + 10,000 handwritten digits of 28×28 pixels.
 
-Y. LeCun, C. Cortes, C. J. C. Burges; CC BY-SA 3.0. It is not part of the package: the four files are looked for in the
-folder given (``--data-dir``), in ``$MANYHANDS_DATA`` and in the user's cache ``~/.cache/manyhands``, each itself or its
-folder ``mnist``, and else fetched into the cache. Wherever they come from, their content must have the sums below.
+Y. LeCun, C. Cortes, C. J. C. Burges; CC BY-SA 3.0. It is not part of the package: the four files are looked for where
+`places` says (folder ``mnist``) and else fetched into the cache. Wherever they come from, their content must have the
+sums below.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -22,6 +21,7 @@ from manyhands.data.dataset import Arrays, Splits
 from manyhands.data.download import fetch
 from manyhands.data.idx import IdxFile
 from manyhands.data.limits import limited
+from manyhands.data.places import cache, holding, searched
 from manyhands.errors import BadInput
 
 log = logging.getLogger(__name__)
@@ -81,24 +81,14 @@ def _arrays(images: NDArray[np.uint8], labels: NDArray[np.uint8], normalize: boo
     return Arrays(x, torch.from_numpy(labels.astype(np.int64)))
 
 
-def cache() -> Path:
-    """Where downloads are kept."""
-    return Path.home() / ".cache" / "manyhands"
-
-
 def places(folder: Path | None = None) -> Iterator[Path]:
     """Folders that may hold the files, best first."""
-    stated = os.environ.get("MANYHANDS_DATA")
-    for root in (folder, Path(stated) if stated else None, cache()):
-        if root is not None:
-            yield from (root, root / "mnist")
+    return searched("mnist", folder)
 
 
 def at_hand(folder: Path | None = None) -> Path | None:
     """The first place that has all four files, or None. Their content is not looked at."""
-    if folder is not None and not folder.is_dir():
-        raise BadInput(f"the data folder {folder} does not exist; name one that does (--data-dir FOLDER).")
-    return next((p for p in places(folder) if all(_file(p, f).is_file() for f in FILES)), None)
+    return holding("mnist", folder, lambda place: all(_file(place, f).is_file() for f in FILES))
 
 
 def _file(place: Path, file: IdxFile) -> Path:
@@ -107,7 +97,7 @@ def _file(place: Path, file: IdxFile) -> Path:
 
 
 def _download(folder: Path | None) -> Path:
-    place, reason = cache() / "mnist", ""
+    place, reason = cache("mnist"), ""
     for mirror in MIRRORS:
         try:
             for file in FILES:

@@ -47,7 +47,8 @@ def synthetic(
     if type(noise) not in (int, float) or not 0 <= noise < float("inf"):
         raise BadInput(f"data synthetic: noise={noise!r}; it must be a finite number that is not negative.")
     generator = np.random.default_rng(seed)
-    centres = generator.standard_normal((classes, prod(inputs)), dtype=np.float32)
+    occurring = min(classes, max(samples, test))  # a thousand centres of large images would be most of the memory
+    centres = generator.standard_normal((occurring, prod(inputs)), dtype=np.float32)
     centres *= np.float32(_LENGTH) / np.linalg.norm(centres, axis=1, keepdims=True)
 
     def draw(n: int) -> Arrays:

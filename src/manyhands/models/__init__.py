@@ -1,9 +1,9 @@
 """What is learned with: models, losses, optimizers and learning-rate schedules by name.
 
-The models are those of the survey's source systems, small enough to study parallel training on one machine. Each
-table below goes from a name to ``module:attribute``; a new entry is one file and one line here. A name in a plan is
-text, ``cnn`` or ``perceptron(hidden=100)``; your own is ``my_pkg.module:factory``. Nothing here imports torch until a
-name is built.
+The models are those of the survey's source systems and a transformer, with sizes small enough to study parallel
+training on one machine. Each table below goes from a name to ``module:attribute``; a new entry is one file and one line
+here. A name in a plan is text, ``cnn`` or ``perceptron(hidden=100)``; your own is ``my_pkg.module:factory``. Nothing
+here imports torch until a name is built.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,8 @@ models = Catalogue(
         "factorisation": "manyhands.models.factorisation:factorisation",
         "perceptron": "manyhands.models.perceptron:perceptron",
         "cnn": "manyhands.models.cnn:cnn",
+        "alexnet": "manyhands.models.alexnet:alexnet",
+        "gpt": "manyhands.models.gpt:gpt",
     },
 )
 

@@ -41,6 +41,8 @@ _NOTHING_IGNORED = -(2**62)  # torch's default −100 drops such rows silently a
 class CrossEntropy:
     """−log softmax(outputs)[target], a mean over samples: ``(n, classes, …)`` and labels ``(n, …)`` or probabilities.
 
+    Where a sample has many labels (characters of a text, pixels), it is a mean over them, too.
+
     With ``ignore_index`` rows that carry this label are left out, and the loss returns ``(total, kept)``: shares that
     keep different numbers of rows still join to the mean over all that were kept. Without it no label is special.
     """
