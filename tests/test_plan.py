@@ -256,7 +256,7 @@ PROBLEMS = [
     (Plan(transport="shared"), {"launched": 2, "launcher": "torchrun"}, "transport=shared under torchrun"),
     (Plan(transport="gloo"), {"launched": 2, "launcher": "mpi"}, "transport=gloo under mpi"),
     (Plan(mesh="data=3", workers=4), {}, "mesh(data=3) needs 3 ranks; there are 4"),
-    (Plan(mesh="data=2,tensor=2"), {}, "cuts along tensor"),
+    (Plan(mesh="data=2,expert=2"), {}, "cuts along expert"),
     (Plan(micro_batches=0), {}, "micro_batches=0"),
     (Plan(micro_batches=1.5), {}, "micro_batches=1.5"),
     (Plan(threads=-1), {}, "threads=-1"),
@@ -302,7 +302,7 @@ def test_all_problems_are_listed_at_once():
     plan = Plan(
         strategy="slice_update",
         workers=3,
-        mesh="data=2,tensor=2",
+        mesh="data=2,expert=2",
         micro_batches=0,
         threads=-1,
         timeout_s=-1,
@@ -320,7 +320,7 @@ def test_all_problems_are_listed_at_once():
     facts = {"elementwise": False, "optimizer_problem": ALSO}
     found = problems(plan, facts)
     wanted = (
-        "slice_update with an opt|mesh(data=2, tensor=2) cuts|needs 4 ranks|micro_batches|"
+        "slice_update with an opt|mesh(data=2, expert=2) cuts|needs 4 ranks|micro_batches|"
         "threads=|timeout_s|buffers|precision|allocator|compress|tensor=|pipeline|recompute|shard|simulated|cuda|opt"
     )
     for asked in wanted.split("|"):

@@ -20,6 +20,8 @@ from manyhands.contract import Setting, Strategy
 from manyhands.errors import BadInput, InvalidPlan, Problem, UnknownName
 from manyhands.grammar import parse_call
 from manyhands.partition import partitions
+from manyhands.partition.pipeline.description import MICRO_BATCHES
+from manyhands.partition.pipeline.description import parse as parse_pipeline
 
 BUFFER_POLICIES = ("average", "rank0", "local")
 PRECISIONS = ("float32", "bfloat16")
@@ -27,6 +29,10 @@ DEVICES = ("auto", "cpu", "cuda")
 ALLOCATORS = ("tuned", "plain")
 #: The transports whose class says ``shares_memory``; asking the classes would load torch.
 SHARE_MEMORY = ("single", "threads", "shared", "simulated")
+#: Those whose class says ``one_sided``.
+ONE_SIDED = ("mpi",)
+#: Where a parameter server is memory and takes no rank; see `Setting.servers_in_memory`.
+SERVERS_IN_MEMORY = (*SHARE_MEMORY, *ONE_SIDED)
 
 
 def strategy_from(value: str | Strategy) -> Strategy:
@@ -64,9 +70,12 @@ class Plan:
 
     ``workers=None``: as many as the launcher started, else one per core; never counted are the ranks that some
     strategies want beside them as servers where no memory is shared. ``micro_batches`` cuts each worker's share
-    into passes whose gradients add up (gradient accumulation, bunch mode). ``shard=1`` shares optimizer state over
-    workers (ZeRO stage 1). ``threads`` are per worker, 0 = cores / workers. ``allocator='plain'`` leaves glibc's malloc
-    as it is. Parts that are not built yet (compress, tensor, pipeline, recompute) are refused when the plan is made.
+    into passes whose gradients add up (gradient accumulation, bunch mode); by default one, in a pipeline four a stage.
+    ``shard=1`` shares optimizer state over workers (ZeRO stage 1). ``threads`` are per worker, 0 = cores / workers.
+    ``allocator='plain'`` leaves glibc's malloc as it is. ``tensor`` says which modules are cut along the mesh's tensor
+    axis (see `partition.tensor.rules`; default auto), ``pipeline`` the schedule of its pipeline axis and where stages
+    begin (`partition.pipeline.description`), and ``recompute`` that a stage computes activations anew before a
+    backward. ``compress`` is not built yet and refused.
 
         Plan(strategy="synchronous", workers=2)
     """
@@ -77,7 +86,7 @@ class Plan:
     tensor: str | None = None
     pipeline: str | None = None
     shard: int | None = None
-    micro_batches: int = 1
+    micro_batches: int | None = None
     recompute: bool = False
     buffers: str = "average"
     precision: str = "float32"
@@ -158,17 +167,20 @@ def resolve(plan: Plan, facts: Facts) -> Resolved:
     _not_built(plan, found)
     if facts.optimizer_problem is not None:
         found.append(facts.optimizer_problem)
+    replicas = mesh["data"]
     setting = Setting(
-        workers=workers,
+        workers=replicas,
         transport=transport,
         shares_memory=transport in SHARE_MEMORY,
         elementwise=facts.elementwise,
         stateless=facts.stateless,
         clip=facts.clip,
         served=facts.served,
+        one_sided=transport in ONE_SIDED,
     )
     strategy = _sharded(plan, found)
     found.extend(strategy.problems(setting))
+    _cuts(plan, mesh, facts, strategy, found)
     if len(found) == len(unknown) == 1:
         raise unknown[0]
     if found:
@@ -178,14 +190,15 @@ def resolve(plan: Plan, facts: Facts) -> Resolved:
         notes.append(
             "the optimizer looks at whole tensors, so every worker updates all parameters (no sharing of its state)"
         )
-    if facts.batch_size < workers and not strategy.whole_batch:
+    of_whom = "workers" if replicas == workers else "replicas of the model"
+    if facts.batch_size < replicas and not strategy.whole_batch:
         notes.append(
-            f"a batch of {facts.batch_size} over {workers} workers leaves {workers - facts.batch_size} of them idle "
-            "in every step"
+            f"a batch of {facts.batch_size} over {replicas} {of_whom} leaves {replicas - facts.batch_size} of them "
+            "idle in every step"
         )
-    elif facts.batch_size % workers and not strategy.whole_batch:
+    elif facts.batch_size % replicas and not strategy.whole_batch:
         notes.append(
-            f"a batch of {facts.batch_size} does not divide by {workers} workers: shares differ by one sample and "
+            f"a batch of {facts.batch_size} does not divide by {replicas} {of_whom}: shares differ by one sample and "
             "are weighted"
         )
     threads = plan.threads or max(1, facts.cores // workers)
@@ -197,7 +210,14 @@ def resolve(plan: Plan, facts: Facts) -> Resolved:
             "draw no random numbers (no dropout), and Python's share of a step is not parallel"
         )
     made = dataclasses.replace(
-        plan, strategy=decided, mesh=mesh, workers=workers, threads=threads, transport=transport, device=device
+        plan,
+        strategy=decided,
+        mesh=mesh,
+        workers=workers,
+        threads=threads,
+        transport=transport,
+        device=device,
+        micro_batches=micro_batches(plan, mesh),
     )
     return Resolved(made, setting, tuple(notes))
 
@@ -235,7 +255,7 @@ def _workers(plan: Plan, facts: Facts, found: list[Problem]) -> int:
 def _launched_workers(plan: Plan, launched: int, launcher: str, found: list[Problem]) -> int:
     """The ranks that a launcher has started, without those that serve."""
     assert isinstance(plan.strategy, Strategy)
-    servers = plan.strategy.server_ranks(shares_memory=False) if launched > 1 else 0
+    servers = plan.strategy.server_ranks(in_memory=launcher == "mpi") if launched > 1 else 0
     rule = "under a launcher every rank is one worker."
     if servers:
         rule = f"under a launcher every rank is one worker, but for the last {servers}, which serve."
@@ -262,7 +282,7 @@ def _launched_workers(plan: Plan, launched: int, launcher: str, found: list[Prob
 def server_ranks(plan: Plan) -> int:
     """How many ranks a plan that is decided has beyond its workers."""
     assert isinstance(plan.strategy, Strategy)
-    return plan.strategy.server_ranks(shares_memory=plan.transport in SHARE_MEMORY)
+    return plan.strategy.server_ranks(in_memory=plan.transport in SERVERS_IN_MEMORY)
 
 
 def _unknown_names(plan: Plan, found: list[Problem]) -> list[UnknownName]:
@@ -391,6 +411,8 @@ def _launched_transport(asked: str, facts: Facts, device: str, found: list[Probl
 
 def _mesh(plan: Plan, workers: int, found: list[Problem]) -> Mesh:
     mesh = plan.mesh if isinstance(plan.mesh, Mesh) else Mesh(data=workers)
+    if "data" not in mesh and workers % mesh.size == 0:  # what is not said are replicas
+        mesh = Mesh([("data", workers // mesh.size), *mesh.axes])
     unknown = [a for a in mesh if a not in partitions and mesh[a] > 1]
     if unknown:
         found.append(
@@ -414,7 +436,7 @@ def _mesh(plan: Plan, workers: int, found: list[Problem]) -> Mesh:
 def _numbers(plan: Plan, found: list[Problem]) -> None:
     for name, at_least in (("micro_batches", 1), ("threads", 0)):
         value = getattr(plan, name)
-        if not is_whole(value, at_least):
+        if value is not None and not is_whole(value, at_least):
             found.append(
                 Problem(
                     f"{name}={value!r}", f"{name} is a whole number from {at_least}.", f"E.g. {name}={at_least + 1}."
@@ -434,8 +456,57 @@ def _numbers(plan: Plan, found: list[Problem]) -> None:
             )
 
 
+def micro_batches(plan: Plan, mesh: Mesh) -> int:
+    """As the plan says, else one, or enough to fill a pipeline."""
+    if plan.micro_batches is not None:
+        return plan.micro_batches
+    return MICRO_BATCHES * mesh["pipeline"] if mesh["pipeline"] > 1 else 1
+
+
+def _cuts(plan: Plan, mesh: Mesh, facts: Facts, strategy: Strategy, found: list[Problem]) -> None:
+    """What does not go with a model that is cut."""
+    cut = {axis: mesh[axis] for axis in mesh if axis != "data" and mesh[axis] > 1}
+    if plan.tensor is not None and "tensor" not in cut:
+        found.append(
+            Problem(
+                f"tensor={plan.tensor!r} on {mesh}",
+                "what is cut is divided among the ranks of the mesh's tensor axis.",
+                "Say so, e.g. mesh=tensor=2 (--mesh tensor=2), or leave tensor out.",
+            )
+        )
+    for name, value in (("pipeline", plan.pipeline), ("recompute", plan.recompute)):
+        if value and "pipeline" not in cut:
+            found.append(
+                Problem(
+                    f"{name}={value!r} on {mesh}",
+                    "stages lie on the ranks of the mesh's pipeline axis.",
+                    f"Say so, e.g. mesh=pipeline=2 (--mesh pipeline=2), or leave {name} out.",
+                )
+            )
+    if not cut:
+        return
+    if "pipeline" in cut:
+        parse_pipeline(plan.pipeline).made(mesh["pipeline"], micro_batches(plan, mesh))
+    if not strategy.bears_cuts:
+        found.append(
+            Problem(
+                f"{strategy} on {mesh}",
+                f"{strategy.name} wants the whole model on every worker.",
+                "Use synchronous, local, diloco, elastic or gossip; or mesh data alone.",
+            )
+        )
+    if not facts.elementwise:
+        found.append(
+            Problem(
+                f"{mesh} with an optimizer that looks at whole tensors",
+                "of a model that is cut a worker updates parts of tensors.",
+                "Use an optimizer such as sgd, adam, adamw, adagrad or rmsprop.",
+            )
+        )
+
+
 def _not_built(plan: Plan, found: list[Problem]) -> None:
-    for name in ("compress", "tensor", "pipeline", "recompute"):
+    for name in ("compress",):
         value = getattr(plan, name)
         if value:
             found.append(Problem(f"{name}={value!r}", f"{name} is not part of this release.", f"Leave {name} out."))

@@ -19,6 +19,7 @@ import torch
 from manyhands.checks import is_whole
 from manyhands.communication import futex
 from manyhands.communication.communicator import Communicator
+from manyhands.communication.topology import Mesh
 from manyhands.contract import Measurement, Spread, StepParts, Strategy
 from manyhands.errors import BadInput, FactoryFailed, ManyhandsError, WorkerFailed
 from manyhands.models import losses, optimizers, schedules
@@ -154,6 +155,7 @@ def train(
     decided = resolved(task, plan or Plan())
     places = None if data_dir is None else Path(data_dir)
     model, data = _built(task, places)
+    decided = _rehearsed(decided, model, task, places)
     started = environment.launched()
     joins = started is not None and started.size > 1
     folder = None if out is None else Path(out)
@@ -203,6 +205,38 @@ def _built(task: Task, data_dir: Path | None) -> tuple[torch.nn.Module, list[Any
         return model, signature(splits)
     finally:
         torch.set_rng_state(generator)
+
+
+def _rehearsed(decided: Resolved, model: torch.nn.Module, task: Task, data_dir: Path | None) -> Resolved:
+    """Refuse a cut that does not fit the model, before anything is started; with a note of what is cut and how."""
+    from manyhands import data
+    from manyhands.partition.pipeline import cut as stages
+    from manyhands.partition.pipeline import description as pipeline
+    from manyhands.partition.tensor.rehearsal import rehearsed
+
+    plan = decided.plan
+    assert isinstance(plan.mesh, Mesh)
+    assert plan.micro_batches is not None
+    tensor, ranks, notes = plan.mesh["tensor"], plan.mesh["pipeline"], list(decided.notes)
+    train = data.load(task.data, folder=data_dir).train
+    if tensor > 1:
+        sample, _ = train.rows(torch.tensor([0]))
+        notes.append(f"cut among {tensor} workers: {rehearsed(model, plan.tensor, tensor, sample)}")
+    if ranks > 1:
+        said = pipeline.parse(plan.pipeline)
+        schedule = said.made(ranks, plan.micro_batches)
+        if said.cut is None:
+            rows = min(len(train), -(-task.batch_size // (plan.mesh["data"] * plan.micro_batches)))
+            said = said.at(stages.cut_points(model, schedule.stages, train.rows(torch.arange(rows))[0]))
+        into = stages.cut(model, said.cut or ())
+        if len(into.stages) != schedule.stages:
+            raise BadInput(
+                f"pipeline={said}: {schedule.stages} stages on {ranks} ranks want {schedule.stages - 1} modules to cut "
+                f"before, and {len(into.stages) - 1} are named."
+            )
+        notes.append(f"cut into {len(into.stages)} stages: {'; '.join(str(into).splitlines())}")
+        plan = dataclasses.replace(plan, pipeline=str(said))
+    return dataclasses.replace(decided, plan=plan, notes=tuple(notes))
 
 
 def _take_folder(out: Path, resume: bool) -> None:
@@ -264,9 +298,12 @@ def _launched_here(task: Task, plan: Plan, options: dict[str, Any]) -> dict[str,
             live=None if tables else (task, plan),
         ) as crew,
     ):
-        bears_loss = isinstance(plan.strategy, Strategy) and plan.strategy.survives
+        # Worker 0 keeps the folder. Where the model is cut, a worker may be the only one that holds its pieces.
+        whole = isinstance(plan.mesh, Mesh) and plan.mesh["data"] == plan.workers
+        survives = isinstance(plan.strategy, Strategy) and plan.strategy.survives and whole
+        may_lose = range(1, plan.workers) if survives else ()
         try:
-            outcome: dict[str, Any] = crew.run(JOB, options, tables, bears_loss=bears_loss)[0]
+            outcome: dict[str, Any] = crew.run(JOB, options, tables, may_lose=may_lose)[0]
         except WorkerFailed as e:
             if e.rank >= plan.workers:
                 e.args = (f"server {e.rank - plan.workers} (rank {e.rank}) failed: {e.reason}",)

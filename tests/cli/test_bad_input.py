@@ -71,7 +71,7 @@ SAID = {
     (*SMALL, "--shard", "2"): "shard=2",
     (*SMALL, "--compress", "strom(threshold=1e-3)"): "not part of this release",
     (*SMALL, "--mesh", "data=3", "--workers", "2"): "mesh(data=3) needs 3 ranks; there are 2",
-    (*SMALL, "--mesh", "data=1,tensor=2", "--workers", "2"): "the axes that exist are data",
+    (*SMALL, "--mesh", "data=1,expert=2", "--workers", "2"): "the axes that exist are data",
     (*SMALL, "--mesh", "data:2"): "the form is axis=extent",
     (*SMALL, "--workers", "0"): "workers=0",
     (*SMALL, "--workers", "-2"): "workers=-2",

@@ -139,8 +139,19 @@ def _train(parser: Parser) -> None:
     plan.add_argument("--strategy", metavar="STRATEGY", help="how workers agree (default: synchronous)")
     plan.add_argument("--workers", type=_whole, metavar="N", help="(default: what the launcher started, or cores)")
     plan.add_argument("--mesh", metavar="AXES", help="named axes over the workers (default: data=WORKERS)")
+    plan.add_argument(
+        "--tensor", metavar="RULES", help="what is cut along it, e.g. 'up=column, down=row' (default: auto)"
+    )
+    plan.add_argument(
+        "--pipeline", metavar="SCHEDULE", help="and stages, e.g. \"gpipe(cut='b2')\" (default: one_f_one_b)"
+    )
+    plan.add_argument(
+        "--recompute", action="store_true", help="of a pipeline: activations anew before a backward (default: False)"
+    )
     plan.add_argument("--compress", metavar="COMPRESSOR", help="not part of this release")
-    plan.add_argument("--micro-batches", type=_whole, metavar="N", help="passes of a step, accumulated (default: 1)")
+    plan.add_argument(
+        "--micro-batches", type=_whole, metavar="N", help="passes of a step (default: 1, of a pipeline 4 a stage)"
+    )
     plan.add_argument("--buffers", metavar="POLICY", help="average, rank0 or local: BatchNorm's (default: average)")
     plan.add_argument("--precision", metavar="P", help="float32 or bfloat16 autocast (default: float32)")
     plan.add_argument("--shard", type=_whole, metavar="STAGE", help="1: share optimizer state (default: as it pays)")

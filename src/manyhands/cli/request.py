@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 RUN = ("evaluate", "checkpoint", "keep")
 #: Of a file that describes a run: what a launcher decides anew.
 LAUNCHERS = ("workers", "mesh", "transport", "threads")
+#: How a model was cut on the mesh of then; micro-batches too, where they were those of a pipeline.
+CUTS = ("tensor", "pipeline", "recompute")
 #: What is said here puts aside what a file said of the same thing: the length of a run, and the number of workers.
 OUSTS = (("steps", "epochs"), ("epochs", "steps"), ("workers", "mesh"))
 
@@ -60,13 +62,20 @@ def _base(given: dict[str, Any]) -> tuple[Path, dict[str, Any], dict[str, Any], 
     own = given["out"] / "plan.toml" if given.get("resume") and "out" in given else None
     if file is None and own is not None and own.is_file():
         task, plan, run = read(own)
-        if environment.launched() is not None:
-            plan = {k: v for k, v in plan.items() if k not in LAUNCHERS}
-        elif given.get("workers", plan.get("workers")) != plan.get("workers"):
-            # That file says what was decided for its number of workers; for another one it is decided anew.
-            plan = {k: v for k, v in plan.items() if k not in ("transport", "threads")}
+        other = any(given.get(name, plan.get(name)) != plan.get(name) for name in ("workers", "mesh"))
+        if other or environment.launched() is not None:
+            # That file says what was decided for its workers; for others it is decided anew.
+            plan = _without(plan, *LAUNCHERS, *_of_the_mesh(plan))
         return own, task, plan, run
     return (file, *read(file)) if file is not None else (Path("the command line"), {}, {}, {})
+
+
+def _of_the_mesh(plan: dict[str, Any]) -> tuple[str, ...]:
+    return (*CUTS, "micro_batches") if "pipeline" in plan else CUTS
+
+
+def _without(plan: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {key: value for key, value in plan.items() if key not in names}
 
 
 def read(file: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:

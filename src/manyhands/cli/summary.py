@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from manyhands.communication.topology import Mesh
 from manyhands.contract import Measurement
 from manyhands.studies.table import in_bytes as size
 from manyhands.task import Task, described
@@ -13,8 +14,14 @@ def lines(task: Task, result: Result) -> list[str]:
     said = result.summary
     assert said is not None
     parts, step = said.step_parts_s, said.step_s
-    share = "" if said.workers == 1 else f" = {_shares(said.global_batch, said.workers)} over {said.workers} workers"
+    mesh = result.plan.mesh
+    assert isinstance(mesh, Mesh)
+    cut = mesh["data"] != said.workers
+    whom = "replicas of the model" if cut else "workers"
+    share = "" if mesh["data"] == 1 else f" = {_shares(said.global_batch, mesh['data'])} over {mesh['data']} {whom}"
     workers = "1 worker" if said.workers == 1 else f"{said.workers} workers"
+    if cut:
+        workers += f" as {mesh}"
     rows = [
         ("test accuracy", f"{said.test_accuracy:.2%}" if said.test_accuracy is not None else "not measured"),
         ("training loss", f"{said.train_loss:.4g}" if said.train_loss is not None else "not measured"),

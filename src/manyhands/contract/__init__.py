@@ -5,6 +5,7 @@ and makes a `Worker` (when replicas agree). They never see each other.
 """
 
 from manyhands.catalogue import Reference
+from manyhands.contract.block import Block
 from manyhands.contract.carrying import carried, put_down
 from manyhands.contract.measurement import Measurement, Spread, StepParts
 from manyhands.contract.replica import Batch, Piece, Ready, Replica, StateSlice
@@ -12,6 +13,7 @@ from manyhands.contract.strategy import Parameters, Setting, Strategy, Traffic, 
 
 __all__ = [
     "Batch",
+    "Block",
     "Measurement",
     "Parameters",
     "Piece",

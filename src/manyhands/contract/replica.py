@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from manyhands.communication.communicator import Communicator
+from manyhands.contract.block import Block
 
 #: ``ready(i, lo, hi, loss, count)``; see `Replica.gradients`.
 Ready = Callable[[int, int, int, Tensor, float], None]
@@ -69,6 +70,8 @@ class Replica(Protocol):
     """A worker's model and optimizer, whole or cut. Made by ``partition``; all compute goes through it."""
 
     pieces: list[Piece]
+    #: Of the model's tensors, by name, the part that is here, for those of which it is only a part.
+    blocks: dict[str, Block]
     #: The user's; its hyper-parameters are as the schedule has them now.
     optimizer: torch.optim.Optimizer
     #: Whether there may be parameters that no worker's backward has reached so far; see `reached`.

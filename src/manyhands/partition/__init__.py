@@ -9,5 +9,7 @@ partitions = Catalogue(
     "partition",
     {
         "data": "manyhands.partition.data:DataReplica",
+        "tensor": "manyhands.partition.tensor.cut:cut",
+        "pipeline": "manyhands.partition.pipeline.replica:PipelineReplica",
     },
 )

@@ -1,8 +1,8 @@
-"""The whole model on every worker (survey §V-A, data or pattern parallelism): nothing is cut.
+"""A worker's model, the whole one (survey §V-A, data or pattern parallelism) or one with cut layers (§V-B).
 
-Parameters of one group and dtype are laid end to end in one flat vector, and so are their gradients; the model's
-parameters become views, so backward writes each gradient where the exchange needs it. Views keep the strides of the
-parameters: a convolution in channels-last memory stays so.
+Parameters of one group and dtype that the same workers hold are laid end to end in one flat vector, and so are their
+gradients; the model's parameters become views, so backward writes each gradient where the exchange needs it. Views keep
+the strides of the parameters: a convolution in channels-last memory stays so.
 
 Cost beyond the model: nothing; parameters in common memory exist once for all workers.
 
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from manyhands.communication.communicator import Communicator
-from manyhands.contract import Batch, Piece, Ready, StateSlice, carried, put_down
+from manyhands.contract import Batch, Block, Piece, Ready, StateSlice, carried, put_down
 from manyhands.errors import BadInput
 from manyhands.partition.backward import backward
 from manyhands.partition.buckets import Announcer
@@ -46,6 +46,9 @@ class DataReplica:
     mesh's data axis), by which a sum over samples is scaled. ``sparse``: tables with sparse gradients become pieces of
     their own, where the optimizer allows it (see `rows`).
 
+    ``blocks``: of the model's tensors those that are cut along the tensor axis, see `tensor`; layers that exchange in
+    their own forward and backward need nothing else here. Along the axes ``divided`` ranks have no parameter in common.
+
     Trainable parameters that the optimizer does not have stay as they are, and their gradients are dropped. A buffer
     whose elements share memory (``expand``) becomes a copy of its own, since nobody can write to it.
     """
@@ -63,8 +66,14 @@ class DataReplica:
         precision: str = "float32",
         shares: int | None = None,
         sparse: bool = False,
+        blocks: Mapping[str, Block] | None = None,
+        divided: frozenset[str] = frozenset(),
     ) -> None:
         self.model, self.optimizer, self.loss = model, optimizer, loss
+        self.blocks = dict(blocks or {})
+        #: What answers for the whole model, where all ranks of a replica call it with the same.
+        self.answering: nn.Module = model
+        self._divided = divided
         self.clip = clip
         self.compute_s = self.update_s = 0.0
         self.count = 0.0
@@ -110,20 +119,22 @@ class DataReplica:
 
     def _lay_out(self, common: bool, sparse: Mapping[int, nn.Module]) -> None:
         names = {id(p): name for name, p in self.model.named_parameters()}
-        chunks: dict[tuple[int, torch.dtype, torch.device, int], list[torch.nn.Parameter]] = {}
+        chunks: dict[tuple[int, torch.dtype, torch.device, frozenset[str], int], list[torch.nn.Parameter]] = {}
         for g, group in enumerate(self.optimizer.param_groups):
             by_rows = updates_rows_alone(self.optimizer, g)
             for p in group["params"]:
                 if p.requires_grad:
                     table = id(p) if by_rows and id(p) in sparse else 0
-                    chunks.setdefault((g, p.dtype, p.device, table), []).append(p)
-        for (g, dtype, device, table), parameters in chunks.items():
+                    axes = self._axes(names.get(id(p), ""))
+                    chunks.setdefault((g, p.dtype, p.device, axes, table), []).append(p)
+        for (g, dtype, device, axes, table), parameters in chunks.items():
             numel = sum(p.numel() for p in parameters)
-            flat = self._allocate(numel, dtype, device, common=common)
-            grad = flat.new_empty(0) if table else self._allocate(numel, dtype, device, common=False)
+            holders = self._comm.over(axes)
+            flat = self._allocate(holders, numel, dtype, device, common=common)
+            grad = flat.new_empty(0) if table else self._allocate(holders, numel, dtype, device, common=False)
             spans: list[Span] = []
             at = 0
-            writes = self._comm.rank == 0 or not self._comm.is_common(flat)
+            writes = holders.rank == 0 or not holders.is_common(flat)
             for p in parameters:
                 shape, strides = p.shape, strides_of(p)
                 view = flat[at : at + p.numel()].as_strided(shape, strides, at + flat.storage_offset())
@@ -134,11 +145,11 @@ class DataReplica:
                     p.grad = grad[at : at + p.numel()].as_strided(shape, strides, at + grad.storage_offset())
                 spans.append(Span(names.get(id(p), f"group{g}.{len(spans)}"), p, at, at + p.numel()))
                 at += p.numel()
-            self._comm.broadcast(flat).wait()
+            holders.broadcast(flat).wait()
             self._index[id(flat)] = len(self.pieces)
             self._unsettled.add(len(self.pieces))
             name, bounds = f"group{g}.{str(dtype)[6:]}", [(s.start, s.stop) for s in spans]
-            piece = Piece(flat, grad, frozenset({"data"}), name=name, group=g, spans=bounds)
+            piece = Piece(flat, grad, axes, name=name, group=g, spans=bounds)
             if table:
                 piece.width = parameters[0].shape[1]
                 self._tables[len(self.pieces)] = sparse[table]
@@ -147,9 +158,16 @@ class DataReplica:
             self._spans.append(spans)
             self._groups.append(g)
 
-    def _allocate(self, numel: int, dtype: torch.dtype, device: torch.device, *, common: bool) -> Tensor:
+    def _axes(self, name: str) -> frozenset[str]:
+        """Along which axes of the mesh the workers hold the same of a tensor."""
+        cut = self._divided | ({"tensor"} if name in self.blocks else set())
+        return frozenset(a for a in self._comm.mesh if a not in cut)
+
+    def _allocate(
+        self, holders: Communicator, numel: int, dtype: torch.dtype, device: torch.device, *, common: bool
+    ) -> Tensor:
         """Memory that collectives work on, where the model is."""
-        memory = self._comm.allocate(numel, dtype, common=common)
+        memory = holders.allocate(numel, dtype, common=common)
         if memory.device == device:
             return memory
         if self._comm.size > 1 and self._comm.transport != "gloo":  # which carries it through the host's memory
@@ -171,7 +189,7 @@ class DataReplica:
             return
         for name, tensor in itertools.chain(others, self.model.named_buffers()):
             shared = carried(tensor, f"{type(self.model).__name__}'s {name}")
-            self._comm.broadcast(shared).wait()
+            self._comm.over(self._axes(name)).broadcast(shared).wait()
             tensor.data.copy_(put_down(shared, tensor))
 
     # -- gradients -------------------------------------------------------------------------------------------------
@@ -420,6 +438,8 @@ class DataReplica:
         for piece, spans, (lo, hi) in zip(self.pieces, self._spans, bounds, strict=True):
             for s in spans:
                 start, stop = s.within(lo, hi)
+                if s.name in self.blocks:  # copies of elements count where those are
+                    stop = min(stop, s.start + self.blocks[s.name].own)
                 # torch leaves out what has no gradient; one zero more would round the sum of squares otherwise.
                 if start < stop and not s.unused:
                     whole = s.parameter.grad if (start, stop) == (s.start, s.stop) else None

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from manyhands import verbs
 from manyhands.checks import is_whole
 from manyhands.communication.communicator import Communicator
+from manyhands.communication.topology import shares
 from manyhands.communication.transports import transports as known_transports
 from manyhands.consistency import strategies as known_strategies
 from manyhands.consistency.parameter_server.server import serving
@@ -34,11 +35,10 @@ from manyhands.errors import BadInput, ManyhandsError, UnknownName
 from manyhands.models import optimizers
 from manyhands.models.update_rules import served
 from manyhands.partition.data import DataReplica
-from manyhands.plan import SHARE_MEMORY, Plan, strategy_from
+from manyhands.plan import SERVERS_IN_MEMORY, SHARE_MEMORY, Plan, strategy_from
 from manyhands.task import Task
 from manyhands.training import environment
 from manyhands.training.member import Member
-from manyhands.training.sampler import shares
 from manyhands.training.team import team
 
 STEPS, BATCH = 6, 13
@@ -159,7 +159,7 @@ def variants(names: Iterable[str] = known_strategies) -> Iterator[Strategy]:
 
 def _on(transport: str, workers: int, texts: Sequence[str], optimizer: str) -> list[Row]:
     try:
-        apart = [strategy_from(t).server_ranks(shares_memory=transport in SHARE_MEMORY) for t in texts]
+        apart = [strategy_from(t).server_ranks(in_memory=transport in SERVERS_IN_MEMORY) for t in texts]
         servers = max(apart, default=0)
         with team(transport, workers + servers, threads=1, timeout_s=DEADLINE_S / 2, allocator="plain") as crew:
             found = crew.run(f"{__name__}:job", list(texts), optimizer, servers, deadline_s=DEADLINE_S)[0]
@@ -202,9 +202,10 @@ def check(comm: Communicator, strategy: Strategy, optimizer: str) -> Row:
         elementwise=optimizers.is_elementwise(trial),
         stateless=optimizers.is_stateless(trial),
         served=served(trial),
+        one_sided=comm.one_sided,
     )
     row = Row(str(strategy), comm.transport, comm.size)
-    apart = strategy.server_ranks(shares_memory=setting.shares_memory)
+    apart = strategy.server_ranks(in_memory=setting.servers_in_memory)
     if strategy.problems(setting) or (apart and comm.servers is None):  # `train` refuses it, too, and says why
         return dataclasses.replace(row, promise="refused here")
     decided = strategy.resolve(setting)

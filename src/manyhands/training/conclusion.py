@@ -18,7 +18,8 @@ from manyhands.training import memory
 from manyhands.training.evaluation import evaluate
 from manyhands.training.member import Member
 from manyhands.training.metrics import MetricsLog, read_summary
-from manyhands.training.run import Run, device_of
+from manyhands.training.run import Run, device_of, replicas
+from manyhands.training.whole_model import together
 
 
 def record(run: Run, epoch: int, metrics: MetricsLog, *, cut_short: bool = False) -> None:
@@ -37,9 +38,11 @@ def record(run: Run, epoch: int, metrics: MetricsLog, *, cut_short: bool = False
     accuracy = test_loss = None
     if run.splits.test is not None and run.options.evaluate not in ("end", "never"):
         parameters = run.worker.consensus()
-        agreed = buffer_policy.agree(run.replica.buffers, comm, run.plan.buffers)  # type: ignore[arg-type]
-        with run.replica.using(parameters, agreed) as model:
-            accuracy, test_loss = evaluate(model, run.loss, run.splits.test, comm, device=device_of(run.plan, comm))
+        group = replicas(comm)
+        agreed = buffer_policy.agree(run.replica.buffers, group, run.plan.buffers)  # type: ignore[arg-type]
+        with run.replica.using(parameters, agreed):
+            model = run.replica.answering
+            accuracy, test_loss = evaluate(model, run.loss, run.splits.test, group, device=device_of(run.plan, comm))
     found = {
         "epoch": epoch,
         "step": cursor.step,
@@ -58,14 +61,16 @@ def conclude(run: Run, measured: dict[str, Any], metrics: MetricsLog, member: Me
     """Adopt what the workers agree on, and say what came of the run: rank 0 returns it, the others nothing."""
     comm = run.comm
     run.worker.finish()
-    agreed = buffer_policy.agree(run.replica.buffers, comm, run.plan.buffers)  # type: ignore[arg-type]
+    agreed = buffer_policy.agree(run.replica.buffers, replicas(comm), run.plan.buffers)  # type: ignore[arg-type]
     if run.plan.buffers != "local":
         for mine, value in zip(run.replica.buffers, agreed, strict=True):
             mine.copy_(value)
     accuracy = run.history[-1]["test_accuracy"] if run.history else None
     if run.options.evaluate == "end" and run.splits.test is not None:
-        accuracy, _ = evaluate(run.model, run.loss, run.splits.test, comm, device=device_of(run.plan, comm))
+        model, test = run.replica.answering, run.splits.test
+        accuracy, _ = evaluate(model, run.loss, test, replicas(comm), device=device_of(run.plan, comm))
     measured |= _of_all_workers(run, measured["step_parts_s"].wait)
+    values = together(run.model.state_dict(), run.replica.blocks, run.whole, comm)
     if comm.rank != 0:
         return {}
     summary = _kept_summary(run)
@@ -75,7 +80,7 @@ def conclude(run: Run, measured: dict[str, Any], metrics: MetricsLog, member: Me
     return {
         "summary": summary,
         "history": run.history,
-        "model": {k: v.detach().cpu() for k, v in run.model.state_dict().items()},
+        "model": values,
         "allocator": member.allocator,
         "source": run.splits.source,
         "unsaved": run.unsaved,
@@ -92,7 +97,7 @@ def summarized(run: Run, measured: dict[str, Any], accuracy: float | None) -> di
         workers=run.comm.size,
         transport=run.comm.transport,
         device=run.plan.device,
-        parameters=sum(p.numel() for p in run.model.parameters()),
+        parameters=run.parameters,
         global_batch=task.batch_size,
         steps=cursor.step,
         epochs=cursor.epoch + cursor.position / run.sampler.n,

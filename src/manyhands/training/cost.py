@@ -34,7 +34,7 @@ class Cost:
     @classmethod
     def begun(cls, run: Run) -> Cost:
         """Now."""
-        sent_B = run.comm.counters.sent_B("step")
+        sent_B = _sent_B(run)
         return cls(run.cursor.step, time.perf_counter(), run.trained_s, sent_B, _spent(run))
 
     def took(self, run: Run, step_s: float) -> None:
@@ -56,7 +56,7 @@ class Cost:
         """The figures of the summary that are about cost."""
         steps = run.cursor.step - self.first_step
         trained_s = run.trained_s - self.trained_before_s
-        sent_B = run.comm.counters.sent_B("step") - self.sent_before_B
+        sent_B = _sent_B(run) - self.sent_before_B
         return {
             "samples_per_s": self.seen / trained_s if steps else 0.0,
             "step_s": Spread.of(self.times[self.parts_from :] or self.times),
@@ -65,6 +65,11 @@ class Cost:
             "moved_B_per_step": self.moved_B / steps if steps and run.comm.counts_moved else None,
             "wall_s": wall_s,
         }
+
+
+def _sent_B(run: Run) -> int:
+    """Payload of the strategy, and of the cut where there is one."""
+    return sum(run.comm.counters.sent_B(purpose) for purpose in ("step", "cut"))
 
 
 def _spent(run: Run) -> tuple[float, float, float, float]:

@@ -17,9 +17,10 @@ from manyhands.training.gather import first_decides
 from manyhands.training.metrics import MetricsLog
 from manyhands.training.model_difference import check_same_model
 from manyhands.training.origin import check_same_run, origin
-from manyhands.training.run import Run, device_of
+from manyhands.training.run import Run, device_of, replicas
 from manyhands.training.sampler import Cursor
 from manyhands.training.whole_file import replacing
+from manyhands.training.whole_model import part, together
 
 log = logging.getLogger(__name__)
 
@@ -52,15 +53,16 @@ def resume(run: Run) -> None:
         found = checkpoint.load_same(folder / name, manifest)
     if "origin" not in found.state:
         raise BadInput(f"The checkpoint {found.path} was written by an older manyhands; this one cannot resume it.")
-    own = run.model.state_dict()
-    check_same_model(own, found.model, source=found.path)
+    own, blocks = run.model.state_dict(), run.replica.blocks
+    check_same_model(run.whole, found.model, source=found.path)
     saved = found.state
     cursor = Cursor(*saved["cursor"])
     check_same_run(saved["origin"], _origin(run), cursor, source=found.path)
-    if comm.rank == 0 or not any(comm.is_common(p.flat) for p in run.replica.pieces):
+    # One copy that serves several workers needs one to write it; of a cut model all do, and write the same.
+    if comm.rank == 0 or blocks or not any(comm.is_common(p.flat) for p in run.replica.pieces):
         with torch.no_grad():
             for key, value in own.items():
-                value.copy_(found.model[key])
+                value.copy_(part(found.model[key], key, blocks))
     for path, module in run.model.named_modules():
         extra = found.model.get(f"{path}._extra_state".removeprefix("."))
         if extra is not None:  # `state_dict` gives a copy of it
@@ -68,7 +70,7 @@ def resume(run: Run) -> None:
     comm.barrier()
     for buffer, key in zip(run.replica.buffers, (n for n, _ in run.model.named_buffers()), strict=True):
         if key in found.model:
-            buffer.copy_(found.model[key])
+            buffer.copy_(part(found.model[key], key, blocks))
     run.worker.rebase()
     assert isinstance(run.plan.strategy, Strategy)
     since = state.restore(saved, run.worker, run.plan.strategy, comm, run.schedule, device=device_of(run.plan, comm))
@@ -89,7 +91,7 @@ def save(run: Run, cursor: Cursor, metrics: MetricsLog) -> str | None:
     strategy = run.plan.strategy
     assert isinstance(strategy, Strategy)
     parameters = run.worker.consensus()
-    agreed = buffer_policy.agree(run.replica.buffers, run.comm, run.plan.buffers)  # type: ignore[arg-type]
+    agreed = buffer_policy.agree(run.replica.buffers, replicas(run.comm), run.plan.buffers)  # type: ignore[arg-type]
     whole = state.collect(
         run.worker,
         strategy,
@@ -105,11 +107,11 @@ def save(run: Run, cursor: Cursor, metrics: MetricsLog) -> str | None:
             "cut_short": run.cut_short,
         },
     )
-    if whole is None:
-        run.comm.barrier()
-        return None
     with run.replica.using(parameters, agreed) as model:
-        values = {k: v.detach().cpu() for k, v in model.state_dict().items()}
+        values = together(model.state_dict(), run.replica.blocks, run.whole, run.comm)
+        if whole is None or values is None:
+            run.comm.barrier()
+            return None
         try:
             path = checkpoint.save(
                 Path(run.options.out) / "checkpoints", cursor.step, model=values, state=whole, keep=run.options.keep

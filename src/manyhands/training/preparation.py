@@ -13,19 +13,26 @@ from manyhands import data as data_sets
 from manyhands import models
 from manyhands.communication.communicator import Communicator
 from manyhands.communication.topology import Mesh
-from manyhands.contract import Strategy
+from manyhands.contract import Block, Strategy, carried, put_down
 from manyhands.data import Splits
 from manyhands.errors import BadInput
 from manyhands.models import losses, optimizers, schedules
 from manyhands.models.factory import settle
 from manyhands.partition.data import DataReplica
+from manyhands.partition.pipeline import description as pipeline
+from manyhands.partition.pipeline.cut import cut as cut_into_stages
+from manyhands.partition.pipeline.replica import PipelineReplica, keep_stages
+from manyhands.partition.pipeline.schedule import Schedule
+from manyhands.partition.tensor.cut import cut, own_randomness
+from manyhands.partition.tensor.rehearsal import rehearsed
 from manyhands.plan import Plan
 from manyhands.task import Task, described
 from manyhands.training import memory
 from manyhands.training.gather import from_first
 from manyhands.training.keeping import resume
 from manyhands.training.member import Member
-from manyhands.training.run import Options, Run, Since, device_of
+from manyhands.training.model_difference import Signature
+from manyhands.training.run import Options, Run, Since, device_of, replicas
 from manyhands.training.sampler import Sampler, steps_per_epoch, worker_seed
 
 _BUILDING = threading.Lock()  # workers that are threads share torch's global generator
@@ -41,28 +48,57 @@ def prepare(member: Member, task: Task, plan: Plan, options: Options) -> Run:
     splits = data_sets.load(task.data, folder=Path(options.data_dir) if options.data_dir else None)
     check_same_data(splits, options.data, comm)
     model = build_model(task, splits, comm, alike=strategy.whole_batch)
+    whole: dict[str, Signature] = {
+        name: (tuple(value.shape), value.dtype) for name, value in model.state_dict().items()
+    }
+    parameters = sum(p.numel() for p in model.parameters())
+    start_alike(model, comm)
+    blocks = cut_layers(model, plan, splits, comm)
+    pipelining = cut_stages(model, plan, comm)
     model.to(device_of(plan, comm))
     loss = losses.build(task.loss)
     optimizer = optimizers.build(task.optimizer, model.parameters())
     sampler = sampler_of(task, splits, strategy, comm)
     schedule = schedules.build(task.schedule, optimizer, steps=total_steps(task, sampler))
-    replica = DataReplica(
-        model,
-        optimizer,
-        loss,
-        comm,
-        common=strategy.parameters == "common",
-        micro_batches=plan.micro_batches,
-        clip=task.clip,
-        precision=plan.precision,
-        shares=sampler.workers,
-        sparse=strategy.sparse,
-    )
+    common: dict[str, Any] = {
+        "common": strategy.parameters == "common",
+        "clip": task.clip,
+        "precision": plan.precision,
+        "shares": sampler.workers,
+        "blocks": blocks,
+    }
+    assert plan.micro_batches is not None
+    replica: DataReplica
+    if pipelining is None:
+        replica = DataReplica(
+            model, optimizer, loss, comm, micro_batches=plan.micro_batches, sparse=strategy.sparse, **common
+        )
+    else:
+        stages, in_turn = pipelining
+        replica = PipelineReplica(
+            model, optimizer, loss, comm, stages=stages, schedule=in_turn, recompute=plan.recompute, **common
+        )
     with comm.counting("control"):
         worker = strategy.start(replica, comm)
     since = Since(sums=losses.reduction(loss) == "sum")
     ranks = list(range(comm.size))
-    run = Run(task, plan, options, comm, splits, model, loss, replica, worker, schedule, sampler, since, ranks)
+    run = Run(
+        task,
+        plan,
+        options,
+        comm,
+        splits,
+        model,
+        loss,
+        replica,
+        worker,
+        schedule,
+        sampler,
+        since,
+        ranks,
+        whole,
+        parameters,
+    )
     if options.resume:
         resume(run)
     return run
@@ -70,12 +106,12 @@ def prepare(member: Member, task: Task, plan: Plan, options: Options) -> Run:
 
 def sampler_of(task: Task, splits: Splits, strategy: Strategy, comm: Communicator) -> Sampler:
     """What divides the batches among the workers of ``comm``."""
-    whole = strategy.whole_batch
+    whole, group = strategy.whole_batch, replicas(comm)
     return Sampler(
         len(splits.train),
         batch_size=task.batch_size,
-        workers=1 if whole else comm.size,
-        rank=0 if whole else comm.rank,
+        workers=1 if whole else group.size,
+        rank=0 if whole else group.rank,
         seed=task.seed,
     )
 
@@ -83,19 +119,60 @@ def sampler_of(task: Task, splits: Splits, strategy: Strategy, comm: Communicato
 def build_model(task: Task, splits: Splits, comm: Communicator, *, alike: bool = False) -> torch.nn.Module:
     """The model, from the task's seed; rank 0 goes on drawing where a single process would, others elsewhere.
 
-    ``alike``: all go on as rank 0 does, because they compute on the same samples.
+    ``alike``: all go on as rank 0 does, because they compute on the same samples. So do the ranks of one replica.
     """
+    replica = replicas(comm).rank
     with _BUILDING:
         torch.manual_seed(task.seed)
         model = models.build(task.model, inputs=splits.inputs, classes=splits.classes)
         settle(model, lambda: splits.train.rows(torch.tensor([0])), name=described(task.model))
         if comm.transport == "threads" and isinstance(task.model, torch.nn.Module) and comm.rank > 0:
             model = copy.deepcopy(model)
-        if comm.rank > 0 and comm.transport != "threads" and not alike:
-            torch.manual_seed(worker_seed(task.seed, comm.rank, 0))
+        if replica > 0 and comm.transport != "threads" and not alike:
+            torch.manual_seed(worker_seed(task.seed, replica, 0))
     if not any(p.requires_grad for p in model.parameters()):
         raise BadInput(f"model {described(task.model)} has no trainable parameters; there is nothing to learn.")
     return model.train()
+
+
+def start_alike(model: torch.nn.Module, comm: Communicator) -> None:
+    """What is going to be cut becomes rank 0's, so that the parts are parts of one model. Collective."""
+    if all(comm.mesh[axis] == 1 for axis in comm.mesh if axis != "data"):
+        return  # a replica sees to it
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if isinstance(tensor, torch.Tensor):
+            shared = carried(tensor, name)
+            comm.broadcast(shared).wait()
+            tensor.data.copy_(put_down(shared, tensor))
+
+
+def cut_stages(
+    model: torch.nn.Module, plan: Plan, comm: Communicator
+) -> tuple[dict[int, torch.nn.Module], Schedule] | None:
+    """This rank's stages, the only ones that ``model`` keeps, and the schedule; None where there is no pipeline."""
+    group = comm.over(frozenset({"pipeline"}))
+    if group.size == 1:
+        return None
+    assert plan.micro_batches is not None
+    said = pipeline.parse(from_first(comm, plan.pipeline))  # where to cut may have been measured, by each launched rank
+    schedule = said.made(group.size, plan.micro_batches)
+    assert said.cut is not None, "decided when the model was at hand"
+    every = cut_into_stages(model, said.cut).stages
+    mine = {s: every[s] for s in schedule.stages_of(group.rank)}
+    keep_stages(model, mine)
+    return mine, schedule
+
+
+def cut_layers(model: torch.nn.Module, plan: Plan, splits: Splits, comm: Communicator) -> dict[str, Block]:
+    """Cut the layers that the plan's ``tensor`` names, in place; what is here of their tensors. Collective."""
+    group = comm.over(frozenset({"tensor"}))
+    if group.size == 1:
+        return {}
+    how = rehearsed(model, plan.tensor, group.size, splits.train.rows(torch.tensor([0]))[0])
+    blocks = cut(model, how.rules, group).blocks
+    for path in how.parts:
+        own_randomness(model.get_submodule(path), group.rank)
+    return blocks
 
 
 def signature(splits: Splits) -> list[Any]:

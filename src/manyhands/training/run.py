@@ -13,6 +13,7 @@ from manyhands.data import Splits
 from manyhands.partition.data import DataReplica
 from manyhands.plan import Plan
 from manyhands.task import Task
+from manyhands.training.model_difference import Signature
 from manyhands.training.sampler import START, Cursor, Sampler
 
 
@@ -70,6 +71,8 @@ class Run:
     sampler: Sampler
     since: Since
     ranks: list[int]  # of the workers that are left, as they were numbered at the start
+    whole: dict[str, Signature]  # the user's ``state_dict``, whatever part of it is here
+    parameters: int  # elements of the user's model
     cursor: Cursor = START
     history: list[dict[str, Any]] = field(default_factory=list)
     trained_s: float = 0.0  # in steps, of the whole run; evaluations and checkpoints not counted
@@ -96,6 +99,11 @@ class Run:
         target = self.task.target_accuracy
         found = self.history[-1]["test_accuracy"] if self.history else None
         return target is not None and found is not None and found >= target
+
+
+def replicas(comm: Communicator) -> Communicator:
+    """The ranks that hold the same part of the model as this one, each with batches of its own."""
+    return comm.over(frozenset({"data"}))
 
 
 def device_of(plan: Plan, comm: Communicator) -> str:

@@ -17,12 +17,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from manyhands.communication.topology import shares
 from manyhands.errors import BadInput
 
 
@@ -50,17 +50,6 @@ class Share(NamedTuple):
     after: Cursor
     indices: Tensor  # int64, a view of the epoch's order: read it, do not write it
     global_count: int  # samples of the step over all workers
-
-
-def shares(count: int, workers: int) -> list[tuple[int, int]]:
-    """Bounds of ``workers`` contiguous parts of ``count`` things; the first parts take the remainder.
-
-    >>> shares(10, 4)
-    [(0, 3), (3, 6), (6, 8), (8, 10)]
-    """
-    size, rest = divmod(count, workers)
-    bounds = [rank * size + min(rank, rest) for rank in range(workers + 1)]
-    return list(pairwise(bounds))
 
 
 def evaluation_shares(n: int, workers: int) -> list[tuple[int, int]]:

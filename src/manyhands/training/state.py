@@ -15,6 +15,7 @@ samples are; per-rank state (random streams, residuals, own buffers) starts anew
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,9 +23,10 @@ import torch
 from torch import Tensor
 
 from manyhands.communication.communicator import Communicator
-from manyhands.contract import StateSlice, Strategy, Worker
+from manyhands.contract import Block, StateSlice, Strategy, Worker
 from manyhands.training import generators
 from manyhands.training.gather import gather
+from manyhands.training.whole_model import block_of, described
 
 
 def collect(
@@ -43,8 +45,9 @@ def collect(
     """
     replica = worker.replica
     # Where all workers hold all of the same state, rank 0's is enough.
-    holds = comm.rank == 0 or not (strategy.identical and strategy.parameters == "own")
+    holds = comm.over(frozenset({"data"})).rank == 0 or not (strategy.identical and strategy.parameters == "own")
     mine = {
+        "blocks": {name: described(block) for name, block in replica.blocks.items()},
         "slices": [[s.parameter, s.key, s.lo, s.hi, s.values] for s in replica.optimizer_state()] if holds else [],
         "generators": generators.capture(device, own_process=own_process(comm)),
         "buffers": [b.clone() for b in replica.buffers],
@@ -54,10 +57,11 @@ def collect(
     everybody = gather(comm, mine)
     if everybody is None:
         return None
-    slices = [StateSlice(*entry) for state in everybody for entry in state.pop("slices")]
+    slices = [(StateSlice(*s), theirs) for s_of, theirs in _parts(everybody) for s in s_of]
     return {
         **shared,
         "workers": comm.size,
+        "mesh": str(comm.mesh),
         "strategy": str(strategy),
         "optimizer": assemble(slices),
         "schedule": None if schedule is None else schedule.state_dict(),
@@ -76,21 +80,46 @@ def hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in group.items() if k != "params" and isinstance(v, Tensor | tuple | bool | int | float)}
 
 
-def assemble(slices: Sequence[StateSlice]) -> list[list[Any]]:
-    """Whole state tensors ``[parameter, key, values]`` from slices that tile them; the first of equal ones counts."""
+def _parts(everybody: Sequence[dict[str, Any]]) -> list[tuple[list[Any], dict[str, Block]]]:
+    """Every rank's slices, and the blocks of the parameters in whose elements they count."""
+    return [
+        (state.pop("slices"), {name: block_of(block) for name, block in state.pop("blocks").items()})
+        for state in everybody
+    ]
+
+
+def assemble(slices: Sequence[tuple[StateSlice, Mapping[str, Block]]]) -> list[list[Any]]:
+    """Whole state tensors ``[parameter, key, values]`` from slices that tile them; the first of equal ones counts.
+
+    With each slice come the blocks of what its rank holds: of a parameter that is cut, elements count within the part.
+    """
     whole: dict[tuple[str, str], Tensor] = {}
-    parts: dict[tuple[str, str], list[StateSlice]] = {}
-    for s in slices:
+    parts: dict[tuple[str, str], list[tuple[StateSlice, Block | None]]] = {}
+    for s, blocks in slices:
         if s.lo == -1:
             whole.setdefault((s.parameter, s.key), s.values)
         else:
-            parts.setdefault((s.parameter, s.key), []).append(s)
+            parts.setdefault((s.parameter, s.key), []).append((s, blocks.get(s.parameter)))
     for name, pieces in parts.items():
-        values = torch.zeros(max(p.hi for p in pieces), dtype=pieces[0].values.dtype)
-        for p in reversed(pieces):
-            values[p.lo : p.hi] = p.values.reshape(-1)
+        numel = max(s.hi if block is None else math.prod(block.shape) for s, block in pieces)
+        values = torch.zeros(numel, dtype=pieces[0][0].values.dtype)
+        for s, block in reversed(pieces):
+            if block is None:
+                values[s.lo : s.hi] = s.values.reshape(-1)
+            else:  # copies are left out
+                places = block.places()[s.lo : min(s.hi, block.own)]
+                values[places] = s.values.reshape(-1)[: len(places)]
         whole[name] = values
     return [[parameter, key, values] for (parameter, key), values in whole.items()]
+
+
+def _slice(parameter: str, key: str, values: Tensor, blocks: Mapping[str, Block]) -> StateSlice:
+    """What is here of a whole state tensor."""
+    if not values.dim():
+        return StateSlice(parameter, key, -1, -1, values)
+    if parameter in blocks:
+        values = blocks[parameter].take(values.view(blocks[parameter].shape)).view(-1)
+    return StateSlice(parameter, key, 0, values.numel(), values)
 
 
 def restore(
@@ -102,10 +131,7 @@ def restore(
     """
     replica = worker.replica
     replica.load_optimizer_state(
-        [
-            StateSlice(parameter, key, 0 if values.dim() else -1, values.numel() if values.dim() else -1, values)
-            for parameter, key, values in state["optimizer"]
-        ]
+        [_slice(name, key, values, replica.blocks) for name, key, values in state["optimizer"]]
     )
     if schedule is not None and state["schedule"] is not None:
         schedule.load_state_dict(state["schedule"])
@@ -115,13 +141,14 @@ def restore(
                     group[key].copy_(value)
                 else:
                     group[key] = value
-    if state["workers"] == comm.size and state["strategy"] == str(strategy):
+    same_mesh = state["workers"] == comm.size and state.get("mesh", str(comm.mesh)) == str(comm.mesh)
+    if same_mesh and state["strategy"] == str(strategy):
         mine = state["ranks"][comm.rank]
         generators.restore(mine["generators"], device, own_process=own_process(comm))
         for buffer, kept in zip(replica.buffers, mine["buffers"], strict=True):
             buffer.copy_(kept)
         worker.load_state_dict(mine["strategy"])
-    if state["workers"] == comm.size:
+    if same_mesh:
         total, counted = state["ranks"][comm.rank]["since"]
         return total, counted
     if comm.rank > 0:

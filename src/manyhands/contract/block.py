@@ -1,0 +1,75 @@
+"""Which part of one of the user's tensors a worker holds, where the model is cut (survey §V).
+
+A cut takes, of some dims, ranges of indices, and lays them one after the other: half the rows of a matrix, or of each
+of the three matrices that lie stacked in a fused projection. Checkpoints, exports and optimizer state are in terms of
+whole tensors, so that none of them depends on the mesh.
+
+A worker may hold *copies* besides, of what is another's or is here already: trained like the first of them, so that
+they stay equal to it, but neither saved nor counted in a norm.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Ranges = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Of a tensor of ``shape``: the ranges ``[lo, hi)`` of each dim in ``ranges``; other dims are whole.
+
+    What ``copies`` names in the same way lies behind it, both then flat; alone, where ``ranges`` name nothing.
+    """
+
+    shape: tuple[int, ...]
+    ranges: tuple[tuple[int, Ranges], ...]
+    copies: tuple[tuple[int, Ranges], ...] = ()
+
+    @classmethod
+    def of(cls, whole: Tensor, dim: int, ranges: Sequence[tuple[int, int]]) -> Block:
+        """Ranges of one dim."""
+        return cls(tuple(whole.shape), ((dim, tuple((lo, hi) for lo, hi in ranges)),))
+
+    @property
+    def own(self) -> int:
+        """How many elements it has that are no copies: the first ones."""
+        return self._count(self.ranges)
+
+    @property
+    def numel(self) -> int:
+        """How many elements it has."""
+        return self.own + (self._count(self.copies) if self.copies else 0)
+
+    def _count(self, among: tuple[tuple[int, Ranges], ...]) -> int:
+        lengths = dict(enumerate(self.shape)) | {d: sum(hi - lo for lo, hi in ranges) for d, ranges in among}
+        return math.prod(lengths.values())
+
+    def take(self, whole: Tensor) -> Tensor:
+        """The part, contiguous, as memory of its own."""
+        if not self.copies:
+            return _taken(whole, self.ranges)
+        copies = _taken(whole, self.copies)
+        return torch.cat([_taken(whole, self.ranges).view(-1), copies.view(-1)]) if self.own else copies
+
+    def put(self, part: Tensor, whole: Tensor) -> None:
+        """Write the part, of its own shape, to where it belongs; but no copies."""
+        whole.view(-1)[self.places()[: self.own]] = part.reshape(-1)[: self.own]
+
+    def places(self) -> Tensor:
+        """Where each element of the part, in memory order, lies in the whole, flat and contiguous: ``(numel,)``."""
+        return self.take(torch.arange(math.prod(self.shape)).view(self.shape)).view(-1)
+
+
+def _taken(whole: Tensor, among: tuple[tuple[int, Ranges], ...]) -> Tensor:
+    part = whole
+    for dim, ranges in among:
+        part = (
+            torch.cat([part.narrow(dim, lo, hi - lo) for lo, hi in ranges], dim) if ranges else part.narrow(dim, 0, 0)
+        )
+    return part.contiguous() if part is not whole else part.clone(memory_format=torch.contiguous_format)

@@ -1,0 +1,194 @@
+"""A forward pass of the cut model on one process, by shapes: does it fit, and where does it draw random numbers?
+
+Sums and joins over the ranks have the shapes that they would have, so whatever is wrong with a cut shows before any
+process is started. With one rank's model and the next one's it is seen which dropout works on a part (its input is
+another than in the whole model) and whether the ranks would draw a different amount of random numbers, upon which all
+that comes later would differ between them.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from manyhands.communication.communicator import DONE, Communicator, Received, Work
+from manyhands.errors import BadInput
+from manyhands.partition.tensor.attention import CutAttention
+from manyhands.partition.tensor.cut import DRAWS, cut, inputs_of_draws, own_randomness
+from manyhands.partition.tensor.rules import Rule, found, matched, parse, without
+
+
+class Rehearsal(Communicator):
+    """A rank without peers: every operation returns at once, and what others would have sent is zero."""
+
+    def _all_reduce(self, x: Tensor, weight: float | None) -> Work:
+        return DONE
+
+    def _reduce_scatter(self, x: Tensor, weight: float | None) -> None:
+        return
+
+    def _all_gather(self, x: Tensor, bounds: Sequence[tuple[int, int]]) -> Work:
+        return DONE
+
+    def _all_to_all(self, x: Tensor) -> Tensor:
+        return x.clone()
+
+    def _broadcast(self, x: Tensor, root: int) -> Work:
+        return DONE
+
+    def _barrier(self) -> None:
+        return
+
+    def _send(self, x: Tensor, to: int, tag: int) -> Work:
+        return DONE
+
+    def _recv(self, like: Tensor, frm: int | None, tag: int) -> Received:
+        return Received(self.rank if frm is None else frm, like)
+
+    def _split(self, color: int) -> Communicator:
+        return self
+
+    def _alone(self) -> Communicator:
+        return Rehearsal(0, 1)
+
+
+@dataclass(frozen=True)
+class Rehearsed:
+    """How a model is going to be cut."""
+
+    rules: dict[str, Rule]
+    parts: list[str]  # the dropouts that work on a part
+    done: dict[str, str]  # by module, what becomes of it on the first rank
+
+    def __str__(self) -> str:
+        """One entry for all modules whose paths differ by numbers only."""
+        alike: dict[tuple[str, str], list[str]] = {}
+        for path, said in self.done.items():
+            alike.setdefault((re.sub(r"\d+", "*", path), said), []).append(path or "the model")
+        return "; ".join(
+            f"{paths[0]} {said}" if len(paths) == 1 else f"{path} {said} ({len(paths)} of them)"
+            for (path, said), paths in alike.items()
+        )
+
+
+def rehearsed(model: nn.Module, said: str | None, size: int, inputs: Any) -> Rehearsed:
+    """How ``model`` can be cut among ``size`` ranks.
+
+    ``said`` is the plan's ``tensor`` (None: auto), ``inputs`` a batch of one sample. What ``auto`` finds and does not
+    fit is left whole; what the user has said and does not fit is `BadInput`. The model is left as it is.
+    """
+    automatic = said is None or said.strip() == "auto"
+    rules = found(model, size) if automatic else matched(model, parse(str(said)))
+    while True:
+        if not rules:
+            raise BadInput(
+                f"tensor={said or 'auto'}: nothing in {type(model).__name__} is recognised that could be cut among "
+                f"{size} ranks. Name the layers, e.g. tensor='first=column, second=row' (--tensor), or cut another "
+                "axis: mesh data or pipeline."
+            )
+        try:
+            return Rehearsed(rules, *_fits(model, rules, size, inputs))
+        except _DoesNotFit as e:
+            within = next((p for p in _outwards(e.path) if any(_in(r, p) for r in rules)), None)
+            if not automatic or within is None:
+                raise BadInput(
+                    f"tensor={said or 'auto'}: the cut model does not run: {e.path or type(model).__name__} says "
+                    f"{e.error}. Its code takes the size of a layer that is cut for granted: cut other layers, name "
+                    "that module whole (…=whole), or give it sizes it reads from its layers."
+                ) from None
+            rules = without(rules, within)
+
+
+class _DoesNotFit(Exception):
+    def __init__(self, path: str, error: Exception) -> None:
+        super().__init__(path)
+        self.path, self.error = path, f"{type(error).__name__}: {error}"
+
+
+def _outwards(path: str) -> list[str]:
+    parts = path.split(".")
+    return [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
+
+
+def _in(path: str, within: str) -> bool:
+    return path == within or path.startswith(f"{within}.")
+
+
+def _fits(model: nn.Module, rules: Mapping[str, Rule], size: int, inputs: Any) -> tuple[list[str], dict[str, str]]:
+    """The dropouts that work on a part, and what is done; raises `_DoesNotFit`."""
+    shapes, _, output = _forwarded(copy.deepcopy(model), inputs)
+    ends: list[Tensor] = []
+    first: dict[str, str] = {}
+    for rank in (0, size - 1):
+        mine = copy.deepcopy(model)
+        done = cut(mine, rules, Rehearsal(rank, size)).done
+        first = done if rank == 0 else first
+        own, _, own_output = _forwarded(mine, inputs)
+        if own_output != output:
+            raise _DoesNotFit("", ValueError(f"its output has shape {own_output}, and {output} when it is whole"))
+        parts = [path for path, shape in shapes.items() if own.get(path) != shape]
+        parts += [path for path, rule in rules.items() if rule.kind == "heads" and _draws(mine, path, parts, inputs)]
+        for path in parts:
+            own_randomness(mine.get_submodule(path), rank)
+        ends.append(_forwarded(mine, inputs)[1])
+    if not torch.equal(*ends):
+        raise BadInput(
+            f"The first and the last of {size} ranks would draw unlike amounts of random numbers in a forward pass "
+            "(dropout on parts of unlike size), and all that they draw later would differ. Use nn.Dropout modules, "
+            "parts of equal size, or no dropout."
+        )
+    return parts, first
+
+
+def _draws(model: nn.Module, path: str, parts: Sequence[str], inputs: Any) -> bool:
+    """Whether an attention of the user's draws for itself, as `scaled_dot_product_attention` does for its heads.
+
+    One that also has a dropout on what is whole is left alone: what it draws for its heads is then alike on all ranks.
+    """
+    module = model.get_submodule(path)
+    mixed = any(isinstance(m, DRAWS) and m.p > 0 and f"{path}.{n}" not in parts for n, m in module.named_modules())
+    if isinstance(module, CutAttention) or mixed:
+        return False
+    drawn: list[Tensor] = []
+    note: Any = lambda *_: drawn.append(torch.get_rng_state())  # noqa: E731
+    hooks = [module.register_forward_pre_hook(note), module.register_forward_hook(note)]
+    try:
+        _forwarded(model, inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return len(drawn) > 1 and not torch.equal(drawn[0], drawn[1])
+
+
+def _forwarded(model: nn.Module, inputs: Any) -> tuple[dict[str, tuple[int, ...]], Tensor, Any]:
+    """Shapes that dropouts get, the state of the generator afterwards, and the output's shape."""
+    model.train()
+    for module in model.modules():  # one sample has no variance
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+    calls: list[str] = []
+    hooks = [
+        m.register_forward_pre_hook(lambda _m, _i, path=path: calls.append(path)) for path, m in model.named_modules()
+    ]
+    hooks += [m.register_forward_hook(lambda _m, _i, _o: calls.pop() and None) for _, m in model.named_modules()]
+    before = torch.get_rng_state()
+    try:
+        with torch.no_grad(), inputs_of_draws(model) as shapes:
+            outputs = model(inputs)
+        return shapes, torch.get_rng_state(), _shape(outputs)
+    except Exception as e:
+        raise _DoesNotFit(calls[-1] if calls else "", e) from e
+    finally:
+        torch.set_rng_state(before)
+        for hook in hooks:
+            hook.remove()
+
+
+def _shape(outputs: Any) -> Any:
+    return torch.utils._pytree.tree_map(lambda t: tuple(t.shape) if isinstance(t, Tensor) else t, outputs)

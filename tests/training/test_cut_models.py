@@ -1,0 +1,157 @@
+"""Training a model that is cut, from a user's side: results, checkpoints that know no mesh, what is refused."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import manyhands as mh
+from manyhands.errors import BadInput, InvalidPlan
+from manyhands.training import checkpoint
+
+MODEL = "perceptron(hidden=(12, 10))"
+
+
+def task(**changes):
+    return mh.Task(
+        **{"model": MODEL, "data": "digits", "steps": 12, "batch_size": 24, "optimizer": "adam(lr=0.01)"} | changes
+    )
+
+
+def trained(mesh, transport="threads", *, out=None, resume=False, how=(), **changes):
+    plan = mh.Plan(mesh=mesh, transport=transport, threads=1, **dict(how))
+    return mh.train(task(**changes), plan, out=out, resume=resume, progress=False, evaluate="end")
+
+
+def close(a, b):
+    for name, value in a.items():
+        torch.testing.assert_close(value, b[name], rtol=1e-4, atol=1e-6)  # float32: sums in another order
+
+
+@pytest.mark.parametrize("axis", ["tensor", "pipeline"])
+@pytest.mark.parametrize("transport", ["threads", "shared"])
+def test_a_cut_model_is_trained_as_the_whole_one(transport, axis):
+    whole, part = trained("data=1"), trained(f"{axis}=2", transport)
+    close(whole.model.state_dict(), part.model.state_dict())
+    assert part.summary.test_accuracy == pytest.approx(whole.summary.test_accuracy, abs=0.02)
+    assert part.summary.train_loss == pytest.approx(whole.summary.train_loss, rel=1e-4)
+    assert part.summary.parameters == whole.summary.parameters
+    assert part.summary.workers == 2
+    assert str(part.plan.mesh) == f"mesh(data=1, {axis}=2)"
+    assert part.plan.micro_batches == (8 if axis == "pipeline" else 1)
+    assert part.notes[-1].startswith("cut among 2 workers" if axis == "tensor" else "cut into 2 stages")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["tensor=2", "data=2,tensor=2", "pipeline=3", "data=2,tensor=2,pipeline=2"])
+@pytest.mark.parametrize("transport", ["gloo", "mpi", "shared"])
+def test_a_cut_model_is_trained_as_the_whole_one_everywhere(transport, mesh):
+    close(trained("data=1").model.state_dict(), trained(mesh, transport).model.state_dict())
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "zero_bubble", "interleaved(cut='hidden2, activation2, output')"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_every_schedule_trains_alike(schedule, recompute):
+    how = {"pipeline": schedule, "recompute": recompute, "micro_batches": 5}
+    close(trained("data=1").model.state_dict(), trained("pipeline=2", how=how).model.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        ("tensor=2", "data=1"),
+        ("data=1", "tensor=2"),
+        ("pipeline=2", "tensor=3"),
+        ("data=2,tensor=2", "pipeline=3"),
+        ("data=2", "pipeline=2"),
+    ],
+)
+def test_a_run_begun_on_one_mesh_goes_on_on_another(tmp_path, first, then):
+    trained(first, out=tmp_path, steps=7)
+    kept = checkpoint.load_newest(tmp_path / "checkpoints")
+    again = trained(then, out=tmp_path, resume=True, steps=7)  # nothing left to do: what was kept, bit for bit
+    assert all(torch.equal(value, kept.model[name]) for name, value in again.model.state_dict().items())
+    close(trained("data=1").model.state_dict(), trained(then, out=tmp_path, resume=True).model.state_dict())
+
+
+@pytest.mark.parametrize("mesh", ["data=2,tensor=2", "data=2,pipeline=2"])
+def test_a_resume_on_the_same_mesh_is_exact(tmp_path, mesh):
+    how = {"strategy": "local(every=3)", "pipeline": "gpipe(cut='hidden2')" if "pipeline" in mesh else None}
+    once = trained(mesh, how=how)
+    trained(mesh, how=how, out=tmp_path, steps=7)
+    again = trained(mesh, how=how, out=tmp_path, resume=True)
+    assert all(torch.equal(v, again.model.state_dict()[n]) for n, v in once.model.state_dict().items())
+
+
+def test_the_payload_of_a_step_holds_what_the_cut_exchanges():
+    found = trained("tensor=2").summary
+    # hidden1 is cut by outputs, hidden2 by inputs and output is whole. A sum of the batch goes forward and none back,
+    # as nobody wants the gradient of the samples; what both hold, hidden2's bias and output, is summed and gathered.
+    summed, held = 24 * 10 * 4, (10 + 10 * 10 + 10) * 4
+    assert found.sent_B_per_step == summed + held
+
+
+@pytest.mark.parametrize(
+    ("plan", "says"),
+    [
+        ({"mesh": "tensor=2", "strategy": "hogwild"}, "wants the whole model"),
+        ({"mesh": "tensor=2", "strategy": "ssp"}, "wants the whole model"),
+        ({"mesh": "tensor=2", "strategy": "synchronous(aggregate=median)"}, "wants the whole model"),
+        ({"mesh": "data=2", "tensor": "hidden1=column"}, "tensor axis"),
+        ({"mesh": "data=2", "pipeline": "gpipe"}, "pipeline axis"),
+        ({"mesh": "tensor=2", "recompute": True}, "pipeline axis"),
+        ({"mesh": "pipeline=2", "strategy": "asynchronous"}, "wants the whole model"),
+        ({"mesh": "sideways=2"}, "the axes that exist are"),
+        ({"mesh": "tensor=2", "workers": 3}, "multiply to the number of workers"),
+    ],
+)
+def test_a_plan_that_cannot_be_is_refused(plan, says):
+    with pytest.raises(InvalidPlan, match=says):
+        mh.train(task(), mh.Plan(**plan, transport="threads"))
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ({"tensor": "hidden9=column"}, "no module is called so"),
+        ({"tensor": "hidden1=column"}, "hidden2 says RuntimeError"),
+        ({"tensor": "hidden1=column(unit=5)"}, "do not come out even"),
+        ({"pipeline": "gpipe(cut='hidden9')"}, "hidden9"),
+        ({"pipeline": "gpipe(cut='hidden2, output')"}, "1 modules to cut before, and 2 are named"),
+        ({"pipeline": "sideways"}, "one_f_one_b"),
+        ({"pipeline": "gpipe(chunks=2)"}, "chunks"),
+        ({"pipeline": "pipedream"}, "not part of this release"),
+    ],
+)
+def test_a_cut_that_does_not_fit_is_refused_before_anything_starts(tmp_path, how, says):
+    with pytest.raises(BadInput, match=says):
+        trained(f"{next(iter(how))}=2", "shared", how=how, out=tmp_path / "run")
+    assert not list(tmp_path.glob("run/checkpoints"))
+
+
+@pytest.mark.parametrize("axis", ["tensor", "pipeline"])
+def test_from_the_command_line_a_users_model_is_cut_without_editing_it(tmp_path, axis):
+    (tmp_path / "theirs.py").write_text(
+        "from torch import nn\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.fc1, self.fc2 = nn.Linear(64, 20), nn.Linear(20, 10)\n"
+        "    def forward(self, x):\n"
+        "        x = x.flatten(1)\n"
+        "        return self.fc2(self.fc1(x).relu()) + x[:, :10]\n"
+    )
+    how = ["--data", "digits", "--steps", "20", "--out", "run", "-q"]
+    done = subprocess.run(
+        [sys.executable, "-m", "manyhands", "train", "--model", "theirs:Net", "--mesh", f"{axis}=2", *how],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert ("20×64 → 10×64" if axis == "tensor" else "stage 1 from fc2") in done.stderr, "what was cut is told"
+    state = checkpoint.load_newest(tmp_path / "run" / "checkpoints").model
+    assert {name: tuple(value.shape) for name, value in state.items()}["fc1.weight"] == (20, 64)
