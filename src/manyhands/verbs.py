@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -25,6 +25,8 @@ from manyhands.errors import BadInput, FactoryFailed, ManyhandsError, WorkerFail
 from manyhands.models import losses, optimizers, schedules
 from manyhands.models.factory import settle
 from manyhands.models.update_rules import served
+from manyhands.partition.ampnet.place import fitted
+from manyhands.partition.ampnet.strategy import AMPNet
 from manyhands.plan import Facts, Plan, Resolved, resolve, server_ranks
 from manyhands.task import Task, described
 from manyhands.training import environment
@@ -36,6 +38,9 @@ from manyhands.training.member import Member, own_traceback
 from manyhands.training.preparation import signature
 from manyhands.training.run import Options
 from manyhands.training.team import team
+
+if TYPE_CHECKING:
+    from manyhands.training.outline import Outline
 
 log = logging.getLogger(__name__)
 
@@ -179,6 +184,21 @@ def train(
     return _result(decided, folder, model, outcome)
 
 
+def outlined(task: Task, plan: Plan | None = None, *, data_dir: str | os.PathLike[str] | None = None) -> Outline:
+    """The plan with everything decided, and what each worker would hold and send; nothing is started.
+
+    print(mh.verbs.outlined(mh.Task(model="cnn"), mh.Plan(mesh="pipeline=2")).parts[0].cut_B)
+    """
+    from manyhands import data
+    from manyhands.training.outline import outline
+
+    places = None if data_dir is None else Path(data_dir)
+    decided = resolved(task, plan or Plan())
+    model, _ = _built(task, places)
+    decided = _rehearsed(decided, model, task, places)
+    return outline(task, decided.plan, decided.notes, model, data.load(task.data, folder=places))
+
+
 def _check_evaluation(evaluate: str | int, task: Task) -> None:
     if evaluate not in ("epoch", "end", "never") and not is_whole(evaluate, 1):
         raise BadInput(f"evaluate={evaluate!r}: it is epoch, end, never, or a whole number of steps from 1.")
@@ -212,6 +232,7 @@ def _rehearsed(decided: Resolved, model: torch.nn.Module, task: Task, data_dir: 
     from manyhands import data
     from manyhands.partition.pipeline import cut as stages
     from manyhands.partition.pipeline import description as pipeline
+    from manyhands.partition.tensor import axis_of
     from manyhands.partition.tensor.rehearsal import rehearsed
 
     plan = decided.plan
@@ -219,6 +240,19 @@ def _rehearsed(decided: Resolved, model: torch.nn.Module, task: Task, data_dir: 
     assert plan.micro_batches is not None
     tensor, ranks, notes = plan.mesh["tensor"], plan.mesh["pipeline"], list(decided.notes)
     train = data.load(task.data, folder=data_dir).train
+    if isinstance(plan.strategy, AMPNet):
+        if task.loss is None:
+            raise BadInput("ampnet with loss=None: outputs come to a loss node. Give the loss to the task.")
+        _, place = fitted(model, plan.strategy, ranks, train.rows(torch.tensor([0]))[0])
+        each = [", ".join(name for name, at in place.items() if at == rank) for rank in range(ranks)]
+        notes.append("; ".join(f"nodes of worker {rank}: {names}" for rank, names in enumerate(each)))
+        return dataclasses.replace(decided, notes=tuple(notes))
+    if axis_of(plan.tensor) == "data":
+        if task.loss is None:
+            raise BadInput(
+                f"tensor={plan.tensor}: the outputs go to a loss of the task's, and loss=None leaves it to the model."
+            )
+        tensor = plan.mesh["data"]
     if tensor > 1:
         sample, _ = train.rows(torch.tensor([0]))
         notes.append(f"cut among {tensor} workers: {rehearsed(model, plan.tensor, tensor, sample)}")

@@ -51,6 +51,19 @@ def train(said: argparse.Namespace) -> Answer:
     return Answer(result.summary.as_dict(), functools.partial(summary.lines, task, result), status)
 
 
+def plan(said: argparse.Namespace) -> Answer:
+    """A plan decided and laid out; nothing is started."""
+    from manyhands import verbs
+    from manyhands.cli import outline
+    from manyhands.cli.request import requested
+
+    task, split, _ = requested(said)
+    found = verbs.outlined(task, split, **_given(said, "data_dir"))
+    if "draw" in said:
+        outline.draw(found, said.draw)
+    return Answer(found.as_dict(), functools.partial(outline.lines, task, found))
+
+
 def study(said: argparse.Namespace) -> Answer:
     """Many plans side by side."""
     from rich.console import Console
@@ -122,7 +135,15 @@ def doctor(said: argparse.Namespace) -> Answer:
     return Answer(found.as_dict(), found.lines, 0 if found.works else 1)
 
 
-COMMANDS = {"train": train, "study": study, "report": report, "list": list_, "verify": verify, "doctor": doctor}
+COMMANDS = {
+    "train": train,
+    "plan": plan,
+    "study": study,
+    "report": report,
+    "list": list_,
+    "verify": verify,
+    "doctor": doctor,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

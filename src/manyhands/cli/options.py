@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from manyhands.errors import BadInput, UnknownName
 
 #: The kinds that ``manyhands list`` knows.
-KINDS = ("strategies", "aggregations", "transports", "models", "data", "losses", "optimizers", "schedules")
+KINDS = ("strategies", "aggregations", "transports", "models", "data", "losses", "optimizers", "schedules", "schemes")
 #: Of a task, what can be said to a study.
 STUDY_TASK = (
     *("model", "data", "loss", "optimizer", "schedule", "clip", "batch_size", "batch_per_worker"),
@@ -87,6 +87,7 @@ def declare() -> tuple[Parser, dict[str, Parser]]:
     made = {}
     for name, declared, says in (
         ("train", _train, "one plan on real processes"),
+        ("plan", _plan, "what a plan comes to: decided, and what each worker would hold and send; nothing is started"),
         ("study", _study, "a grid of plans side by side; without a name, the small default study of this machine"),
         ("report", _report, "(re)draw the report of a study's folder"),
         ("list", _list, "the catalogue: names; with a kind, also parameters, guarantees and papers"),
@@ -131,6 +132,34 @@ def _what_to_learn(task: argparse._ArgumentGroup, *, default: Callable[[str], st
 
 
 def _train(parser: Parser) -> None:
+    _task_and_plan(parser)
+    run = parser.add_argument_group("the run")
+    run.add_argument("--out", type=Path, metavar="DIR", help="keep plan, metrics, summary and checkpoints there")
+    run.add_argument("--resume", action="store_true", help="go on with the run in --out, as its plan.toml says")
+    _file_and_data(run)
+    run.add_argument(
+        "--evaluate", type=_when, metavar="WHEN", help="epoch, end, never, or every so many steps (default: epoch)"
+    )
+    run.add_argument(
+        "--checkpoint", type=_when, metavar="WHEN", help="epoch, end, or every so many steps (default: epoch)"
+    )
+    run.add_argument("--keep", type=_whole, metavar="N", help="newest checkpoints that stay (default: 3)")
+    _quiet(run)
+
+
+def _plan(parser: Parser) -> None:
+    _task_and_plan(parser)
+    shown = parser.add_argument_group("the outline")
+    _file_and_data(shown)
+    shown.add_argument("--draw", type=Path, metavar="FILE.svg", help="draw who holds what, and a pipeline's schedule")
+
+
+def _file_and_data(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--config", type=Path, metavar="FILE", help="TOML, [task] and [plan]; options here go before it")
+    group.add_argument("--data-dir", type=Path, metavar="DIR", help="where data lies (default: $MANYHANDS_DATA)")
+
+
+def _task_and_plan(parser: Parser) -> None:
     task = parser.add_argument_group("what to learn")
     _what_to_learn(task, default=lambda text: f" (default: {text})")
     task.add_argument("--lr", type=_number, metavar="RATE", help="learning rate, in place of the optimizer's")
@@ -140,7 +169,9 @@ def _train(parser: Parser) -> None:
     plan.add_argument("--workers", type=_whole, metavar="N", help="(default: what the launcher started, or cores)")
     plan.add_argument("--mesh", metavar="AXES", help="named axes over the workers (default: data=WORKERS)")
     plan.add_argument(
-        "--tensor", metavar="RULES", help="what is cut along it, e.g. 'up=column, down=row' (default: auto)"
+        "--tensor",
+        metavar="RULES",
+        help="what is cut along it, e.g. 'up=column, down=row', or a scheme (default: auto)",
     )
     plan.add_argument(
         "--pipeline", metavar="SCHEDULE", help="and stages, e.g. \"gpipe(cut='b2')\" (default: one_f_one_b)"
@@ -162,20 +193,6 @@ def _train(parser: Parser) -> None:
     plan.add_argument(
         "--timeout", dest="timeout_s", type=_number, metavar="SECONDS", help="of any one wait (default: 60.0)"
     )
-
-    run = parser.add_argument_group("the run")
-    run.add_argument("--out", type=Path, metavar="DIR", help="keep plan, metrics, summary and checkpoints there")
-    run.add_argument("--resume", action="store_true", help="go on with the run in --out, as its plan.toml says")
-    run.add_argument("--config", type=Path, metavar="FILE", help="TOML, [task] and [plan]; options here go before it")
-    run.add_argument("--data-dir", type=Path, metavar="DIR", help="where data lies (default: $MANYHANDS_DATA)")
-    run.add_argument(
-        "--evaluate", type=_when, metavar="WHEN", help="epoch, end, never, or every so many steps (default: epoch)"
-    )
-    run.add_argument(
-        "--checkpoint", type=_when, metavar="WHEN", help="epoch, end, or every so many steps (default: epoch)"
-    )
-    run.add_argument("--keep", type=_whole, metavar="N", help="newest checkpoints that stay (default: 3)")
-    _quiet(run)
 
 
 def _study(parser: Parser) -> None:

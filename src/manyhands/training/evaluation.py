@@ -22,9 +22,12 @@ def evaluate(
 ) -> tuple[float | None, float | None]:
     """``(accuracy, mean loss)`` on all of ``data``; None where the model or the target has no such thing. Collective.
 
-    Each worker evaluates a contiguous share, and sums and counts are added; counted as ``consensus``.
+    Each worker evaluates a contiguous share, and sums and counts are added; counted as ``consensus``. All call the
+    model equally often, as they may hold parts of it and answer together: one that has no sample left takes another's
+    and does not count it.
     """
-    lo, hi = evaluation_shares(len(data), comm.size)[comm.rank]
+    bounds = evaluation_shares(len(data), comm.size)
+    (first, last), (lo, hi) = bounds[0], bounds[comm.rank]
     right = samples = 0.0
     total = count = 0.0
     classifies = True
@@ -32,11 +35,14 @@ def evaluate(
     model.eval()
     try:
         with torch.no_grad():
-            for at in range(lo, hi, CHUNK):
-                indices = torch.arange(at, min(at + CHUNK, hi))
-                inputs, target = data.rows(indices)
+            for done in range(0, last - first, CHUNK):  # the first share is the largest
+                indices = torch.arange(lo + done, min(lo + done + CHUNK, hi))
+                left = len(indices) > 0
+                inputs, target = data.rows(indices if left else torch.tensor([0]))
                 inputs, target = to_device(inputs, device), to_device(target, device)
                 outputs = model(inputs) if loss is not None else None
+                if not left:
+                    continue
                 if loss is not None:
                     part, n = _sum(loss(outputs, target), len(indices))
                     total, count = total + part, count + n

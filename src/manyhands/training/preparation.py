@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import threading
 from pathlib import Path
 from typing import Any
@@ -13,17 +14,22 @@ from manyhands import data as data_sets
 from manyhands import models
 from manyhands.communication.communicator import Communicator
 from manyhands.communication.topology import Mesh
-from manyhands.contract import Block, Strategy, carried, put_down
+from manyhands.contract import Strategy, carried, put_down
 from manyhands.data import Splits
 from manyhands.errors import BadInput
 from manyhands.models import losses, optimizers, schedules
 from manyhands.models.factory import settle
+from manyhands.partition.ampnet.place import fitted
+from manyhands.partition.ampnet.replica import GraphReplica, keep_nodes
+from manyhands.partition.ampnet.strategy import AMPNet
 from manyhands.partition.data import DataReplica
+from manyhands.partition.hybrid import HybridCut, HybridReplica
 from manyhands.partition.pipeline import description as pipeline
 from manyhands.partition.pipeline.cut import cut as cut_into_stages
 from manyhands.partition.pipeline.replica import PipelineReplica, keep_stages
 from manyhands.partition.pipeline.schedule import Schedule
-from manyhands.partition.tensor.cut import cut, own_randomness
+from manyhands.partition.tensor import axis_of
+from manyhands.partition.tensor.cut import Cut
 from manyhands.partition.tensor.rehearsal import rehearsed
 from manyhands.plan import Plan
 from manyhands.task import Task, described
@@ -52,9 +58,14 @@ def prepare(member: Member, task: Task, plan: Plan, options: Options) -> Run:
         name: (tuple(value.shape), value.dtype) for name, value in model.state_dict().items()
     }
     parameters = sum(p.numel() for p in model.parameters())
-    start_alike(model, comm)
-    blocks = cut_layers(model, plan, splits, comm)
-    pipelining = cut_stages(model, plan, comm)
+    start_alike(model, plan, comm)
+    layers = cut_layers(model, plan, splits, comm)
+    on_nodes: dict[str, Any] = {}
+    pipelining = None
+    if isinstance(strategy, AMPNet):
+        on_nodes = cut_nodes(model, strategy, splits, comm)
+    else:  # where to cut may have been measured, under a launcher by each rank for itself
+        pipelining = cut_stages(model, dataclasses.replace(plan, pipeline=from_first(comm, plan.pipeline)), comm)
     model.to(device_of(plan, comm))
     loss = losses.build(task.loss)
     optimizer = optimizers.build(task.optimizer, model.parameters())
@@ -65,11 +76,15 @@ def prepare(member: Member, task: Task, plan: Plan, options: Options) -> Run:
         "clip": task.clip,
         "precision": plan.precision,
         "shares": sampler.workers,
-        "blocks": blocks,
+        "blocks": layers.blocks,
     }
     assert plan.micro_batches is not None
     replica: DataReplica
-    if pipelining is None:
+    if on_nodes:
+        replica = GraphReplica(model, optimizer, loss, comm, **on_nodes, **common)
+    elif isinstance(layers, HybridCut):
+        replica = HybridReplica(model, optimizer, loss, comm, cut=layers, **common)
+    elif pipelining is None:
         replica = DataReplica(
             model, optimizer, loss, comm, micro_batches=plan.micro_batches, sparse=strategy.sparse, **common
         )
@@ -135,9 +150,9 @@ def build_model(task: Task, splits: Splits, comm: Communicator, *, alike: bool =
     return model.train()
 
 
-def start_alike(model: torch.nn.Module, comm: Communicator) -> None:
+def start_alike(model: torch.nn.Module, plan: Plan, comm: Communicator) -> None:
     """What is going to be cut becomes rank 0's, so that the parts are parts of one model. Collective."""
-    if all(comm.mesh[axis] == 1 for axis in comm.mesh if axis != "data"):
+    if axis_of(plan.tensor) != "data" and all(comm.mesh[axis] == 1 for axis in comm.mesh if axis != "data"):
         return  # a replica sees to it
     for name, tensor in model.state_dict(keep_vars=True).items():
         if isinstance(tensor, torch.Tensor):
@@ -154,7 +169,7 @@ def cut_stages(
     if group.size == 1:
         return None
     assert plan.micro_batches is not None
-    said = pipeline.parse(from_first(comm, plan.pipeline))  # where to cut may have been measured, by each launched rank
+    said = pipeline.parse(plan.pipeline)
     schedule = said.made(group.size, plan.micro_batches)
     assert said.cut is not None, "decided when the model was at hand"
     every = cut_into_stages(model, said.cut).stages
@@ -163,16 +178,22 @@ def cut_stages(
     return mine, schedule
 
 
-def cut_layers(model: torch.nn.Module, plan: Plan, splits: Splits, comm: Communicator) -> dict[str, Block]:
-    """Cut the layers that the plan's ``tensor`` names, in place; what is here of their tensors. Collective."""
-    group = comm.over(frozenset({"tensor"}))
+def cut_nodes(model: torch.nn.Module, strategy: AMPNet, splits: Splits, comm: Communicator) -> dict[str, Any]:
+    """The model's graph and who owns which node; ``model`` keeps the parameters of this rank's. Collective."""
+    group = comm.over(frozenset({"pipeline"}))
+    graph, place = fitted(model, strategy, group.size, splits.train.rows(torch.tensor([0]))[0])
+    place = from_first(comm, place)
+    keep_nodes(model, graph, place, group.rank)
+    return {"graph": graph, "place": place, "strategy": strategy}
+
+
+def cut_layers(model: torch.nn.Module, plan: Plan, splits: Splits, comm: Communicator) -> Cut:
+    """Cut the layers as the plan's ``tensor`` says, in place. Collective."""
+    group = comm.over(frozenset({axis_of(plan.tensor)}))
     if group.size == 1:
-        return {}
+        return Cut()
     how = rehearsed(model, plan.tensor, group.size, splits.train.rows(torch.tensor([0]))[0])
-    blocks = cut(model, how.rules, group).blocks
-    for path in how.parts:
-        own_randomness(model.get_submodule(path), group.rank)
-    return blocks
+    return how.cut(model, group)
 
 
 def signature(splits: Splits) -> list[Any]:

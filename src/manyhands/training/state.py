@@ -26,7 +26,7 @@ from manyhands.communication.communicator import Communicator
 from manyhands.contract import Block, StateSlice, Strategy, Worker
 from manyhands.training import generators
 from manyhands.training.gather import gather
-from manyhands.training.whole_model import block_of, described
+from manyhands.training.whole_model import block_of, described, differs
 
 
 def collect(
@@ -48,7 +48,11 @@ def collect(
     holds = comm.over(frozenset({"data"})).rank == 0 or not (strategy.identical and strategy.parameters == "own")
     mine = {
         "blocks": {name: described(block) for name, block in replica.blocks.items()},
-        "slices": [[s.parameter, s.key, s.lo, s.hi, s.values] for s in replica.optimizer_state()] if holds else [],
+        "slices": [
+            [s.parameter, s.key, s.lo, s.hi, s.values]
+            for s in replica.optimizer_state()
+            if holds or differs(s.parameter, replica.blocks)
+        ],
         "generators": generators.capture(device, own_process=own_process(comm)),
         "buffers": [b.clone() for b in replica.buffers],
         "strategy": worker.state_dict(),

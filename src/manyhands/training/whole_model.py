@@ -20,10 +20,10 @@ def together(
 
     ``mine`` is that of this rank's part, ``whole`` the names and shapes there are. Rank 0 needs room for two models.
     """
-    if all(comm.mesh[axis] == 1 for axis in comm.mesh if axis != "data"):
+    if not blocks and all(comm.mesh[axis] == 1 for axis in comm.mesh if axis != "data"):
         return {name: value.detach().cpu() for name, value in mine.items()} if comm.rank == 0 else None
     first = comm.over(frozenset({"data"})).rank == 0
-    told = {name: value.detach().cpu() for name, value in mine.items()} if first else {}
+    told = {name: value.detach().cpu() for name, value in mine.items() if first or differs(name, blocks)}
     everybody = gather(comm, [told, {name: described(block) for name, block in blocks.items()}])
     if everybody is None:
         return None
@@ -37,6 +37,11 @@ def together(
                 result[name] = torch.zeros(theirs[name][0], dtype=value.dtype)
             block_of(theirs[name]).put(value, result[name])
     return {name: result[name] for name in whole}
+
+
+def differs(name: str, blocks: Mapping[str, Block]) -> bool:
+    """Whether workers that have batches of their own hold other parts of a tensor."""
+    return name in blocks and blocks[name].axis == "data"
 
 
 def part(whole: Tensor, name: str, blocks: Mapping[str, Block]) -> Tensor:

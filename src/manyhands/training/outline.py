@@ -1,0 +1,179 @@
+"""What a plan comes to before anything runs: what each worker holds, and what it sends in a step.
+
+Every rank's part is made in this process as its worker would make it, and a share of a batch passes through it in a
+rehearsal, so that bytes are counted by the code that counts them in training. Times are not predicted here.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from manyhands.communication.topology import Mesh, shares
+from manyhands.contract import Block, Strategy
+from manyhands.data import Splits
+from manyhands.models import optimizers
+from manyhands.partition.pipeline import description as pipeline
+from manyhands.partition.pipeline import schedule as schedules
+from manyhands.partition.pipeline.cut import cut as cut_into_stages
+from manyhands.partition.pipeline.schedule import Schedule
+from manyhands.partition.tensor.rehearsal import Rehearsal
+from manyhands.plan import Plan
+from manyhands.task import Task
+from manyhands.training.preparation import cut_layers, cut_stages
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one worker has and sends. Memory counts as its own also where one copy serves several."""
+
+    rank: int
+    where: dict[str, int]  # its coordinates
+    stages: tuple[int, ...]
+    parameters: int  # elements
+    parameters_B: int
+    gradients_B: int
+    optimizer_B: int
+    sent_B: float  # payload of the strategy a step, on average
+    cut_B: int = 0  # payload of the cut a step
+    #: Of the user's parameters those that are here: whole (None), or which part.
+    holds: dict[str, Block | None] = field(default_factory=dict, repr=False)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        shown = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "holds"}
+        return {**shown, "stages": list(self.stages)}
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A plan that is decided, and what each of its workers has."""
+
+    plan: Plan
+    notes: tuple[str, ...]
+    whole: dict[str, tuple[int, ...]]  # the user's parameters
+    parts: list[Part]
+    schedule: Schedule | None  # of a pipeline
+
+    @property
+    def bubble(self) -> float | None:
+        """Of the schedule, with stages of equal cost."""
+        return None if self.schedule is None else schedules.bubble(self.schedule)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return {
+            "plan": self.plan.as_table(),
+            "notes": list(self.notes),
+            "workers": [part.as_dict() for part in self.parts],
+            "bubble": self.bubble,
+        }
+
+
+def outline(task: Task, plan: Plan, notes: Sequence[str], model: nn.Module, splits: Splits) -> Outline:
+    """Of a plan that is decided, for ``model`` as its factory made it, which is left as it is."""
+    mesh = plan.mesh
+    assert isinstance(mesh, Mesh)
+    rows = min(len(splits.train), shares(task.batch_size, mesh["data"])[0][1])
+    sent = _cut_B(plan, mesh, model, splits, max(rows, 1))
+    slots, parts, schedule = _slots(task), [], None
+    for rank in range(mesh.size):
+        comm = Rehearsal(rank, mesh.size)
+        comm.mesh = mesh
+        mine = copy.deepcopy(model)
+        blocks = cut_layers(mine, plan, splits, comm).blocks
+        pipelining = cut_stages(mine, plan, comm)
+        stages: tuple[int, ...] = (0,)
+        if pipelining is not None:
+            stages, schedule = tuple(pipelining[0]), pipelining[1]
+        where = {axis: at for axis, at in mesh.coordinates(rank).items() if mesh[axis] > 1}
+        cut_B = sum(sent[comm.over(frozenset({"tensor"})).rank, stage] for stage in stages)
+        holds = {name: blocks.get(name) for name, _ in mine.named_parameters()}
+        parts.append(Part(rank, where, stages, *_memory_and_payload(plan, mesh, mine, holds, slots), cut_B, holds))
+    whole = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    return Outline(plan, tuple(notes), whole, parts, schedule)
+
+
+def _memory_and_payload(
+    plan: Plan, mesh: Mesh, model: nn.Module, holds: dict[str, Block | None], slots: int
+) -> tuple[int, int, int, int, float]:
+    """Elements; bytes of parameters, gradients and optimizer state; payload a step."""
+    strategy = plan.strategy
+    assert isinstance(strategy, Strategy)
+    pieces: dict[tuple[frozenset[str], int], int] = {}  # by axes along which others have the same, and bytes an element
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            block = holds[name]
+            cut = ({block.axis} if block is not None else set()) | {"pipeline"}
+            key = frozenset(axis for axis in mesh if axis not in cut), p.element_size()
+            pieces[key] = pieces.get(key, 0) + p.numel()
+    shared = strategy.parameters == "common" and strategy.lockstep  # each element is updated by one of its holders
+    state, sent = 0.0, 0.0
+    for (axes, itemsize), numel in pieces.items():
+        holders = math.prod(mesh[axis] for axis in axes)
+        state += slots * numel * itemsize / (holders if shared else 1)
+        sent += strategy.traffic(numel, holders if strategy.lockstep else mesh["data"], itemsize).sent_B_per_step
+    held_B = sum(p.nbytes for p in model.parameters())
+    learnt_B = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    return sum(p.numel() for p in model.parameters()), held_B, learnt_B, math.ceil(state), sent
+
+
+def _slots(task: Task) -> int:
+    """How many tensors of a parameter's size the optimizer keeps for it."""
+    parameter = nn.Parameter(torch.zeros(3))
+    trial = optimizers.build(task.optimizer, [parameter])
+    parameter.grad = torch.zeros(3)
+    trial.step()
+    return sum(isinstance(x, Tensor) and x.shape == (3,) for x in trial.state.get(parameter, {}).values())
+
+
+def _cut_B(plan: Plan, mesh: Mesh, model: nn.Module, splits: Splits, rows: int) -> dict[tuple[int, int], int]:
+    """By tensor rank and stage: what a step of ``rows`` samples sends within the cut, forward and backward."""
+    result = {}
+    across = [rank for rank in range(mesh.size) if mesh.coordinates(rank).get("data", 0) == 0]
+    for rank in across:
+        if mesh.coordinates(rank).get("pipeline", 0):
+            continue  # the same layers are cut alike, whichever stage they lie on
+        comm = Rehearsal(rank, mesh.size)
+        comm.mesh = mesh
+        mine = copy.deepcopy(model)
+        cut_layers(mine, plan, splits, comm)
+        stages: Sequence[nn.Module] = [mine]
+        if mesh["pipeline"] > 1:
+            stages = cut_into_stages(mine, pipeline.parse(plan.pipeline).cut or ()).stages
+        value = splits.train.rows(torch.arange(rows))[0]
+        for s, sent_B in enumerate(_sent_by_stage(stages, value, comm)):
+            result[comm.over(frozenset({"tensor"})).rank, s] = sent_B
+    return result
+
+
+def _sent_by_stage(stages: Sequence[nn.Module], inputs: Any, comm: Rehearsal) -> list[int]:
+    """What each stage sends: in its own sums and joins, forward to the next one and backward to the one before."""
+    sent, value = [], inputs
+    with torch.random.fork_rng(devices=[]):
+        for k, stage in enumerate(stages):
+            for module in stage.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()  # a share may have one sample, which has no variance
+            before = comm.counters.sent_B("cut")
+            given = torch.utils._pytree.tree_map(_leaf, value) if k else value
+            value = stage(given)
+            outputs = [x for x in torch.utils._pytree.tree_leaves(value) if isinstance(x, Tensor)]
+            ends = [x for x in outputs if x.requires_grad]
+            torch.autograd.backward(ends, [torch.ones_like(x) for x in ends])
+            passed = sum(x.nbytes for x in outputs) if k + 1 < len(stages) else 0
+            leaves = torch.utils._pytree.tree_leaves(given) if k else []
+            returned = sum(x.nbytes for x in leaves if isinstance(x, Tensor) and x.requires_grad)
+            sent.append(comm.counters.sent_B("cut") - before + passed + returned)
+    return sent
+
+
+def _leaf(x: Any) -> Any:
+    return x.detach().requires_grad_(x.is_floating_point()) if isinstance(x, Tensor) else x
