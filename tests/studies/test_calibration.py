@@ -1,5 +1,6 @@
 """The calibration loop, and what a study does about a run that was disturbed."""
 
+import dataclasses
 import itertools
 import os
 import threading
@@ -125,6 +126,15 @@ def test_a_disturbed_run_is_repeated_and_the_quieter_one_kept(tmp_path, loops, s
     assert (row.disturbance, row.noisy, row.attempts) == (1.2, False, 2)
     assert row.measurement.step_s.median == 0.011
     assert kept_run(tmp_path) == {"took": "0.011"}
+
+
+def test_a_run_whose_times_nobody_reads_is_done_once_however_busy_the_machine(tmp_path, loops, steps):
+    loops += [5.0, 5.0, 5.0]
+    untimed = dataclasses.replace(study({"plan.workers": [1]}, repeats=1).grids[0], timed=False)
+    asked = dataclasses.replace(study({"plan.workers": [1]}, repeats=1), grids=(untimed,))
+    (row,) = studies.run(asked, out=tmp_path).rows
+    assert (row.disturbance, row.noisy, row.attempts) == (None, False, 1)
+    assert "timed = false" in asked.to_toml()
 
 
 def test_of_two_noisy_runs_the_less_disturbed_is_kept_and_marked(tmp_path, loops, steps):

@@ -25,6 +25,7 @@ turning fastest, and a cell that comes up twice counts once. Beside its factors 
     name = "time against nodes"             # by which an analysis finds its cells
     repeats = 1                             # other than the study's
     evaluate = "epoch"                      # likewise
+    timed = false                           # its times are for nothing: a disturbed run is not done again
     measure = "noise"                       # not a training but the noise of its update (see gradient_noise)
 
 ``evaluate`` in ``[study]`` is when runs are evaluated: "end" (the default), "epoch", "never" or every so many steps.
@@ -67,7 +68,7 @@ PLAN_KEYS = tuple(f.name for f in dataclasses.fields(Plan))
 HEAD = ("name", "repeats", "limit_s", "evaluate", "analysis", "keep")
 #: What stays of a run beside its row: its folder with the trained model, or nothing.
 KEEP = ("runs", "rows")
-GRID_HEAD = ("name", "repeats", "measure", "evaluate")
+GRID_HEAD = ("name", "repeats", "measure", "evaluate", "timed")
 FACTORS = (*(f"plan.{k}" for k in PLAN_KEYS), *(f"task.{k}" for k in TASK_KEYS))
 
 #: Analyses that read what their own study varies: of its task, only these can be said. Another task is another study.
@@ -86,6 +87,7 @@ class Grid:
     repeats: int | None = None  # None: as often as the study says
     measure: Measure = "train"
     evaluate: str | int | None = None  # None: as the study says
+    timed: bool = True  # whether anybody reads its times
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,7 @@ class Cell:
     repeats: int = field(default=1, compare=False)
     grids: tuple[str, ...] = field(default=(), compare=False)  # names of the grids it belongs to
     evaluate: str | int = field(default="end", compare=False)
+    timed: bool = field(default=True, compare=False)
 
     @property
     def id(self) -> str:
@@ -168,6 +171,8 @@ class Study:
         for grid in self.grids:
             if grid.repeats is not None and not is_whole(grid.repeats, 1):
                 raise BadInput(f"repeats={grid.repeats!r} in [grid]: it is a whole number from 1. E.g. repeats = 3.")
+            if type(grid.timed) is not bool:
+                raise BadInput(f"timed={grid.timed!r} in [grid]: it is true or false.")
             if grid.evaluate is not None:
                 _check_evaluate("[grid]", grid.evaluate)
             if type(grid.name) is not str:
@@ -196,6 +201,7 @@ class Study:
                     self.repeats if grid.repeats is None else grid.repeats,
                     names,
                     self.evaluate if grid.evaluate is None else grid.evaluate,
+                    grid.timed,
                 )
                 found[cell.id] = _joined(found[cell.id], cell) if cell.id in found else cell
         return list(found.values())
@@ -236,6 +242,7 @@ def _joined(first: Cell, again: Cell) -> Cell:
         repeats=max(first.repeats, again.repeats),
         grids=tuple(dict.fromkeys((*first.grids, *again.grids))),
         evaluate=max(first.evaluate, again.evaluate, key=_often),
+        timed=first.timed or again.timed,
     )
 
 

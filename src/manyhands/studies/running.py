@@ -270,7 +270,7 @@ def _watched(
 ) -> Row:
     """A run between two calibrations; once more if those were slow, and of two the one less disturbed.
 
-    The noise of an update depends on no time, so that what measures it is not watched.
+    What depends on no time is not watched: the noise of an update, and runs whose times nobody reads.
     """
     started = functools.partial(Started.now, study.name, each.cell, repeat)
     if each.cell.measure == "noise":
@@ -282,6 +282,8 @@ def _watched(
         return dataclasses.replace(row, disturbance=calibration.ends())
 
     kept = RunFolder(folder, f"{each.cell.id}-{repeat}") if study.keep == "runs" else None
+    if not each.cell.timed:
+        return _trained(started(), each, out=kept.begin() if kept else None, data_dir=data_dir)
     first = once(kept.begin() if kept else None)
     if first.status != "done" or _disturbance(first) <= BOUND:
         return first

@@ -137,14 +137,14 @@ def _accuracy(size: Size) -> Iterator[Grid]:
     for setting in size.batch_settings:
         for batch in BATCHES:
             by_samples = {"epochs": size.epochs[setting.model], **seeds}
-            yield _cell(SAMPLES, setting, U1, 1, batch, task=by_samples, repeats=1)
+            yield _cell(SAMPLES, setting, U1, 1, batch, task=by_samples, repeats=1, timed=False)
             by_updates = {"steps": size.updates[setting.model], **seeds}
-            yield _cell(UPDATES, setting, U1, 1, batch, task=by_updates, repeats=1)
+            yield _cell(UPDATES, setting, U1, 1, batch, task=by_updates, repeats=1, timed=False)
     for setting in size.node_settings:
         task = {"steps": size.updates[setting.model], **seeds}
         for nodes in NODES_FOR_ACCURACY:
             for batch in (SMALL, LARGE):
-                yield _cell(ACCURACY_NODES, setting, U1, nodes, batch, task=task, repeats=1)
+                yield _cell(ACCURACY_NODES, setting, U1, nodes, batch, task=task, repeats=1, timed=False)
 
 
 def _noise(size: Size) -> Iterator[Grid]:
@@ -166,4 +166,4 @@ def _learning(size: Size) -> Iterator[Grid]:
     }
     for strategy in ("synchronous", U1.strategy):
         shown = Variant(strategy, strategy, False, "")
-        yield _cell(LEARNING, CNN, shown, 2, CENTRE_BATCH, task=task, repeats=1, evaluate="epoch")
+        yield _cell(LEARNING, CNN, shown, 2, CENTRE_BATCH, task=task, repeats=1, evaluate="epoch", timed=False)
