@@ -7,11 +7,12 @@ The three descriptions meet here: a `Strategy` from ``consistency``, a cut from 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from manyhands.calling import call
-from manyhands.catalogue import import_object
+from manyhands.catalogue import Catalogue, import_object
 from manyhands.checks import is_positive, is_whole
 from manyhands.communication import transports
 from manyhands.communication.topology import Mesh, parse_mesh
@@ -19,9 +20,10 @@ from manyhands.consistency import strategies
 from manyhands.contract import Setting, Strategy
 from manyhands.errors import BadInput, InvalidPlan, Problem, UnknownName
 from manyhands.grammar import parse_call
-from manyhands.partition import partitions
+from manyhands.partition import cut_strategies, partitions
 from manyhands.partition.pipeline.description import MICRO_BATCHES
 from manyhands.partition.pipeline.description import parse as parse_pipeline
+from manyhands.partition.tensor import axis_of, check_known, scheme_of
 
 BUFFER_POLICIES = ("average", "rank0", "local")
 PRECISIONS = ("float32", "bfloat16")
@@ -44,7 +46,7 @@ def strategy_from(value: str | Strategy) -> Strategy:
             f"strategy {value!r} is a {type(value).__name__}; it is text such as 'synchronous' or a Strategy."
         )
     said = parse_call(value, kind="strategy")
-    cls = strategies.load(said.name)
+    cls = Catalogue("strategy", {**strategies, **cut_strategies}).load(said.name)
     if not (isinstance(cls, type) and issubclass(cls, Strategy)):
         raise BadInput(
             f"strategy {said.name} is a {type(cls).__name__}; the rule is: a subclass of manyhands' Strategy."
@@ -73,9 +75,9 @@ class Plan:
     into passes whose gradients add up (gradient accumulation, bunch mode); by default one, in a pipeline four a stage.
     ``shard=1`` shares optimizer state over workers (ZeRO stage 1). ``threads`` are per worker, 0 = cores / workers.
     ``allocator='plain'`` leaves glibc's malloc as it is. ``tensor`` says which modules are cut along the mesh's tensor
-    axis (see `partition.tensor.rules`; default auto), ``pipeline`` the schedule of its pipeline axis and where stages
-    begin (`partition.pipeline.description`), and ``recompute`` that a stage computes activations anew before a
-    backward. ``compress`` is not built yet and refused.
+    axis (see `partition.tensor.rules`; default auto) or which scheme cuts the network (`partition.tensor.schemes`),
+    ``pipeline`` the schedule of its pipeline axis and where stages begin (`partition.pipeline.description`), and
+    ``recompute`` that a stage computes activations anew before a backward. ``compress`` is not built yet and refused.
 
         Plan(strategy="synchronous", workers=2)
     """
@@ -458,15 +460,20 @@ def _numbers(plan: Plan, found: list[Problem]) -> None:
 
 def micro_batches(plan: Plan, mesh: Mesh) -> int:
     """As the plan says, else one, or enough to fill a pipeline."""
+    assert isinstance(plan.strategy, Strategy)
     if plan.micro_batches is not None:
         return plan.micro_batches
+    if plan.strategy.name in cut_strategies:
+        return 1
     return MICRO_BATCHES * mesh["pipeline"] if mesh["pipeline"] > 1 else 1
 
 
 def _cuts(plan: Plan, mesh: Mesh, facts: Facts, strategy: Strategy, found: list[Problem]) -> None:
     """What does not go with a model that is cut."""
     cut = {axis: mesh[axis] for axis in mesh if axis != "data" and mesh[axis] > 1}
-    if plan.tensor is not None and "tensor" not in cut:
+    if axis_of(plan.tensor) == "data":
+        _hybrid(plan, mesh, facts, strategy, cut, found)
+    elif plan.tensor is not None and "tensor" not in cut:
         found.append(
             Problem(
                 f"tensor={plan.tensor!r} on {mesh}",
@@ -483,11 +490,27 @@ def _cuts(plan: Plan, mesh: Mesh, facts: Facts, strategy: Strategy, found: list[
                     f"Say so, e.g. mesh=pipeline=2 (--mesh pipeline=2), or leave {name} out.",
                 )
             )
+    if strategy.name in cut_strategies:
+        _cuts_itself(plan, cut, strategy, found)
     if not cut:
         return
+    scheme = scheme_of(plan.tensor)
+    try:
+        check_known(scheme)
+    except UnknownName as e:
+        found.append(Problem(f"tensor={plan.tensor!r}", str(e), "E.g. tensor=auto."))
+    if scheme is not None and "pipeline" in cut:
+        found.append(
+            Problem(
+                f"tensor={plan.tensor!r} on {mesh}",
+                "a scheme cuts a whole network, and a stage is only some of one.",
+                "Leave the pipeline axis out, or cut stages by rules, e.g. tensor=auto.",
+            )
+        )
     if "pipeline" in cut:
         parse_pipeline(plan.pipeline).made(mesh["pipeline"], micro_batches(plan, mesh))
-    if not strategy.bears_cuts:
+    by_stage = strategy.bears_stages and set(cut) == {"pipeline"} and plan.transport not in ("gloo", "nccl")
+    if not (strategy.bears_cuts or by_stage):
         found.append(
             Problem(
                 f"{strategy} on {mesh}",
@@ -496,13 +519,82 @@ def _cuts(plan: Plan, mesh: Mesh, facts: Facts, strategy: Strategy, found: list[
             )
         )
     if not facts.elementwise:
+        found.append(_of_whole_tensors(str(mesh)))
+
+
+def _cuts_itself(plan: Plan, cut: dict[str, int], strategy: Strategy, found: list[Problem]) -> None:
+    """What has no meaning where instances pass from node to node as they come."""
+    for name, value in (
+        ("pipeline", plan.pipeline),
+        ("recompute", plan.recompute),
+        ("micro_batches", plan.micro_batches),
+    ):
+        if value:
+            found.append(
+                Problem(
+                    f"{name}={value!r} with {strategy}",
+                    "messages go as they come: there is no schedule of micro-batches.",
+                    f"Leave {name} out; samples= of {strategy.name} says how many samples go together.",
+                )
+            )
+    if "tensor" in cut:
         found.append(
             Problem(
-                f"{mesh} with an optimizer that looks at whole tensors",
-                "of a model that is cut a worker updates parts of tensors.",
-                "Use an optimizer such as sgd, adam, adamw, adagrad or rmsprop.",
+                f"tensor={cut['tensor']} with {strategy}",
+                "a node lies on one rank.",
+                f"Say mesh=pipeline={cut['tensor']} (--mesh pipeline={cut['tensor']}).",
             )
         )
+
+
+def _hybrid(
+    plan: Plan, mesh: Mesh, facts: Facts, strategy: Strategy, cut: Mapping[str, int], found: list[Problem]
+) -> None:
+    """What does not go with dense layers that are cut along the data axis."""
+    said = f"tensor={plan.tensor}"
+    if cut:
+        found.append(
+            Problem(
+                f"{said} on {mesh}",
+                "the workers that divide the batch divide the dense layers, too.",
+                f"Use mesh data alone, e.g. mesh=data={mesh.size} (--mesh data={mesh.size}).",
+            )
+        )
+    if not (strategy.name == "synchronous" and strategy.bears_cuts):
+        found.append(
+            Problem(
+                f"{said} with {strategy}",
+                "all workers pass through the dense layers together, in every step, and average all else.",
+                "Use synchronous.",
+            )
+        )
+    if plan.micro_batches not in (None, 1):
+        found.append(
+            Problem(
+                f"{said} with micro_batches={plan.micro_batches}",
+                "a share goes through the convolutions at once; the dense layers have the passes of their scheme.",
+                "Leave micro_batches out, or use scheme=b or c for smaller passes.",
+            )
+        )
+    if not facts.elementwise and mesh["data"] > 1:
+        found.append(_of_whole_tensors(said))
+    scheme = scheme_of(plan.tensor)
+    if facts.clip and scheme is not None and str(scheme.kwargs.get("updates", "step")) == "each":
+        found.append(
+            Problem(
+                f"{said} with clip",
+                "the norm of all gradients is known after the last pass, and dense layers are updated before.",
+                "Leave clip out, or use updates=step.",
+            )
+        )
+
+
+def _of_whole_tensors(what: str) -> Problem:
+    return Problem(
+        f"{what} with an optimizer that looks at whole tensors",
+        "of a model that is cut a worker updates parts of tensors.",
+        "Use an optimizer such as sgd, adam, adamw, adagrad or rmsprop.",
+    )
 
 
 def _not_built(plan: Plan, found: list[Problem]) -> None:

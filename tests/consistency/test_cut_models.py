@@ -56,7 +56,7 @@ def trained(comm, mesh, text, optimizer, clip):
         common |= {"stages": stages, "schedule": schedule}
     kind = PipelineReplica if mesh["pipeline"] > 1 else DataReplica
     replica = kind(model, optimizer(model.parameters()), nn.functional.mse_loss, comm, **common)
-    worker = strategy.start(replica, comm)
+    worker = strategy.start(replica, comm.over(frozenset({"data"})) if strategy.bears_stages else comm)
     group, alike = comm.over(frozenset({"data"})), []
     for step in range(STEPS):
         comm.step = step
@@ -116,3 +116,37 @@ def test_synchronous_on_any_mesh_equals_one_worker(mesh, update):
             torch.testing.assert_close(
                 value, blocks[name].take(expected[name]) if name in blocks else expected[name], **EXACT
             )
+
+
+CLIPPED = [text for text in BEARERS if not strategies.load(strategy_from(text).name).whole_batch]
+
+
+@pytest.mark.parametrize("axis", ["tensor", "pipeline"])
+@pytest.mark.parametrize("text", CLIPPED)
+def test_gradients_are_clipped_by_the_norm_of_the_whole_replica(text, axis):
+    arguments = text, OPTIMIZERS["sgd"], 0.05
+    whole = SimulatedWorld(2).run(trained, Mesh(data=2), *arguments)
+    for rank, (parameters, blocks, _) in enumerate(
+        SimulatedWorld(4).run(trained, Mesh({"data": 2, axis: 2}), *arguments)
+    ):
+        expected = whole[rank // 2][0]
+        for name, value in parameters.items():
+            theirs = blocks[name].take(expected[name]) if name in blocks else expected[name]
+            torch.testing.assert_close(value, theirs, **EXACT)
+
+
+@pytest.mark.parametrize("text", ["asynchronous", "downpour(fetch=2, push=3)", "ssp(staleness=1)"])
+def test_split_replicas_under_a_parameter_server_are_distbelief(text):
+    """One replica on two stages is what it is on one worker; several end alike and near."""
+    ((expected, _, _),) = SimulatedWorld(1).run(trained, Mesh(data=1), text, OPTIMIZERS["sgd"], 0.5)
+    found_on = SimulatedWorld(2).run(trained, Mesh(pipeline=2), text, OPTIMIZERS["sgd"], 0.5)
+    assert {name for parameters, _, _ in found_on for name in parameters} == expected.keys()
+    for parameters, _, _ in found_on:
+        for name, value in parameters.items():
+            torch.testing.assert_close(value, expected[name], **EXACT)
+    split = SimulatedWorld(4).run(trained, Mesh(data=2, pipeline=2), text, OPTIMIZERS["sgd"], 0.5)
+    for stage in (0, 1):
+        one, other = split[stage][0], split[2 + stage][0]
+        assert one.keys() == other.keys()
+        assert all(torch.equal(value, other[name]) for name, value in one.items()), "the servers' at the end"
+        assert all(value.isfinite().all() for value in one.values())

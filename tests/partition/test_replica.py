@@ -296,7 +296,8 @@ def through_a_checkpoint(state):
     from manyhands.training.state import assemble
 
     return [
-        StateSlice(name, key, *((0, v.numel()) if v.dim() else (-1, -1)), v.clone()) for name, key, v in assemble(state)
+        StateSlice(name, key, *((0, v.numel()) if v.dim() else (-1, -1)), v.clone())
+        for name, key, v in assemble([(s, {}) for s in state])
     ]
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import manyhands as mh
-from manyhands.errors import BadInput, InvalidPlan
+from manyhands.errors import BadInput, InvalidPlan, NonFiniteLoss
 from manyhands.training import checkpoint
 
 MODEL = "perceptron(hidden=(12, 10))"
@@ -101,14 +101,14 @@ def test_the_payload_of_a_step_holds_what_the_cut_exchanges():
         ({"mesh": "data=2", "tensor": "hidden1=column"}, "tensor axis"),
         ({"mesh": "data=2", "pipeline": "gpipe"}, "pipeline axis"),
         ({"mesh": "tensor=2", "recompute": True}, "pipeline axis"),
-        ({"mesh": "pipeline=2", "strategy": "asynchronous"}, "wants the whole model"),
+        ({"mesh": "pipeline=2", "strategy": "asynchronous", "transport": "gloo"}, "wants the whole model"),
         ({"mesh": "sideways=2"}, "the axes that exist are"),
         ({"mesh": "tensor=2", "workers": 3}, "multiply to the number of workers"),
     ],
 )
 def test_a_plan_that_cannot_be_is_refused(plan, says):
     with pytest.raises(InvalidPlan, match=says):
-        mh.train(task(), mh.Plan(**plan, transport="threads"))
+        mh.train(task(), mh.Plan(**{"transport": "threads", **plan}))
 
 
 @pytest.mark.parametrize(
@@ -155,3 +155,25 @@ def test_from_the_command_line_a_users_model_is_cut_without_editing_it(tmp_path,
     assert ("20×64 → 10×64" if axis == "tensor" else "stage 1 from fc2") in done.stderr, "what was cut is told"
     state = checkpoint.load_newest(tmp_path / "run" / "checkpoints").model
     assert {name: tuple(value.shape) for name, value in state.items()}["fc1.weight"] == (20, 64)
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        "downpour(fetch=2, push=2, server='adagrad(lr=0.05)')",
+        pytest.param("ssp(staleness=1)", marks=pytest.mark.slow),
+    ],
+)
+def test_distbelief_learns_on_split_replicas(tmp_path, strategy):
+    how = {"strategy": strategy, "pipeline": "gpipe(cut='hidden2')", "micro_batches": 2}
+    found = trained("data=2,pipeline=2", "shared", how=how, out=tmp_path, steps=150, optimizer="sgd(lr=0.3)")
+    assert found.summary.test_accuracy > 0.4  # chance is 0.1
+    again = trained("pipeline=2", how=how, out=tmp_path, resume=True, steps=152, optimizer="sgd(lr=0.3)")
+    assert again.summary.steps == 152
+
+
+@pytest.mark.parametrize("strategy", ["asynchronous", "local(every=3)", "synchronous"])
+def test_a_loss_that_is_not_finite_stops_all_stages_of_all_replicas(strategy):
+    how = {"strategy": strategy, "pipeline": "gpipe(cut='hidden2')", "micro_batches": 2}
+    with pytest.raises(NonFiniteLoss):
+        trained("data=2,pipeline=2", "shared", how=how, steps=200, optimizer="sgd(lr=1e30)")

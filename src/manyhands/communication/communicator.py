@@ -360,7 +360,7 @@ class Communicator(ABC):
     def arrived(self, tag: int = 0) -> bool:
         """Whether a message of ``tag`` from anyone is here, so that `recv` takes one without waiting.
 
-        For choosing what to do first, never for ending a wait: where the transport cannot tell (gloo, nccl) it is False.
+        For choosing what to do first, never for ending a wait: where a transport cannot tell (gloo, nccl) it is False.
         """
         return self.size > 1 and self._arrived(tag)
 

@@ -33,6 +33,7 @@ class Asynchronous(OnShards):
     """Every gradient is applied as it comes; ``servers``: in how many shards (None: as many as pay)."""
 
     name: ClassVar[str] = "asynchronous"
+    bears_stages: ClassVar[bool] = True
     paper: ClassVar[Reference] = Reference(
         "Agarwal & Duchi", "Distributed delayed stochastic optimization", 2011, "arXiv:1104.5525", survey="VI-A"
     )

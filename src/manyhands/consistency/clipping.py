@@ -35,12 +35,12 @@ def clip_(replica: Replica, comm: Communicator, bounds: Sequence[tuple[int, int]
 
 
 def clip_own_(replica: Replica) -> bool:
-    """Scale this worker's gradients by its own norm; whether that is finite (nothing is scaled where it is not)."""
+    """Scale this replica's gradients by their own norm; whether that is finite (nothing is scaled where it is not)."""
     if replica.clip is None:
         return True
     bounds = [(0, piece.flat.numel()) for piece in replica.pieces]
     replica.add_l2(bounds)
-    return _scale(replica, bounds, replica.norm(bounds))
+    return _scale(replica, bounds, replica.own_norm())
 
 
 def global_norm(replica: Replica, comm: Communicator, bounds: Sequence[tuple[int, int]], *, sliced: bool) -> Tensor:

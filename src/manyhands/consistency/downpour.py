@@ -40,6 +40,7 @@ class Downpour(OnShards):
     """Asynchronous replicas with periods; ``server``: the servers' optimizer, e.g. ``"adagrad(lr=0.05)"``."""
 
     name: ClassVar[str] = "downpour"
+    bears_stages: ClassVar[bool] = True
     paper: ClassVar[Reference] = Reference(
         "Dean et al.", "Large scale distributed deep networks", 2012, "NeurIPS 25", survey="VI-A"
     )

@@ -37,6 +37,7 @@ class StaleSynchronous(OnShards):
     """Bounded staleness. ``cached``: pull only when the bound asks for it; else at every step, as fresh as can be."""
 
     name: ClassVar[str] = "ssp"
+    bears_stages: ClassVar[bool] = True
     paper: ClassVar[Reference] = Reference(
         "Ho, Cipar, Cui, Kim, Lee, Gibbons, Gibson, Ganger & Xing",
         "More effective distributed ML via a stale synchronous parallel parameter server",

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -24,12 +24,14 @@ Ranges = tuple[tuple[int, int], ...]
 class Block:
     """Of a tensor of ``shape``: the ranges ``[lo, hi)`` of each dim in ``ranges``; other dims are whole.
 
-    What ``copies`` names in the same way lies behind it, both then flat; alone, where ``ranges`` name nothing.
+    What ``copies`` names in the same way lies behind it, both then flat; alone, where ``ranges`` name nothing. Ranks
+    along ``axis`` of the mesh hold other parts.
     """
 
     shape: tuple[int, ...]
     ranges: tuple[tuple[int, Ranges], ...]
     copies: tuple[tuple[int, Ranges], ...] = ()
+    axis: str = field(default="tensor", kw_only=True)
 
     @classmethod
     def of(cls, whole: Tensor, dim: int, ranges: Sequence[tuple[int, int]]) -> Block:

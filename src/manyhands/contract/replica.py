@@ -144,6 +144,14 @@ class Replica(Protocol):
         """Two-norm over ``pieces[i].grad[lo:hi]`` for all i, 0-dim; over whole pieces it is torch's, bit for bit."""
         ...
 
+    def own_norm(self) -> Tensor:
+        """Two-norm of all gradients of this replica, of which other ranks may hold some. Collective among those."""
+        ...
+
+    def any_of_us(self, flag: bool) -> bool:
+        """Whether some rank of this replica says so. Collective among them; the flag itself where there is one."""
+        ...
+
     def optimizer_state(self) -> list[StateSlice]:
         """The optimizer state that this worker holds."""
         ...

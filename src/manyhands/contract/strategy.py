@@ -102,6 +102,9 @@ class Strategy(ABC):
     whole_batch: ClassVar[bool] = False
     #: It can do with a model that is cut, of which a worker holds some pieces alone and some along with others.
     bears_cuts: ClassVar[bool] = False
+    #: It can do with stages: its workers meet others of the same stage alone, so what others hold is not its business.
+    #: `start` gets that group.
+    bears_stages: ClassVar[bool] = False
     #: It knows what to do with a piece of which only some rows have a gradient (see `Piece`); else pieces are dense.
     sparse: ClassVar[bool] = False
     #: The result is a function of task and plan: no race decides, and a resume is exact bit for bit.

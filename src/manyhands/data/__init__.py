@@ -23,6 +23,8 @@ datasets = Catalogue(
         "synthetic": "manyhands.data.synthetic:synthetic",
         "tinyshakespeare": "manyhands.data.tinyshakespeare:tinyshakespeare",
         "markov": "manyhands.data.markov:markov",
+        "list_reduction": "manyhands.data.list_reduction:list_reduction",
+        "boolean_trees": "manyhands.data.boolean_trees:boolean_trees",
         "sparse_logistic": "manyhands.data.sparse:sparse_logistic",
         "ratings": "manyhands.data.sparse:ratings",
     },

@@ -23,6 +23,8 @@ models = Catalogue(
         "cnn": "manyhands.models.cnn:cnn",
         "alexnet": "manyhands.models.alexnet:alexnet",
         "gpt": "manyhands.models.gpt:gpt",
+        "list_rnn": "manyhands.partition.ampnet.list_reduction:list_rnn",
+        "tree_rnn": "manyhands.partition.ampnet.tree:tree_rnn",
     },
 )
 

@@ -1,6 +1,7 @@
 """Where the network is cut (survey §V). Each partition makes a `Replica`, all in terms of `contract` types.
 
 `partitions` is the table of contents: a new cut is one file, one line here and a row in the contract test.
+`cut_strategies` are those whose update is part of the cut, so that they stand here and not in ``consistency``.
 """
 
 from manyhands.catalogue import Catalogue
@@ -13,3 +14,5 @@ partitions = Catalogue(
         "pipeline": "manyhands.partition.pipeline.replica:PipelineReplica",
     },
 )
+
+cut_strategies = Catalogue("strategy", {"ampnet": "manyhands.partition.ampnet.strategy:AMPNet"})

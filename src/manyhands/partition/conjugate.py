@@ -11,7 +11,8 @@ Shoeybi et al. 2019, "Megatron-LM", arXiv:1909.08053, §3 (its f and g are the f
 functions enclose all ranks of the group compute the same from the same, so parameters there have equal gradients.
 
 Payload per rank is that of the collective: 2(P−1)/P · n for a sum, (P−1)/P · n for a join or a sum of which only a part
-is kept, in the direction that communicates; counted as ``cut``. Groups of one rank cost nothing. Double backward is not supported.
+is kept, in the direction that communicates; counted as ``cut``. Groups of one rank cost nothing. Double backward is
+not supported.
 """
 
 from __future__ import annotations
@@ -24,9 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from manyhands.communication.communicator import Communicator, Work
+from manyhands.communication.communicator import DONE, Communicator, Work
 from manyhands.communication.topology import shares
-
 
 #: Of messages within a cut, so that they meet no others.
 TAG = 7201
@@ -66,15 +66,16 @@ def join(part: Tensor, group: Communicator, dim: int, lengths: Sequence[int]) ->
 def sum_part(whole: Tensor, group: Communicator, dim: int, lengths: Sequence[int]) -> Tensor:
     """This rank's part along ``dim`` of ``Σ_p whole_p``, added in rank order.
 
-    By messages, each of what its receiver keeps: a reduce-scatter, but the parts may be of any lengths.
+    By messages, each of what its receiver keeps: a reduce-scatter, but the parts may be of any lengths, also 0.
     """
-    parts = [part.contiguous() for part in whole.split(list(lengths), dim)]
+    parts = [part.contiguous() for part in torch.split(whole, list(lengths), dim)]
     summands = [parts[group.rank]] * group.size
     with group.counting("cut"):
         for shift in range(1, group.size):
             to, frm = (group.rank + shift) % group.size, (group.rank - shift) % group.size
-            work = group.send(parts[to], to, TAG)
-            summands[frm] = group.recv(torch.empty_like(parts[group.rank]), frm, TAG).tensor
+            work = group.send(parts[to], to, TAG) if lengths[to] else DONE
+            if lengths[group.rank]:
+                summands[frm] = group.recv(torch.empty_like(parts[group.rank]), frm, TAG).tensor
             work.wait()
     return torch.stack(summands).sum(0)
 
@@ -160,5 +161,5 @@ def divided(x: Tensor, group: Communicator, dim: int = -1, lengths: Sequence[int
 
 
 def gathered(x: Tensor, group: Communicator, dim: int, lengths: Sequence[int]) -> Tensor:
-    """All parts along ``dim``, of which rank p's has ``lengths[p]``; the gradient of a part is the sum over the group."""
-    return x if group.size == 1 else _Gathered.apply(x, group, dim % x.dim(), lengths)  # type: ignore[no-untyped-call, no-any-return]
+    """All parts along ``dim``, rank p's of ``lengths[p]``; the gradient of a part is the sum over the group."""
+    return x if group.size == 1 else _Gathered.apply(x, group, dim % x.dim(), lengths)  # type: ignore[no-untyped-call]

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -46,8 +47,9 @@ class DataReplica:
     mesh's data axis), by which a sum over samples is scaled. ``sparse``: tables with sparse gradients become pieces of
     their own, where the optimizer allows it (see `rows`).
 
-    ``blocks``: of the model's tensors those that are cut along the tensor axis, see `tensor`; layers that exchange in
-    their own forward and backward need nothing else here. Along the axes ``divided`` ranks have no parameter in common.
+    ``blocks``: of the model's tensors those that are cut along an axis of the mesh, see `tensor`; layers that exchange
+    in their own forward and backward need nothing else here. Along the axes ``divided`` ranks have no parameter in
+    common.
 
     Trainable parameters that the optimizer does not have stay as they are, and their gradients are dropped. A buffer
     whose elements share memory (``expand``) becomes a copy of its own, since nobody can write to it.
@@ -160,7 +162,7 @@ class DataReplica:
 
     def _axes(self, name: str) -> frozenset[str]:
         """Along which axes of the mesh the workers hold the same of a tensor."""
-        cut = self._divided | ({"tensor"} if name in self.blocks else set())
+        cut = self._divided | ({self.blocks[name].axis} if name in self.blocks else set())
         return frozenset(a for a in self._comm.mesh if a not in cut)
 
     def _allocate(
@@ -244,7 +246,7 @@ class DataReplica:
         loss, count, counts_itself = torch.zeros(()), 0.0, False
         for k in range(m):
             lo, hi = k * n // m, (k + 1) * n // m
-            result = self._forward(_rows(batch.inputs, lo, hi), _rows(batch.target, lo, hi))
+            result = self._forward(rows_of(batch.inputs, lo, hi), rows_of(batch.target, lo, hi))
             if isinstance(result, Tensor):
                 objective = result * ((hi - lo) / n)
                 loss, count = loss + objective.detach(), count + hi - lo
@@ -447,7 +449,37 @@ class DataReplica:
                     parts[id(s.parameter)] = own if whole is None else whole
         ordered = [parts.pop(id(p)) for p in self.model.parameters() if id(p) in parts]
         ordered += parts.values()  # of the optimizer's parameters those that are not the model's, such as a loss's
-        return torch.nn.utils.get_total_norm(ordered) if ordered else torch.zeros(())
+        nothing = torch.zeros((), dtype=self.pieces[0].flat.dtype)
+        return torch.nn.utils.get_total_norm(ordered) if ordered else nothing
+
+    def _inner(self) -> Communicator:
+        """The ranks that hold parts of this replica."""
+        return self._comm.over(frozenset(self._comm.mesh) - {"data"})
+
+    def own_norm(self) -> Tensor:
+        """See `contract.Replica.own_norm`."""
+        bounds = [(0, piece.flat.numel()) for piece in self.pieces]
+        group, mesh = self._inner(), self._comm.mesh
+        if group.size == 1:
+            return self.norm(bounds)
+        square = torch.zeros(1, dtype=torch.float64)
+        for i, piece in enumerate(self.pieces):
+            holders = math.prod(mesh[a] for a in mesh if a in piece.replicated_over and a != "data")
+            alone = [bound if k == i else (0, 0) for k, bound in enumerate(bounds)]
+            square += self.norm(alone).to(torch.float64).square() / holders
+        with group.counting("control"):
+            group.all_reduce(square).wait()
+        return square.sqrt()[0]
+
+    def any_of_us(self, flag: bool) -> bool:
+        """See `contract.Replica.any_of_us`."""
+        group = self._inner()
+        if group.size == 1:
+            return flag
+        said = torch.tensor([float(flag)])
+        with group.counting("control"):
+            group.all_reduce(said).wait()
+        return bool(said.item())
 
     def optimizer_state(self) -> list[StateSlice]:
         """See `contract.Replica.optimizer_state`."""
@@ -528,5 +560,6 @@ def _nothing(loss: Tensor, count: float) -> None:
     return
 
 
-def _rows(tree: Any, lo: int, hi: int) -> Any:
+def rows_of(tree: Any, lo: int, hi: int) -> Any:
+    """Samples ``[lo, hi)`` of a pytree."""
     return torch.utils._pytree.tree_map(lambda t: t[lo:hi] if isinstance(t, Tensor) else t, tree)

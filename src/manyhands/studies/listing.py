@@ -19,6 +19,7 @@ from manyhands.data import datasets
 from manyhands.errors import UnknownName
 from manyhands.grammar import format_value
 from manyhands.models import loss_functions, models, optimizer_classes, schedule_classes
+from manyhands.partition.tensor import schemes
 
 KINDS: Mapping[str, Catalogue] = {
     "strategies": strategies,
@@ -29,13 +30,16 @@ KINDS: Mapping[str, Catalogue] = {
     "losses": loss_functions,
     "optimizers": optimizer_classes,
     "schedules": schedule_classes,
+    "schemes": schemes,
 }
 
 #: Parameters that are filled in and that nobody writes: from the data set, the run or the command line.
-FILLED = ("params", "optimizer", "folder", "last_epoch")
+FILLED = ("params", "optimizer", "folder", "last_epoch", "model", "group")
 NOTES = {
     "strategies": "n: the number of parameters. What is sent is the payload of one worker, a mean over many steps.",
     "aggregations": "An option of synchronous and backup_workers, e.g. aggregate=krum(f=1). n: workers waited for.",
+    "schemes": "How a network is cut along the mesh's tensor axis, e.g. --mesh tensor=4 --tensor cannon; "
+    "one_weird_trick: along its data axis.",
     "schedules": "These move at every step: where torch's text says epoch, read step.",
 }
 

@@ -185,9 +185,9 @@ def follow(run: Run, metrics: MetricsLog) -> None:
     """If the workers have become fewer where they met, so has the run: from the next step on they divide the whole
     batch. What a lost worker has seen since the meeting before is lost with it.
     """
-    if run.comm is run.worker.comm:
+    if run.met is run.worker.comm:
         return
-    before, run.ranks, run.comm = run.ranks, run.worker.ranks, run.worker.comm
+    before, run.ranks, run.met, run.comm = run.ranks, run.worker.ranks, run.worker.comm, run.worker.comm
     strategy = run.plan.strategy
     assert isinstance(strategy, Strategy)
     run.replica.regroup(run.comm)

@@ -20,10 +20,12 @@ from manyhands.communication.topology import Mesh, shares
 from manyhands.contract import Block, Strategy
 from manyhands.data import Splits
 from manyhands.models import optimizers
+from manyhands.partition.hybrid import HybridCut
 from manyhands.partition.pipeline import description as pipeline
 from manyhands.partition.pipeline import schedule as schedules
 from manyhands.partition.pipeline.cut import cut as cut_into_stages
 from manyhands.partition.pipeline.schedule import Schedule
+from manyhands.partition.tensor import axis_of
 from manyhands.partition.tensor.rehearsal import Rehearsal
 from manyhands.plan import Plan
 from manyhands.task import Task
@@ -82,20 +84,24 @@ def outline(task: Task, plan: Plan, notes: Sequence[str], model: nn.Module, spli
     mesh = plan.mesh
     assert isinstance(mesh, Mesh)
     rows = min(len(splits.train), shares(task.batch_size, mesh["data"])[0][1])
-    sent = _cut_B(plan, mesh, model, splits, max(rows, 1))
+    sent = {} if axis_of(plan.tensor) == "data" else _cut_B(plan, mesh, model, splits, max(rows, 1))
     slots, parts, schedule = _slots(task), [], None
     for rank in range(mesh.size):
         comm = Rehearsal(rank, mesh.size)
         comm.mesh = mesh
         mine = copy.deepcopy(model)
-        blocks = cut_layers(mine, plan, splits, comm).blocks
+        layers = cut_layers(mine, plan, splits, comm)
         pipelining = cut_stages(mine, plan, comm)
         stages: tuple[int, ...] = (0,)
         if pipelining is not None:
             stages, schedule = tuple(pipelining[0]), pipelining[1]
         where = {axis: at for axis, at in mesh.coordinates(rank).items() if mesh[axis] > 1}
-        cut_B = sum(sent[comm.over(frozenset({"tensor"})).rank, stage] for stage in stages)
-        holds = {name: blocks.get(name) for name, _ in mine.named_parameters()}
+        if isinstance(layers, HybridCut):  # a rehearsal has the images of one worker only
+            images = min(len(splits.train), task.batch_size)
+            cut_B = layers.sent_B([hi - lo for lo, hi in shares(images, mesh.size)], rank)
+        else:
+            cut_B = sum(sent[comm.over(frozenset({"tensor"})).rank, stage] for stage in stages) if sent else 0
+        holds = {name: layers.blocks.get(name) for name, _ in mine.named_parameters()}
         parts.append(Part(rank, where, stages, *_memory_and_payload(plan, mesh, mine, holds, slots), cut_B, holds))
     whole = {name: tuple(p.shape) for name, p in model.named_parameters()}
     return Outline(plan, tuple(notes), whole, parts, schedule)

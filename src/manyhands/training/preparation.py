@@ -94,7 +94,7 @@ def prepare(member: Member, task: Task, plan: Plan, options: Options) -> Run:
             model, optimizer, loss, comm, stages=stages, schedule=in_turn, recompute=plan.recompute, **common
         )
     with comm.counting("control"):
-        worker = strategy.start(replica, comm)
+        worker = strategy.start(replica, replicas(comm) if strategy.bears_stages else comm)
     since = Since(sums=losses.reduction(loss) == "sum")
     ranks = list(range(comm.size))
     run = Run(
@@ -111,6 +111,7 @@ def prepare(member: Member, task: Task, plan: Plan, options: Options) -> Run:
         sampler,
         since,
         ranks,
+        worker.comm,
         whole,
         parameters,
     )

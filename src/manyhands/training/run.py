@@ -71,6 +71,7 @@ class Run:
     sampler: Sampler
     since: Since
     ranks: list[int]  # of the workers that are left, as they were numbered at the start
+    met: Communicator  # whom the worker meets, as far as the run has followed it
     whole: dict[str, Signature]  # the user's ``state_dict``, whatever part of it is here
     parameters: int  # elements of the user's model
     cursor: Cursor = START

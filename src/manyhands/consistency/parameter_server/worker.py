@@ -37,9 +37,10 @@ class ServedWorker(Worker):
     def own_gradient(self, batch: Batch) -> tuple[Tensor, bool, str]:
         """This worker's loss, whether there are samples behind it, and what of loss and gradient is not finite."""
         self.steps += 1
-        if self.store.stopped:
-            self.meet()
         replica = self.replica
+        # The servers of one stage may have heard before those of another; the ranks of a replica stop together.
+        if replica.any_of_us(self.store.stopped):
+            self.meet()
         loss, count = replica.gradients(batch)
         usable = bool(count and batch.count)
         if not math.isfinite(loss.item()):

@@ -78,7 +78,7 @@ def _refuse(scheme: str, path: str, why: str, what_works: str) -> None:
 
 
 def replace(model: nn.Module, path: str, made: nn.Module, blocks: Mapping[str, Block], said: str, result: Cut) -> None:
-    """Put ``made`` where the module ``path`` is, and note it in ``result``; ``blocks`` are by the module's own names."""
+    """Put ``made`` where the module ``path`` is, and note it in ``result``; ``blocks`` by its own names."""
     module = model.get_submodule(path)
     made.train(module.training)
     frozen_alike(module, made)
@@ -91,6 +91,6 @@ def replace(model: nn.Module, path: str, made: nn.Module, blocks: Mapping[str, B
 def parts(linear: nn.Linear, weight: Block, bias: Block) -> tuple[Tensor, Tensor | None, dict[str, Block]]:
     """This rank's part of a layer's weight and bias, and the blocks that say which."""
     own = weight.take(linear.weight.detach())
-    if linear.bias is None:
+    if "bias" not in dict(linear.named_parameters()):
         return own, None, {"weight": weight}
     return own, bias.take(linear.bias.detach()), {"weight": weight, "bias": bias}

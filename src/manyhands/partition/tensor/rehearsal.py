@@ -9,23 +9,40 @@ that comes later would differ between them.
 from __future__ import annotations
 
 import copy
+import functools
+import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from manyhands.calling import call
 from manyhands.communication.communicator import DONE, Communicator, Received, Work
+from manyhands.communication.topology import Mesh
 from manyhands.errors import BadInput
+from manyhands.grammar import Call
+from manyhands.partition.tensor import ALONG_DATA, check_known, scheme_of, schemes
 from manyhands.partition.tensor.attention import CutAttention
-from manyhands.partition.tensor.cut import DRAWS, cut, inputs_of_draws, own_randomness
+from manyhands.partition.tensor.cut import DRAWS, Cut, cut, inputs_of_draws, own_randomness
 from manyhands.partition.tensor.rules import Rule, found, matched, parse, without
 
 
 class Rehearsal(Communicator):
     """A rank without peers: every operation returns at once, and what others would have sent is zero."""
+
+    def over(self, axes: frozenset[str]) -> Communicator:
+        """The ranks that would be met along ``axes``; what is counted there is counted here."""
+        along = Mesh((axis, self.mesh[axis]) for axis in self.mesh if axis in axes)
+        index = 0
+        for axis, at in self.mesh.coordinates(self.rank).items():
+            if axis in axes:
+                index = index * self.mesh[axis] + at
+        group = Rehearsal(index, along.size)
+        group.context, group.mesh = self.context, along
+        return group
 
     def _all_reduce(self, x: Tensor, weight: float | None) -> Work:
         return DONE
@@ -52,19 +69,40 @@ class Rehearsal(Communicator):
         return Received(self.rank if frm is None else frm, like)
 
     def _split(self, color: int) -> Communicator:
-        return self
+        return Rehearsal(self.rank, self.size)
+
+    def _make_groups(self) -> dict[frozenset[str], Communicator]:
+        mesh = self.mesh
+        made: dict[frozenset[str], Communicator] = {}
+        for count in range(1, len(list(mesh)) + 1):
+            for axes in map(frozenset, itertools.combinations(mesh, count)):
+                ranks = next(ranks for ranks in mesh.groups(axes) if self.rank in ranks)
+                made[axes] = Rehearsal(ranks.index(self.rank), len(ranks))
+        return made
 
     def _alone(self) -> Communicator:
         return Rehearsal(0, 1)
+
+
+#: What cuts a model in place, for one rank of a group.
+Way = Callable[[nn.Module, Communicator], Cut]
 
 
 @dataclass(frozen=True)
 class Rehearsed:
     """How a model is going to be cut."""
 
-    rules: dict[str, Rule]
+    rules: dict[str, Rule]  # none where a scheme cuts the network
     parts: list[str]  # the dropouts that work on a part
     done: dict[str, str]  # by module, what becomes of it on the first rank
+    way: Way
+
+    def cut(self, model: nn.Module, group: Communicator) -> Cut:
+        """Cut such a model in place, with random numbers of a rank's own where it has a part. Collective."""
+        found = self.way(model, group)
+        for path in self.parts:
+            own_randomness(model.get_submodule(path), group.rank)
+        return found
 
     def __str__(self) -> str:
         """One entry for all modules whose paths differ by numbers only."""
@@ -83,6 +121,10 @@ def rehearsed(model: nn.Module, said: str | None, size: int, inputs: Any) -> Reh
     ``said`` is the plan's ``tensor`` (None: auto), ``inputs`` a batch of one sample. What ``auto`` finds and does not
     fit is left whole; what the user has said and does not fit is `BadInput`. The model is left as it is.
     """
+    scheme = scheme_of(said)
+    check_known(scheme)
+    if scheme is not None:
+        return _rehearsed_scheme(model, scheme, size, inputs)
     automatic = said is None or said.strip() == "auto"
     rules = found(model, size) if automatic else matched(model, parse(str(said)))
     while True:
@@ -93,7 +135,8 @@ def rehearsed(model: nn.Module, said: str | None, size: int, inputs: Any) -> Reh
                 "axis: mesh data or pipeline."
             )
         try:
-            return Rehearsed(rules, *_fits(model, rules, size, inputs))
+            way: Way = functools.partial(_by_rules, rules)
+            return Rehearsed(rules, *_fits(model, way, rules, size, inputs), way)
         except _DoesNotFit as e:
             within = next((p for p in _outwards(e.path) if any(_in(r, p) for r in rules)), None)
             if not automatic or within is None:
@@ -103,6 +146,28 @@ def rehearsed(model: nn.Module, said: str | None, size: int, inputs: Any) -> Reh
                     "that module whole (…=whole), or give it sizes it reads from its layers."
                 ) from None
             rules = without(rules, within)
+
+
+def _by_rules(rules: Mapping[str, Rule], model: nn.Module, group: Communicator) -> Cut:
+    return cut(model, rules, group)
+
+
+def _rehearsed_scheme(model: nn.Module, said: Call, size: int, inputs: Any) -> Rehearsed:
+    """A scheme says itself what it cannot cut; what it finds while it computes has the module beside it."""
+    scheme = schemes.load(said.name)
+
+    def way(model: nn.Module, group: Communicator) -> Cut:
+        made = call("tensor scheme", said.name, scheme, (model, group, inputs, *said.args), said.kwargs)
+        assert isinstance(made, Cut)
+        return made
+
+    try:
+        return Rehearsed({}, *_fits(model, way, {}, size, inputs, alike=said.name not in ALONG_DATA), way)
+    except _DoesNotFit as e:
+        raise BadInput(
+            f"tensor={said}: the cut model does not run: {e.path or type(model).__name__} says {e.error}. Cut it by "
+            "rules, e.g. tensor='first=column, second=row', or by auto."
+        ) from None
 
 
 class _DoesNotFit(Exception):
@@ -120,24 +185,29 @@ def _in(path: str, within: str) -> bool:
     return path == within or path.startswith(f"{within}.")
 
 
-def _fits(model: nn.Module, rules: Mapping[str, Rule], size: int, inputs: Any) -> tuple[list[str], dict[str, str]]:
-    """The dropouts that work on a part, and what is done; raises `_DoesNotFit`."""
+def _fits(
+    model: nn.Module, way: Way, rules: Mapping[str, Rule], size: int, inputs: Any, *, alike: bool = True
+) -> tuple[list[str], dict[str, str]]:
+    """The dropouts that work on a part, and what is done; raises `_DoesNotFit`.
+
+    Where the ranks do not draw ``alike`` anyway, no dropout needs anything.
+    """
     shapes, _, output = _forwarded(copy.deepcopy(model), inputs)
     ends: list[Tensor] = []
     first: dict[str, str] = {}
     for rank in (0, size - 1):
         mine = copy.deepcopy(model)
-        done = cut(mine, rules, Rehearsal(rank, size)).done
+        done = way(mine, Rehearsal(rank, size)).done
         first = done if rank == 0 else first
         own, _, own_output = _forwarded(mine, inputs)
         if own_output != output:
             raise _DoesNotFit("", ValueError(f"its output has shape {own_output}, and {output} when it is whole"))
-        parts = [path for path, shape in shapes.items() if own.get(path) != shape]
+        parts = [path for path, shape in shapes.items() if alike and own.get(path) != shape]
         parts += [path for path, rule in rules.items() if rule.kind == "heads" and _draws(mine, path, parts, inputs)]
         for path in parts:
             own_randomness(mine.get_submodule(path), rank)
         ends.append(_forwarded(mine, inputs)[1])
-    if not torch.equal(*ends):
+    if alike and not torch.equal(*ends):
         raise BadInput(
             f"The first and the last of {size} ranks would draw unlike amounts of random numbers in a forward pass "
             "(dropout on parts of unlike size), and all that they draw later would differ. Use nn.Dropout modules, "
