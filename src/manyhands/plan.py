@@ -7,6 +7,7 @@ The three descriptions meet here: a `Strategy` from ``consistency``, a cut from 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -417,11 +418,12 @@ def _mesh(plan: Plan, workers: int, found: list[Problem]) -> Mesh:
         mesh = Mesh([("data", workers // mesh.size), *mesh.axes])
     unknown = [a for a in mesh if a not in partitions and mesh[a] > 1]
     if unknown:
+        near = difflib.get_close_matches(unknown[0], partitions, n=1)
         found.append(
             Problem(
                 f"{mesh} cuts along {', '.join(unknown)}",
                 f"the axes that exist are {', '.join(partitions)}.",
-                f"Use data={workers}.",
+                f"Did you mean {near[0]}={mesh[unknown[0]]}?" if near else f"Use data={workers}.",
             )
         )
     if mesh.size != workers:

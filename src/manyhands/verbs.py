@@ -238,7 +238,8 @@ def _rehearsed(decided: Resolved, model: torch.nn.Module, task: Task, data_dir: 
     plan = decided.plan
     assert isinstance(plan.mesh, Mesh)
     assert plan.micro_batches is not None
-    tensor, ranks, notes = plan.mesh["tensor"], plan.mesh["pipeline"], list(decided.notes)
+    mesh, micro_batches = plan.mesh, plan.micro_batches
+    tensor, ranks, notes = mesh["tensor"], mesh["pipeline"], list(decided.notes)
     train = data.load(task.data, folder=data_dir).train
     if isinstance(plan.strategy, AMPNet):
         if task.loss is None:
@@ -252,15 +253,19 @@ def _rehearsed(decided: Resolved, model: torch.nn.Module, task: Task, data_dir: 
             raise BadInput(
                 f"tensor={plan.tensor}: the outputs go to a loss of the task's, and loss=None leaves it to the model."
             )
-        tensor = plan.mesh["data"]
+        tensor = mesh["data"]
     if tensor > 1:
         sample, _ = train.rows(torch.tensor([0]))
-        notes.append(f"cut among {tensor} workers: {rehearsed(model, plan.tensor, tensor, sample)}")
+        how = rehearsed(model, plan.tensor, tensor, sample, checked=True)
+        notes.append(f"cut among {tensor} workers: {how}")
+        if how.left:
+            plan = dataclasses.replace(plan, tensor=how.said)
     if ranks > 1:
+        notes += _of_micro_batches(task, plan, model, len(train))
         said = pipeline.parse(plan.pipeline)
-        schedule = said.made(ranks, plan.micro_batches)
+        schedule = said.made(ranks, micro_batches)
         if said.cut is None:
-            rows = min(len(train), -(-task.batch_size // (plan.mesh["data"] * plan.micro_batches)))
+            rows = min(len(train), -(-task.batch_size // (mesh["data"] * micro_batches)))
             said = said.at(stages.cut_points(model, schedule.stages, train.rows(torch.arange(rows))[0]))
         into = stages.cut(model, said.cut or ())
         if len(into.stages) != schedule.stages:
@@ -271,6 +276,25 @@ def _rehearsed(decided: Resolved, model: torch.nn.Module, task: Task, data_dir: 
         notes.append(f"cut into {len(into.stages)} stages: {'; '.join(str(into).splitlines())}")
         plan = dataclasses.replace(plan, pipeline=str(said))
     return dataclasses.replace(decided, plan=plan, notes=tuple(notes))
+
+
+def _of_micro_batches(task: Task, plan: Plan, model: torch.nn.Module, samples: int) -> list[str]:
+    """What is to be known of micro-batches so small; raises where BatchNorm could not do with them."""
+    assert isinstance(plan.mesh, Mesh)
+    assert plan.micro_batches is not None
+    share = min(task.batch_size, samples) // plan.mesh["data"]
+    fewest = share // plan.micro_batches
+    if any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in model.modules()):
+        if fewest < 2:
+            raise BadInput(
+                f"a batch of {task.batch_size} as {plan.micro_batches} micro-batches on each of {plan.mesh['data']} "
+                f"replicas: BatchNorm normalises within a micro-batch, and {fewest} samples have no variance. Use a "
+                f"larger batch, or at most micro_batches={max(share // 2, 1)} (--micro-batches)."
+            )
+        return [f"BatchNorm normalises within a micro-batch, of {fewest} samples here"]
+    if fewest < 1:
+        return [f"{share} samples a replica in {plan.micro_batches} micro-batches: some of them are empty"]
+    return []
 
 
 def _take_folder(out: Path, resume: bool) -> None:

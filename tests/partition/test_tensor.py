@@ -15,8 +15,9 @@ from manyhands.communication.transports.simulated import SimulatedWorld
 from manyhands.contract import Block
 from manyhands.errors import BadInput, UnknownName, WorkerFailed
 from manyhands.partition.conjugate import copied, divided, joined, summed
+from manyhands.partition.data import DataReplica
 from manyhands.partition.tensor.cut import cut, own_randomness
-from manyhands.partition.tensor.rehearsal import rehearsed
+from manyhands.partition.tensor.rehearsal import Rehearsal, rehearsed
 from manyhands.partition.tensor.rules import Rule, found, matched, parse
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
@@ -43,6 +44,16 @@ def test_blocks_that_tile_a_tensor_put_it_together_again(rows, columns, cuts, di
         assert torch.equal(whole.reshape(-1)[block.places()], part.reshape(-1))
         block.put(part, again)
     assert torch.equal(again, whole)
+
+
+def test_places_are_those_in_the_wholes_memory():
+    whole = torch.arange(24).view(1, 2, 3, 4).permute(0, 3, 1, 2)  # channels last in memory
+    block = Block.of(whole, 1, [(1, 3)])
+    in_memory = whole.permute(0, 2, 3, 1).reshape(-1)
+    assert torch.equal(in_memory[block.places()], block.take(whole).reshape(-1))
+    again = torch.zeros(whole.shape, dtype=whole.dtype)
+    block.put(block.take(whole), again)
+    assert torch.equal(again[:, 1:3], whole[:, 1:3])
 
 
 def test_a_block_may_take_a_range_of_each_of_several_stacked_matrices():
@@ -452,3 +463,71 @@ def test_the_mesh_is_where_ranks_are_told_apart():
         return float(summed(x, comm.over(frozenset({"tensor"})))), float(summed(x, comm.over(frozenset({"data"}))))
 
     assert SimulatedWorld(6).run(run) == [(3.0, 3.0), (3.0, 5.0), (3.0, 7.0), (12.0, 3.0), (12.0, 5.0), (12.0, 7.0)]
+
+
+# -- what a shape does not tell ----------------------------------------------------------------------------------------
+
+
+class Between(nn.Module):
+    """Two layers, and something between them that is not done element by element."""
+
+    def __init__(self, between):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(6, 8), nn.Linear(8, 4)
+        self.between = between
+
+    def forward(self, x):
+        return self.fc2(self.between(self.fc1(x)))
+
+
+UNEVEN = {
+    "softmax": lambda h: h.softmax(-1),
+    "norm": lambda h: h / h.norm(),
+    "layer norm": lambda h: F.layer_norm(h, h.shape[-1:]),
+    "mean": lambda h: h - h.mean(-1, keepdim=True),
+    "flip": lambda h: h.flip(-1),
+    "scaled": lambda h: h / h.size(-1) ** 0.5,
+}
+
+
+@pytest.mark.parametrize("name", UNEVEN)
+def test_what_would_compute_something_else_is_refused_or_left_whole(name):
+    model = Between(UNEVEN[name])
+    with pytest.raises(BadInput, match="computes something else"):
+        rehearsed(model, "fc1=column, fc2=row", 2, torch.ones(1, 6), checked=True)
+    both = sequence(nn.Linear(6, 6), model, nn.ReLU(), nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
+    how = rehearsed(both, None, 2, torch.ones(1, 6), checked=True)
+    assert how.rules.keys() == {"3", "5"}
+    assert list(how.left) == ["1"]
+    assert "left whole: 1" in str(how)
+    assert rehearsed(both, how.said, 2, torch.ones(1, 6)).rules == how.rules, "told so, others cut alike unchecked"
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_is_recognised_computes_the_same(name):
+    whole, x = made(name)
+    assert not rehearsed(whole.float(), None, 2, x[:1].float(), checked=True).left
+
+
+def test_heads_without_projections_that_are_cut_are_refused():
+    for model, rule in ((sequence(nn.Linear(4, 4)), "0=heads"), (nn.ModuleDict({"a": Attending(False)}), "a=heads")):
+        with pytest.raises(BadInput, match="none of the layers in it is cut"):
+            cut(model, matched(model, parse(rule)), Rehearsal(0, 2))
+
+
+def test_a_dropout_of_a_part_keeps_its_own_stream_when_a_replica_starts_alike():
+    whole = sequence(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 4))
+    how = rehearsed(whole, None, 2, torch.ones(1, 4))
+
+    def run(comm):
+        comm.mesh = Mesh(tensor=2)
+        mine = copy.deepcopy(whole)
+        blocks = how.cut(mine, comm.over(frozenset({"tensor"}))).blocks
+        DataReplica(mine, torch.optim.SGD(mine.parameters(), lr=0.1), None, comm, common=False, blocks=blocks)
+        seen = []
+        mine[1].register_forward_hook(lambda m, i, o: seen.append(o == 0))
+        mine(torch.ones(64, 4))
+        return seen[0]
+
+    first, second = SimulatedWorld(2).run(run)
+    assert not torch.equal(first, second)

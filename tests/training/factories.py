@@ -60,6 +60,40 @@ def normed(inputs: Any, classes: int) -> nn.Module:
     return nn.Sequential(*layers).double()
 
 
+def batchnorm(inputs: Any, classes: int) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, classes))
+
+
+class Branching(nn.Module):
+    """Does one thing or another, by the values it is given; torch.fx cannot follow that."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.up(x) if float(x.detach().sum()) > 0 else self.down(x)
+
+
+class Skipping(nn.Module):
+    """A forward of its own around modules that branch."""
+
+    def __init__(self, inputs: Any, classes: int) -> None:
+        super().__init__()
+        self.first, self.middle = nn.Linear(64, 16), nn.ModuleList([Branching(16), Branching(16)])
+        self.last = nn.Linear(16, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x.flatten(1))
+        for block in self.middle:
+            x = x + block(x)
+        return self.last(x)
+
+
+def branching(inputs: Any, classes: int) -> nn.Module:
+    return Skipping(inputs, classes)
+
+
 def tied(inputs: Any, classes: int) -> nn.Module:
     made = nn.Sequential(
         nn.Linear(inputs[0], 20), nn.Linear(20, 20), nn.Tanh(), nn.Linear(20, 20), nn.Linear(20, classes)

@@ -75,6 +75,15 @@ def test_a_run_begun_on_one_mesh_goes_on_on_another(tmp_path, first, then):
     close(trained("data=1").model.state_dict(), trained(then, out=tmp_path, resume=True).model.state_dict())
 
 
+def test_weights_in_channels_last_memory_go_on_on_another_mesh(tmp_path):
+    of_cnn = {"model": "cnn", "data": "synthetic(samples=120, inputs=(1, 8, 8))", "optimizer": "adam(lr=0.01)"}
+    once = trained("data=1", **of_cnn, steps=9)
+    trained("data=1", out=tmp_path, **of_cnn, steps=3)
+    trained("tensor=2", out=tmp_path, resume=True, **of_cnn, steps=6)
+    again = trained("data=1", out=tmp_path, resume=True, **of_cnn, steps=9)
+    close(once.model.state_dict(), again.model.state_dict())
+
+
 @pytest.mark.parametrize("mesh", ["data=2,tensor=2", "data=2,pipeline=2"])
 def test_a_resume_on_the_same_mesh_is_exact(tmp_path, mesh):
     how = {"strategy": "local(every=3)", "pipeline": "gpipe(cut='hidden2')" if "pipeline" in mesh else None}
@@ -177,3 +186,34 @@ def test_a_loss_that_is_not_finite_stops_all_stages_of_all_replicas(strategy):
     how = {"strategy": strategy, "pipeline": "gpipe(cut='hidden2')", "micro_batches": 2}
     with pytest.raises(NonFiniteLoss):
         trained("data=2,pipeline=2", "shared", how=how, steps=200, optimizer="sgd(lr=1e30)")
+
+
+@pytest.mark.parametrize("axis", ["tensor", "pipeline"])
+def test_a_live_model_of_a_notebook_stays_whole(axis):
+    torch.manual_seed(1)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+    data = torch.randn(24, 6), torch.randint(3, (24,))
+    found = mh.train(
+        mh.Task(model=model, data=data, steps=3, batch_size=8),
+        mh.Plan(mesh=f"{axis}=2", transport="threads"),
+        progress=False,
+    )
+    assert found.model is model
+    assert [tuple(p.shape) for p in model.parameters()] == [(8, 6), (8,), (3, 8), (3,)]
+
+
+def test_batchnorm_is_told_how_small_a_micro_batch_is():
+    of_norm = {"model": "tests.training.factories:batchnorm", "steps": 2}
+    found = trained("pipeline=2", **of_norm, batch_size=24)
+    assert any("BatchNorm normalises within a micro-batch, of 3 samples" in note for note in found.notes)
+    with pytest.raises(BadInput, match="1 samples have no variance"):
+        trained("pipeline=2", **of_norm, batch_size=12)
+
+
+def test_a_module_that_cannot_be_traced_is_a_part_of_its_own():
+    how = {"micro_batches": 1}  # by whose values it branches
+    found = trained("pipeline=2", how=how, model="tests.training.factories:branching", steps=3)
+    close(
+        trained("data=1", model="tests.training.factories:branching", steps=3).model.state_dict(),
+        found.model.state_dict(),
+    )

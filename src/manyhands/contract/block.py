@@ -25,18 +25,20 @@ class Block:
     """Of a tensor of ``shape``: the ranges ``[lo, hi)`` of each dim in ``ranges``; other dims are whole.
 
     What ``copies`` names in the same way lies behind it, both then flat; alone, where ``ranges`` name nothing. Ranks
-    along ``axis`` of the mesh hold other parts.
+    along ``axis`` of the mesh hold other parts. ``order``: the whole's dims from slowest to fastest in memory, where
+    that is not the order they come in (channels-last).
     """
 
     shape: tuple[int, ...]
     ranges: tuple[tuple[int, Ranges], ...]
     copies: tuple[tuple[int, Ranges], ...] = ()
     axis: str = field(default="tensor", kw_only=True)
+    order: tuple[int, ...] = field(default=(), kw_only=True)
 
     @classmethod
     def of(cls, whole: Tensor, dim: int, ranges: Sequence[tuple[int, int]]) -> Block:
         """Ranges of one dim."""
-        return cls(tuple(whole.shape), ((dim, tuple((lo, hi) for lo, hi in ranges)),))
+        return cls(tuple(whole.shape), ((dim, tuple((lo, hi) for lo, hi in ranges)),), order=_order(whole))
 
     @property
     def own(self) -> int:
@@ -61,11 +63,22 @@ class Block:
 
     def put(self, part: Tensor, whole: Tensor) -> None:
         """Write the part, of its own shape, to where it belongs; but no copies."""
-        whole.view(-1)[self.places()[: self.own]] = part.reshape(-1)[: self.own]
+        places = self.take(torch.arange(math.prod(self.shape)).view(self.shape)).view(-1)
+        whole.view(-1)[places[: self.own]] = part.reshape(-1)[: self.own]
 
     def places(self) -> Tensor:
-        """Where each element of the part, in memory order, lies in the whole, flat and contiguous: ``(numel,)``."""
-        return self.take(torch.arange(math.prod(self.shape)).view(self.shape)).view(-1)
+        """Where in the whole's memory each element of the part lies, in the part's memory order: ``(numel,)``."""
+        order = self.order or tuple(range(len(self.shape)))
+        in_memory = torch.arange(math.prod(self.shape)).view([self.shape[d] for d in order])
+        return self.take(in_memory.permute([order.index(d) for d in range(len(order))])).view(-1)
+
+
+def _order(whole: Tensor) -> tuple[int, ...]:
+    """See `Block.order`; of memory with gaps or overlaps nothing, as a replica lays that out anew."""
+    if whole.is_contiguous():
+        return ()
+    order = sorted(range(whole.dim()), key=lambda d: whole.stride(d), reverse=True)
+    return tuple(order) if whole.permute(order).is_contiguous() else ()
 
 
 def _taken(whole: Tensor, among: tuple[tuple[int, Ranges], ...]) -> Tensor:

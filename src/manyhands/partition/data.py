@@ -36,6 +36,9 @@ log = logging.getLogger(__name__)
 #: Called before the backward that makes gradients final, with the loss and count it belongs to.
 LastPass = Callable[[Tensor, float], None]
 
+#: The buffer of a module that draws from a stream of its rank's own; the last part of its name.
+OWN_STREAM = "random_state_of_rank"
+
 _NOTHING = contextlib.nullcontext()
 
 
@@ -190,6 +193,8 @@ class DataReplica:
         if self._comm.size == 1:
             return
         for name, tensor in itertools.chain(others, self.model.named_buffers()):
+            if name.endswith(OWN_STREAM):  # what a rank draws for its part alone
+                continue
             shared = carried(tensor, f"{type(self.model).__name__}'s {name}")
             self._comm.over(self._axes(name)).broadcast(shared).wait()
             tensor.data.copy_(put_down(shared, tensor))

@@ -1,7 +1,7 @@
 """A plan drawn: whose which part of each weight matrix is, replica by replica, and a pipeline's schedule.
 
 Matrices stand in the model's order, outputs down and inputs across, sides by the root of their length. What a worker
-holds has its colour and pattern; what all of a replica hold alike is grey.
+holds has its colour and pattern; what several of a replica hold alike is grey.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ WIDE, HIGH, GAP, LABEL = 200.0, 96.0, 26.0, 18.0
 CELL, LABELS = 22.0, 3  # of a schedule; in a line of the legend
 _COLOURS = [name for name in COLOURS if name.startswith("c")]
 _PATTERNS = ("", "////", "\\\\\\\\", "xxxx")
-_SHARED = Style("all of a replica", "ideal", "o", hollow=False, hatch="", dash=())
+_SHARED = Style("several", "ideal", "o", hollow=False, hatch="", dash=())
 
 
 def style_of(rank: int) -> Style:
@@ -42,7 +42,7 @@ def draw(outline: Outline) -> str:
     heights = [max(6.0, HIGH * math.sqrt(shape[0]) / tallest) for _, shape in matrices]
     shown = [part for _, parts in replicas for part in parts]
     alike = any(_is_shared(name, parts) for name, _ in matrices for _, parts in replicas)
-    labels = [_label(part) for part in shown] + ["held by all of a replica"] * alike
+    labels = [_label(part) for part in shown] + ["held alike by several"] * alike
     top = 3 * LABEL + LABEL * -(-len(labels) // LABELS)
     body = sum(height + LABEL + GAP / 2 for height in heights)
     grid = 0.0 if outline.schedule is None else (outline.schedule.ranks + 2.5) * CELL

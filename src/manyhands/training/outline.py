@@ -154,9 +154,14 @@ def _cut_B(plan: Plan, mesh: Mesh, model: nn.Module, splits: Splits, rows: int) 
         stages: Sequence[nn.Module] = [mine]
         if mesh["pipeline"] > 1:
             stages = cut_into_stages(mine, pipeline.parse(plan.pipeline).cut or ()).stages
-        value = splits.train.rows(torch.arange(rows))[0]
-        for s, sent_B in enumerate(_sent_by_stage(stages, value, comm)):
-            result[comm.over(frozenset({"tensor"})).rank, s] = sent_B
+        # What is sent grows by the sample, so a few tell the rest: so many that nothing is rounded among the ranks.
+        few = mesh["tensor"]
+        some, twice = (
+            _sent_by_stage(stages, splits.train.rows(torch.arange(n) % len(splits.train))[0], comm)
+            for n in (few, 2 * few)
+        )
+        for s, (least, more) in enumerate(zip(some, twice, strict=True)):
+            result[comm.over(frozenset({"tensor"})).rank, s] = least + (rows - few) * (more - least) // few
     return result
 
 

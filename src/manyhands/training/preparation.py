@@ -142,7 +142,9 @@ def build_model(task: Task, splits: Splits, comm: Communicator, *, alike: bool =
         torch.manual_seed(task.seed)
         model = models.build(task.model, inputs=splits.inputs, classes=splits.classes)
         settle(model, lambda: splits.train.rows(torch.tensor([0])), name=described(task.model))
-        if comm.transport == "threads" and isinstance(task.model, torch.nn.Module) and comm.rank > 0:
+        # Threads have one module between them; one that is cut would not be the user's any more.
+        shared = comm.transport == "threads" and isinstance(task.model, torch.nn.Module)
+        if shared and (comm.rank > 0 or replicas(comm).size < comm.size):
             model = copy.deepcopy(model)
         if replica > 0 and comm.transport != "threads" and not alike:
             torch.manual_seed(worker_seed(task.seed, replica, 0))
@@ -173,7 +175,13 @@ def cut_stages(
     said = pipeline.parse(plan.pipeline)
     schedule = said.made(group.size, plan.micro_batches)
     assert said.cut is not None, "decided when the model was at hand"
-    every = cut_into_stages(model, said.cut).stages
+    # To trace a model, torch.fx changes how modules are called in the whole process, where other workers may be threads.
+    with comm.counting("control"):
+        comm.barrier()
+    with _BUILDING:
+        every = cut_into_stages(model, said.cut).stages
+    with comm.counting("control"):
+        comm.barrier()
     mine = {s: every[s] for s in schedule.stages_of(group.rank)}
     keep_stages(model, mine)
     return mine, schedule

@@ -122,7 +122,7 @@ def _slice(parameter: str, key: str, values: Tensor, blocks: Mapping[str, Block]
     if not values.dim():
         return StateSlice(parameter, key, -1, -1, values)
     if parameter in blocks:
-        values = blocks[parameter].take(values.view(blocks[parameter].shape)).view(-1)
+        values = values.view(-1)[blocks[parameter].places()]
     return StateSlice(parameter, key, 0, values.numel(), values)
 
 

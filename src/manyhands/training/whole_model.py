@@ -52,11 +52,12 @@ def part(whole: Tensor, name: str, blocks: Mapping[str, Block]) -> Tensor:
 def described(block: Block) -> list[object]:
     """A block as plain values."""
     sides = (block.ranges, block.copies)
-    return [list(block.shape), *([[dim, [list(bounds) for bounds in ranges]] for dim, ranges in s] for s in sides)]
+    told = ([[dim, [list(bounds) for bounds in ranges]] for dim, ranges in side] for side in sides)
+    return [list(block.shape), list(block.order), *told]
 
 
 def block_of(described: list[object]) -> Block:
     """What was `described`."""
-    shape, *sides = described
+    shape, order, *sides = described
     ranges = (tuple((dim, tuple((lo, hi) for lo, hi in bounds)) for dim, bounds in side) for side in sides)  # type: ignore[attr-defined]
-    return Block(tuple(shape), *ranges)  # type: ignore[arg-type]
+    return Block(tuple(shape), *ranges, order=tuple(order))  # type: ignore[arg-type]

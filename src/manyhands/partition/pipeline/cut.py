@@ -325,25 +325,72 @@ def _trace(model: nn.Module) -> fx.Graph:
             raise BadInput(f"{name} cannot be cut: its forward takes {p.name} beside the inputs. {_CURE}")
         if p.default is not p.empty:
             fixed[p.name] = p.default
-    graphs, training = [], [(m, m.training) for m in model.modules()]
-    try:
-        for mode in (False, True):
-            model.train(mode)
-            graphs.append(_without_checks(fx.Tracer().trace(model, concrete_args=fixed or None)))
-    except Exception as e:
-        reason = str(e).partition("\n")[0]
-        raise BadInput(f"{name} cannot be cut: torch.fx cannot trace its forward ({reason}). {_CURE}") from e
-    finally:
-        for module, mode in training:
-            module.training = mode
-    said = [[(n.op, _name(n.target), str(n.args), str(n.kwargs)) for n in g.nodes] for g in graphs]
-    if said[0] != said[1]:
-        differing = next((a[1] for a, b in itertools.zip_longest(*reversed(said), fillvalue=("",) * 4) if a != b), "")
-        raise BadInput(
-            f"{name} cannot be cut: its forward does something else in training than in evaluation, outside of its "
-            f"modules ({differing}). Use a module for it, such as nn.Dropout for functional.dropout."
-        )
-    return graphs[1]
+    whole: set[str] = (
+        set()
+    )  # modules that cannot be traced, or change between training and evaluation: parts as they are
+    while True:
+        graphs, training = [], [(m, m.training) for m in model.modules()]
+        tracer = _Tracer(whole)
+        try:
+            for mode in (False, True):
+                model.train(mode)
+                tracer = _Tracer(whole)
+                graphs.append(_without_checks(tracer.trace(model, concrete_args=fixed or None)))
+        except Exception as e:
+            if tracer.failed:
+                whole.add(tracer.failed)
+                continue
+            reason = str(e).partition("\n")[0]
+            raise BadInput(f"{name} cannot be cut: torch.fx cannot trace its forward ({reason}). {_CURE}") from e
+        finally:
+            for module, mode in training:
+                module.training = mode
+        differing = _difference(*graphs)
+        if differing is None:
+            return graphs[1]
+        if not differing[1]:
+            raise BadInput(
+                f"{name} cannot be cut: its forward does something else in training than in evaluation, outside of its "
+                f"modules ({differing[0]}). Use a module for it, such as nn.Dropout for functional.dropout."
+            )
+        whole.add(differing[1])
+
+
+class _Tracer(fx.Tracer):
+    """Takes some modules as they are, and notes in which module it came to grief."""
+
+    def __init__(self, whole: Collection[str]) -> None:
+        super().__init__()
+        self._whole = whole
+        self.failed = ""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """torch's own, the layers of a cut, and what was asked for."""
+        ours = type(m).__module__.startswith("manyhands.partition.")
+        return ours or module_qualified_name in self._whole or super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        """As torch does it; the innermost module that fails is the one to blame."""
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            self.failed = self.failed or self.path_of_module(m)
+            raise
+
+
+def _difference(evaluating: fx.Graph, training: fx.Graph) -> tuple[str, str] | None:
+    """Where two graphs of one model part: what is done, and within which module ("": in the model's own forward)."""
+    pairs = itertools.zip_longest(evaluating.nodes, training.nodes)
+    for a, b in pairs:
+        if a is None or b is None or _said(a) != _said(b):
+            node = b if b is not None else a
+            inside = list(node.meta.get("nn_module_stack", {}))
+            return _name(node.target), inside[-1] if inside else ""
+    return None
+
+
+def _said(node: fx.Node) -> tuple[str, str, str, str]:
+    return node.op, _name(node.target), str(node.args), str(node.kwargs)
 
 
 def _name(target: Any) -> str:

@@ -7,11 +7,12 @@ interleaved(chunks=2)           what else a schedule takes
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, replace
 from typing import Any
 
 from manyhands.calling import call
-from manyhands.errors import BadInput
+from manyhands.errors import BadInput, UnknownName
 from manyhands.grammar import format_call, parse_call
 from manyhands.partition.pipeline import schedules
 from manyhands.partition.pipeline.schedule import Schedule
@@ -36,6 +37,10 @@ class Pipelining:
     def made(self, ranks: int, micro_batches: int) -> Schedule:
         """The schedule itself, validated."""
         builder = schedules.load(self.schedule)
+        known = [*list(inspect.signature(builder).parameters)[2:], "cut"]
+        for name, _ in self.options:
+            if name not in known:
+                raise UnknownName(f"option of pipeline schedule {self.schedule}", name, known)
         found = call("pipeline schedule", self.schedule, builder, (ranks, micro_batches), dict(self.options))
         assert isinstance(found, Schedule)
         return found.validate()

@@ -21,6 +21,7 @@ from manyhands.communication.communicator import Communicator
 from manyhands.communication.topology import shares
 from manyhands.contract import Block
 from manyhands.errors import BadInput
+from manyhands.partition.data import OWN_STREAM
 from manyhands.partition.tensor import attention, layers
 from manyhands.partition.tensor.layers import CONVOLUTIONS, NORMS
 from manyhands.partition.tensor.rules import HEADS, Rule, divided
@@ -52,6 +53,8 @@ def cut(model: nn.Module, rules: Mapping[str, Rule], group: Communicator) -> Cut
         if shared:
             _refuse(path, rule, f"its {shared[0].rpartition('.')[2]} is also {tied[shared[0]]}", "Leave both whole.")
         try:
+            if rule.kind == "heads" and not _has_heads(module, path, rules):
+                raise ValueError("it is no nn.MultiheadAttention, and none of the layers in it is cut by columns")
             made, blocks, said = _made(module, rule, group)
         except ValueError as e:
             _refuse(path, rule, str(e), f"Choose another rule for it, e.g. {path}=whole.")
@@ -63,6 +66,11 @@ def cut(model: nn.Module, rules: Mapping[str, Rule], group: Communicator) -> Cut
             parent, _, name = path.rpartition(".")
             setattr(model.get_submodule(parent), name, made)
     return result
+
+
+def _has_heads(module: nn.Module, path: str, rules: Mapping[str, Rule]) -> bool:
+    inside = (rule for p, rule in rules.items() if p.startswith(f"{path}." if path else "") and p != path)
+    return isinstance(module, nn.MultiheadAttention) or any(rule.kind == "column" for rule in inside)
 
 
 def _refuse(path: str, rule: Rule, why: str, what_works: str) -> None:
@@ -209,17 +217,17 @@ def own_randomness(module: nn.Module, rank: int, *, draws: bool = True) -> None:
         return
     seed = torch.initial_seed()
     generator = torch.Generator().manual_seed((seed * 2_654_435_761 + rank + 1) % 2**63)
-    module.register_buffer("random_state", generator.get_state(), persistent=False)
+    module.register_buffer(OWN_STREAM, generator.get_state(), persistent=False)
     kept: list[Tensor] = []
 
     def swap_in(*_: Any) -> None:
         if module.training:
             kept.append(torch.get_rng_state())
-            torch.set_rng_state(module.random_state)  # type: ignore[arg-type]
+            torch.set_rng_state(getattr(module, OWN_STREAM))
 
     def swap_out(*_: Any) -> None:
         if kept:
-            module.random_state.copy_(torch.get_rng_state())  # type: ignore[operator]
+            getattr(module, OWN_STREAM).copy_(torch.get_rng_state())
             torch.set_rng_state(kept.pop())
 
     module.register_forward_pre_hook(swap_in)

@@ -13,7 +13,7 @@ import functools
 import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,12 +22,13 @@ from torch import Tensor, nn
 from manyhands.calling import call
 from manyhands.communication.communicator import DONE, Communicator, Received, Work
 from manyhands.communication.topology import Mesh
+from manyhands.communication.transports.simulated import SimulatedWorld
 from manyhands.errors import BadInput
 from manyhands.grammar import Call
 from manyhands.partition.tensor import ALONG_DATA, check_known, scheme_of, schemes
 from manyhands.partition.tensor.attention import CutAttention
 from manyhands.partition.tensor.cut import DRAWS, Cut, cut, inputs_of_draws, own_randomness
-from manyhands.partition.tensor.rules import Rule, found, matched, parse, without
+from manyhands.partition.tensor.rules import Rule, found_but, matched, parse, without
 
 
 class Rehearsal(Communicator):
@@ -96,6 +97,12 @@ class Rehearsed:
     parts: list[str]  # the dropouts that work on a part
     done: dict[str, str]  # by module, what becomes of it on the first rank
     way: Way
+    left: dict[str, str] = field(default_factory=dict)  # what auto has found and left whole, and why
+
+    @property
+    def said(self) -> str:
+        """``auto`` as it was decided, for those who are to cut alike and check nothing."""
+        return ", ".join(["auto", *(f"{path}=whole" for path in self.left)])
 
     def cut(self, model: nn.Module, group: Communicator) -> Cut:
         """Cut such a model in place, with random numbers of a rank's own where it has a part. Collective."""
@@ -109,24 +116,31 @@ class Rehearsed:
         alike: dict[tuple[str, str], list[str]] = {}
         for path, said in self.done.items():
             alike.setdefault((re.sub(r"\d+", "*", path), said), []).append(path or "the model")
-        return "; ".join(
+        told = [
             f"{paths[0]} {said}" if len(paths) == 1 else f"{path} {said} ({len(paths)} of them)"
             for (path, said), paths in alike.items()
-        )
+        ]
+        return "; ".join([*told, *(f"left whole: {path}, as {why}" for path, why in self.left.items())])
 
 
-def rehearsed(model: nn.Module, said: str | None, size: int, inputs: Any) -> Rehearsed:
+def rehearsed(model: nn.Module, said: str | None, size: int, inputs: Any, *, checked: bool = False) -> Rehearsed:
     """How ``model`` can be cut among ``size`` ranks.
 
     ``said`` is the plan's ``tensor`` (None: auto), ``inputs`` a batch of one sample. What ``auto`` finds and does not
-    fit is left whole; what the user has said and does not fit is `BadInput`. The model is left as it is.
+    fit is left whole; what the user has said and does not fit is `BadInput`. The model is left as it is. ``checked``:
+    all ranks' parts also compute an output together, which must be that of the whole model: takes so many models'
+    memory, in float64, and two forward passes.
     """
     scheme = scheme_of(said)
     check_known(scheme)
     if scheme is not None:
         return _rehearsed_scheme(model, scheme, size, inputs)
-    automatic = said is None or said.strip() == "auto"
-    rules = found(model, size) if automatic else matched(model, parse(str(said)))
+    text = (said or "auto").strip()
+    automatic = text == "auto" or text.startswith("auto,")
+    if not text or (said is not None and not said.strip()):
+        raise BadInput("tensor='' says nothing: it is auto, rules such as 'up=column, down=row', or a scheme.")
+    rules = found_but(model, size, text.removeprefix("auto").lstrip(", ")) if automatic else matched(model, parse(text))
+    left: dict[str, str] = {}
     while True:
         if not rules:
             raise BadInput(
@@ -136,7 +150,20 @@ def rehearsed(model: nn.Module, said: str | None, size: int, inputs: Any) -> Reh
             )
         try:
             way: Way = functools.partial(_by_rules, rules)
-            return Rehearsed(rules, *_fits(model, way, rules, size, inputs), way)
+            how = Rehearsed(rules, *_fits(model, way, rules, size, inputs), way, left)
+            wrong = [] if not checked else _wrong(model, rules, size, inputs)
+            if not wrong:
+                return how
+            if not automatic or "" in wrong:
+                raise BadInput(
+                    f"tensor={said or 'auto'}: the cut model runs, but computes something else than the whole one. "
+                    "What lies between a column layer and its row layer may only work on single elements (a norm, "
+                    "softmax or flip over the cut dim does not), and heads are cut by projections that are columns of "
+                    "whole heads. Cut other layers, or gather: column(gathered=True)."
+                )
+            for path in wrong:
+                left[path] = "what its forward does between its layers is not element by element"
+                rules = without(rules, path)
         except _DoesNotFit as e:
             within = next((p for p in _outwards(e.path) if any(_in(r, p) for r in rules)), None)
             if not automatic or within is None:
@@ -145,7 +172,64 @@ def rehearsed(model: nn.Module, said: str | None, size: int, inputs: Any) -> Reh
                     f"{e.error}. Its code takes the size of a layer that is cut for granted: cut other layers, name "
                     "that module whole (…=whole), or give it sizes it reads from its layers."
                 ) from None
+            left[within] = f"its code takes the size of a layer for granted ({e.error.partition(chr(10))[0]})"
             rules = without(rules, within)
+
+
+def _wrong(model: nn.Module, rules: Mapping[str, Rule], size: int, inputs: Any) -> list[str]:
+    """The modules whose layers, when they are cut, make the model compute something else; "" where none is to blame."""
+    if _computes_the_same(model, rules, size, inputs):
+        return []
+    parents = dict.fromkeys(path.rpartition(".")[0] for path in rules)
+    blamed = [
+        parent
+        for parent in parents
+        if not _computes_the_same(
+            model, {p: r for p, r in rules.items() if p == parent or p.rpartition(".")[0] == parent}, size, inputs
+        )
+    ]
+    return blamed or [""]
+
+
+def _computes_the_same(model: nn.Module, rules: Mapping[str, Rule], size: int, inputs: Any) -> bool:
+    """Whether all ranks' parts together give the whole model's output, dropout off."""
+    whole = copy.deepcopy(model).eval()
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for p in whole.parameters():  # where all is zero at the start, everything would be the same
+            if p.is_floating_point():
+                p.add_(torch.randn_like(p) * 0.02)
+        given, tolerance = inputs, 1e-3
+        try:
+            double = copy.deepcopy(whole).double()
+            precise = torch.utils._pytree.tree_map(_in_double, inputs)
+            expected = double(precise)
+            whole, given, tolerance = double, precise, 1e-7
+        except Exception:  # something in it wants float32
+            expected = whole(inputs)
+
+        def run(comm: Communicator) -> Any:
+            mine = copy.deepcopy(whole)
+            cut(mine, rules, comm)
+            with torch.no_grad():
+                return mine.eval()(given)
+
+        answers = SimulatedWorld(size).run(run)
+    return all(_close(expected, answer, tolerance) for answer in answers)
+
+
+def _in_double(x: Any) -> Any:
+    return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+
+
+def _close(expected: Any, found: Any, tolerance: float) -> bool:
+    pairs = zip(torch.utils._pytree.tree_leaves(expected), torch.utils._pytree.tree_leaves(found), strict=True)
+    for a, b in pairs:
+        if isinstance(a, Tensor) and a.is_floating_point() and a.numel():
+            scale = float(a.abs().max()) or 1.0
+            if not float((a - b).abs().max()) <= tolerance * scale:
+                return False
+    return True
 
 
 def _by_rules(rules: Mapping[str, Rule], model: nn.Module, group: Communicator) -> Cut:

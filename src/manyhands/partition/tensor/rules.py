@@ -81,16 +81,23 @@ def _parts(text: str) -> Iterator[str]:
 
 def matched(model: nn.Module, rules: Mapping[str, Rule]) -> dict[str, Rule]:
     """The rule of each module that some pattern names, the last that does; a pattern that names none is refused."""
-    paths = [path for path, _ in model.named_modules() if path]
     result: dict[str, Rule] = {}
     for pattern, rule in rules.items():
-        named = [p for p in paths if fnmatch.fnmatchcase(p, pattern) or fnmatch.fnmatchcase(p, f"*.{pattern}")]
-        if not named:
-            raise BadInput(
-                f"tensor {pattern}={rule}: no module is called so. The model has {_some(paths)}; * stands for any part."
-            )
-        result |= dict.fromkeys(named, rule)
+        result |= dict.fromkeys(named(model, pattern, rule), rule)
     return {path: rule for path, rule in result.items() if rule.kind != "whole"}
+
+
+def named(model: nn.Module, pattern: str, rule: Rule) -> list[str]:
+    """The modules that ``pattern`` names; raises `BadInput` where there is none."""
+    paths = [path for path, _ in model.named_modules() if path]
+    result = [
+        p for p in paths if any(fnmatch.fnmatchcase(f".{p}", x) for x in (f".{pattern}", f"*.{pattern}", pattern))
+    ]
+    if not result:
+        raise BadInput(
+            f"tensor {pattern}={rule}: no module is called so. The model has {_some(paths)}; * stands for any part."
+        )
+    return result
 
 
 def _some(paths: Sequence[str], most: int = 12) -> str:
@@ -147,6 +154,15 @@ def found(model: nn.Module, size: int) -> dict[str, Rule]:
             rules |= _attention(path, module, size) or {}
             rules |= _feed_forward(path, module, size)
     return {path: rule for path, rule in rules.items() if not _within_attention(model, path)}
+
+
+def found_but(model: nn.Module, size: int, said: str) -> dict[str, Rule]:
+    """What is `found`, but rules ``said`` besides go before it; ``whole`` takes out a module and what lies in it."""
+    rules = found(model, size)
+    for pattern, rule in parse(said).items():
+        for path in named(model, pattern, rule):
+            rules = without(rules, path) | ({} if rule.kind == "whole" else {path: rule})
+    return rules
 
 
 def _within_attention(model: nn.Module, path: str) -> bool:
