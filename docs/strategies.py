@@ -19,7 +19,7 @@ from pathlib import Path
 
 from manyhands.consistency.ssp import StaleSynchronous
 from manyhands.contract import Setting, Strategy
-from manyhands.plan import SHARE_MEMORY, strategy_from
+from manyhands.plan import ONE_SIDED, SHARE_MEMORY, strategy_from
 from manyhands.studies.report.canvas import Canvas, settings
 from manyhands.studies.report.palette import Style
 from manyhands.studies.rows import Row, read
@@ -42,10 +42,15 @@ PLACES: Sequence[tuple[str, str, Sequence[str]]] = (
             "replica_average",
             "slice_update",
             "slice_own_batch",
+            "sandblaster(units=3)",
         ),
     ),
-    ("all but the b", "slowest", ("backup_workers",)),
-    ("everybody,", "every k-th step", ("local", "diloco", "elastic")),
+    ("all but the b", "slowest", ("backup_workers", "backup_workers(backups=0, aggregate=median)")),
+    (
+        "everybody,",
+        "every k-th step",
+        ("local", "diloco", "elastic", "elastic(mode='round_robin')", "elastic(momentum=0.9)"),
+    ),
     ("neighbours", "in a graph", ("gossip(graph='one_peer')", "push_sum", "gossip")),
     ("the slowest,", "s steps back", ("ssp",)),
     (
@@ -59,6 +64,10 @@ CALLED = {
     "synchronous(aggregate=median)": "synchronous(aggregate=…)",
     "gossip(graph='one_peer')": "gossip(one_peer)",
     "gossip": "gossip(ring)",
+    "backup_workers(backups=0, aggregate=median)": "(aggregate=…)",
+    "elastic(mode='round_robin')": "elastic(round_robin)",
+    "elastic(momentum=0.9)": "elastic(momentum=…)",
+    "sandblaster(units=3)": "sandblaster(3)",
     "local": "local(16)",
     "diloco": "diloco(16)",
     "elastic": "elastic(4)",
@@ -78,7 +87,8 @@ Sent = tuple[float, float, float]
 def setting(transport: str) -> Setting:
     """Plain SGD on enough workers for any rule."""
     shares = transport in SHARE_MEMORY
-    return Setting(SHOWN, transport, shares_memory=shares, elementwise=True, stateless=True)
+    one_sided = transport in ONE_SIDED
+    return Setting(SHOWN, transport, shares_memory=shares, elementwise=True, stateless=True, one_sided=one_sided)
 
 
 def promise(strategy: Strategy) -> Style:
@@ -235,7 +245,7 @@ def _line(name: str, found: dict[int, Row], alone: dict[int, Row]) -> str:
     cells = [
         name if single else f"`{name}`",
         "" if single else SAYS[promise(strategy)],
-        "" if single else "no" if strategy.problems(setting("gloo")) else "yes",
+        "" if single else _several_hosts(strategy),
         "" if single else _sizes(statistics.median(sizes)),
         f"{1e6 * step_s:.0f} µs",
         "1" if single else f"{statistics.median(ratios):.2f}",
@@ -244,6 +254,12 @@ def _line(name: str, found: dict[int, Row], alone: dict[int, Row]) -> str:
         f"{statistics.mean(right):.1f} ± {(max(right) - min(right)) / 2:.1f} %",
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def _several_hosts(strategy: Strategy) -> str:
+    if not strategy.problems(setting("gloo")):
+        return "yes"
+    return "no" if strategy.problems(setting("mpi")) else "over MPI"
 
 
 def _sizes(times_n: float) -> str:

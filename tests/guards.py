@@ -1,8 +1,8 @@
 """What a test may not leave behind, and how that is noticed.
 
 `tests/conftest.py` takes a `Snapshot` before every test and asks `leaks` afterwards. Found are: processes (children,
-their descendants and orphans of both), Python threads, listening TCP sockets, entries of /dev/shm, memfds, changed
-environment variables and an initialised process group of torch.distributed.
+their descendants and orphans of both), Python threads, listening TCP sockets, entries of /dev/shm, memfds, temporary
+folders of worker teams, changed environment variables and an initialised process group of torch.distributed.
 
 Worker pools that serve a whole session say so: what is started inside ``with standing():`` is no leak, and
 ``permit(pid)`` does the same for one process that is known only later.
@@ -12,8 +12,10 @@ import contextlib
 import gc
 import multiprocessing
 import os
+import re
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -25,6 +27,9 @@ MARK = "MANYHANDS_TEST_SESSION"
 
 #: Set by others while tests run: by pytest for every test, by torch when it first imports its compiler.
 NOT_OURS = {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR"}
+
+#: How `manyhands.training.team` names the folder in which the workers of a team meet.
+TEAM_FOLDER = re.compile(r"manyhands-(\d+)-")
 
 _permitted_processes: set[int] = set()
 _permitted: set[object] = set()
@@ -51,6 +56,7 @@ def standing() -> Iterator[None]:
     _permitted.update(after.sockets - before.sockets)
     _permitted.update(after.memfds - before.memfds)
     _permitted.update(after.shm - before.shm)
+    _permitted.update(after.folders - before.folders)
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,7 @@ class Snapshot:
     sockets: frozenset[str]  # of this process, by inode
     memfds: frozenset[tuple[str, int]]  # of this process, by name and inode
     shm: frozenset[str]
+    folders: frozenset[str]  # temporary ones of teams, whose names tell the launcher's process
     environment: dict[str, str]
     process_group: bool
 
@@ -85,6 +92,7 @@ class Snapshot:
             sockets=frozenset(sockets),
             memfds=frozenset(memfds),
             shm=frozenset(_listdir("/dev/shm")),
+            folders=frozenset(name for name in _listdir(tempfile.gettempdir()) if TEAM_FOLDER.match(name)),
             environment={k: v for k, v in os.environ.items() if k not in NOT_OURS},
             process_group=distributed is not None and distributed.is_available() and distributed.is_initialized(),
         )
@@ -120,6 +128,9 @@ def _leaks(before: Snapshot) -> list[str]:
         f"shared memory /dev/shm/{name}"
         for name in sorted(now.shm - before.shm - _permitted)
         if not _used_by_strangers(f"/dev/shm/{name}")
+    ]
+    found += [
+        f"temporary folder {name}" for name in sorted(now.folders - before.folders - _permitted) if _may_be_ours(name)
     ]
     found += [f"memory file {name} (inode {inode})" for name, inode in sorted(now.memfds - before.memfds - _permitted)]
     for name in sorted(before.environment.keys() | now.environment.keys()):
@@ -202,6 +213,14 @@ def _used_by_strangers(path: str) -> bool:
                 if any(line.rstrip().endswith(path) for line in file) and not _is_ours(int(name)):
                     return True
     return False
+
+
+def _may_be_ours(folder: str) -> bool:
+    """Unless the launcher that has made it lives in another session; of a dead one nobody can tell."""
+    match = TEAM_FOLDER.match(folder)
+    assert match is not None
+    pid = int(match[1])
+    return _status(pid)[0] in ("", "Z") or _is_ours(pid)
 
 
 def _listdir(folder: str) -> list[str]:

@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -98,6 +99,26 @@ def test_an_entry_of_dev_shm_is_found(before):
     assert leaks(before, grace_s=0) == []
 
 
+def test_a_teams_temporary_folder_is_found(before):
+    folder = Path(tempfile.mkdtemp(prefix=f"manyhands-{os.getpid()}-"))
+    try:
+        assert leaks(before, grace_s=0) == [f"temporary folder {folder.name}"]
+    finally:
+        folder.rmdir()
+    assert leaks(before, grace_s=0) == []
+
+
+def test_the_folder_of_a_dead_launcher_is_found_and_that_of_a_stranger_is_not(before):
+    dead = subprocess.Popen([sys.executable, "-S", "-c", ""])
+    dead.wait()
+    folders = [Path(tempfile.mkdtemp(prefix=f"manyhands-{pid}-")) for pid in (dead.pid, 1)]
+    try:
+        assert leaks(before, grace_s=0) == [f"temporary folder {folders[0].name}"]
+    finally:
+        for folder in folders:
+            folder.rmdir()
+
+
 def test_a_memfd_is_found(before):
     fd = os.memfd_create("forgotten")
     try:
@@ -142,9 +163,11 @@ def test_what_is_standing_is_no_leak(before):
         child = subprocess.Popen(SLEEP)
         fd = os.memfd_create("standing")
         server = socket.create_server(("127.0.0.1", 0))
+        folder = Path(tempfile.mkdtemp(prefix=f"manyhands-{os.getpid()}-"))
     try:
         assert leaks(before, grace_s=0) == []
     finally:
+        folder.rmdir()
         stop.set()
         thread.join()
         child.kill()

@@ -134,8 +134,9 @@ def test_a_plans_table_survives_a_toml_file(fields):
 
 def test_a_resolved_plan_resolves_to_itself():
     for strategy, workers in itertools.product(strategies, (1, 3)):
-        plan = resolve(Plan(strategy=strategy, workers=workers), MACHINE).plan
-        assert resolve(plan, MACHINE).plan == plan
+        machine = dataclasses.replace(MACHINE, stateless=strategy == "sandblaster")  # which brings its own update
+        plan = resolve(Plan(strategy=strategy, workers=workers), machine).plan
+        assert resolve(plan, machine).plan == plan
         assert from_table(Plan, plan.as_table(), "[plan]") == plan
 
 

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from manyhands.communication.reduction import coefficients, reduce_into
+from manyhands.communication.transports.launchers_word import LaunchersWord
 from manyhands.communication.transports.torch_distributed import GlooCommunicator, NcclCommunicator
 from manyhands.errors import BadInput, CommunicationError, DeadlineExceeded, Deadlock, PeerLost, Vetoed
 from tests import guards
@@ -256,3 +257,17 @@ def test_a_failing_peer_is_noticed_before_it_ends(tmp_path):
 def test_whoever_does_not_come_is_named(tmp_path):
     with pytest.raises(DeadlineExceeded, match=r"rank 0 waited \d\.\d s in join for ranks 1, 2;"):
         GlooCommunicator.join_file(tmp_path / "meet", 0, 3, timeout_s=0.5)
+
+
+def test_a_meeting_in_a_folder_that_there_is_not_is_refused_at_once(tmp_path):
+    with pytest.raises(BadInput, match=r"rank 1 .*absent/meet, and there is no such folder"):
+        GlooCommunicator.join_file(tmp_path / "absent" / "meet", 1, 2, timeout_s=0.5)
+
+
+def test_what_a_launcher_says_is_heard_by_those_of_its_meeting_alone(tmp_path):
+    first, second = LaunchersWord(tmp_path / "first"), LaunchersWord(tmp_path / "second")
+    first.say("gone", 3)
+    assert LaunchersWord(tmp_path / "first").awaited(3)
+    second.say("failed", 3)
+    assert not second.awaited(3)
+    assert not first.gone(1)

@@ -4,6 +4,7 @@ Each test starts ``mpiexec``, whose ranks run a function of this file. ``UCX_TLS
 memory, so that they listen nowhere; mpiexec itself listens on all interfaces whatever it is told (MPICH 5.0.2).
 """
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -226,6 +227,28 @@ def open_often(comm: MpiCommunicator) -> None:
 @needs_mpiexec
 def test_windows_are_given_back_and_too_many_are_an_error_of_ours():
     assert_well(run(open_often, 2))
+
+
+def fail_and_close(comm: MpiCommunicator) -> None:
+    """Rank 0 meets an error of its own and closes; rank 1 does not."""
+    comm.window(8)
+    if comm.rank == 0:
+        comm.timeout_s = 0.3
+        with pytest.raises(ValueError, match="the first") as e, contextlib.closing(comm):
+            raise ValueError("the first")
+        (note,) = e.value.__notes__
+        assert "in barrier" in note
+        comm.fail()
+    else:
+        with pytest.raises(PeerLost):
+            comm.recv(torch.zeros(1), 0)
+        comm.fail()
+        comm.close()
+
+
+@needs_mpiexec
+def test_an_error_of_closing_does_not_hide_the_first():
+    assert_well(run(fail_and_close, 2))
 
 
 def test_without_mpi_it_says_what_to_install(monkeypatch):

@@ -203,6 +203,26 @@ def test_waits_end_at_the_deadline_and_name_who_is_waited_for():
         assert "rank 0 waited 0.3 s in the test at step 7 for rank 1;" in said
 
 
+def given_back_by_another(comm: Communicator) -> None:
+    (lock,) = comm.locks(1)
+    if comm.rank == 0:
+        lock.__enter__()
+    comm.barrier()
+    if comm.rank == 1:
+        with pytest.raises(CommunicationError, match="rank 1 gives back lock 0, which rank 0 holds"):
+            lock.__exit__()
+    comm.barrier()
+    if comm.rank == 0:
+        lock.__exit__()
+        with pytest.raises(CommunicationError, match="rank 0 gives back lock 0, which nobody holds"):
+            lock.__exit__()
+    comm.barrier()
+
+
+def test_a_lock_is_given_back_by_its_holder_alone():
+    run_ranks(given_back_by_another, 2, on="mpi")
+
+
 def no_windows(comm: Communicator) -> str:
     with pytest.raises(BadInput) as e:
         comm.window(8)

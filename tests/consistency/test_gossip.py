@@ -315,6 +315,35 @@ def test_news_of_a_worker_that_stands_still_travel_with_the_messages_and_all_sto
     assert run_ranks(poisoned, 5, on=on, args=(text, 2, 20)) == [[told, 2, 1, True]] * 5
 
 
+def poisoned_where_one_knows_of_a_loss(comm, text, knows):
+    """Before which step this rank was told that rank 1 stands still from step 2 on; all meet before step 8."""
+    worker, _, batch = started(comm, text, lr=0.05)
+    if comm.rank == knows:
+        comm.lost = lambda: [comm.size - 1]
+    for step in range(20):
+        bad = comm.rank == 1 and step == 2
+        try:
+            if step == 8:
+                worker.meet()
+            worker.step(Batch(batch.inputs * math.nan if bad else batch.inputs, batch.target, batch.count))
+        except NonFiniteLoss:
+            return step
+    return None
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("gossip", 3), ("push_sum(graph='exponential')", 3), ("gossip(graph='complete')", 5)]
+)
+@pytest.mark.parametrize(("knows", "told"), [(1, 8), (2, 2)])
+def test_whether_news_wait_for_the_meeting_is_decided_by_what_was_exchanged(text, size, knows, told):
+    """A launcher's word that falls while they exchange is known to some and not to others, who decide alike.
+
+    Promised where all are neighbours; in wider graphs the file's head names the gap that is left.
+    """
+    results = run_ranks(poisoned_where_one_knows_of_a_loss, size, on="simulated", args=(text, knows))
+    assert results == [told] * size
+
+
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 

@@ -227,25 +227,77 @@ def test_over_gloo_a_loss_that_is_not_finite_stops_all_or_is_left_out(text):
             assert "worker 1 is not finite at step 1" in result["raised"][1]
 
 
-def absent(member) -> None:
-    """Rank 1 brings nothing to the second round."""
-    with serving(member.comm, 1) as comm:
+def absent(member, servers: int) -> None:
+    """The last worker brings nothing to the second round."""
+    with serving(member.comm, servers) as comm:
         if comm is None:
             return
         worker = started(comm, "backup_workers(backups=0)", problem())
         for step, batch in enumerate(shares(comm, problem(), steps=2)):
             comm.step = step
-            if (comm.rank, step) == (1, 1):
+            if (comm.rank, step) == (comm.size - 1, 1):
                 time.sleep(4)
             worker.step(batch)
 
 
-def test_waiting_in_vain_for_a_round_over_gloo_says_for_whom_and_in_which_step():
-    with team("gloo", 3, threads=1, timeout_s=1.0, allocator="plain") as crew, pytest.raises(DeadlineExceeded) as e:
-        crew.run(f"{HERE}:absent")
-    assert "rank 1" in str(e.value)
+@pytest.mark.parametrize(("on", "late"), [("gloo", 1), ("shared", 2), ("threads", 2)])
+def test_waiting_in_vain_for_a_round_says_for_whom_and_in_which_step(on, late):
+    """Over gloo two workers and a server, elsewhere three workers, of which the second has come."""
+    with team(on, 3, threads=1, timeout_s=1.0, allocator="plain") as crew, pytest.raises(DeadlineExceeded) as e:
+        crew.run(f"{HERE}:absent", int(on == "gloo"))
+    assert f"for rank {late};" in str(e.value)
     assert "end of the round" in str(e.value)
     assert e.value.step == 1
+
+
+def absent_over_mpi(comm: Communicator) -> list[str]:
+    """As `absent`; everybody comes to the round in the end, and to its end. What those who waited are told."""
+    worker, before = started(comm, "backup_workers(backups=0)", problem()), comm.timeout_s
+    said: list[str] = []
+    for step, batch in enumerate(shares(comm, problem(), steps=2)):
+        comm.step = step
+        if step == 1:
+            comm.timeout_s = 0.5 if comm.rank < 2 else before
+            if comm.rank == 2:
+                time.sleep(1.5)
+        try:
+            worker.step(batch)
+        except DeadlineExceeded as e:
+            said.append(str(e))
+    comm.timeout_s = before
+    comm.barrier()
+    return said
+
+
+@pytest.mark.slow
+def test_waiting_in_vain_for_a_round_over_mpi_says_for_whom_and_in_which_step():
+    first, second, third = run_ranks(absent_over_mpi, 3, on="mpi", timeout_s=40)
+    for (said,) in (first, second):
+        assert "end of the round at step 1 for rank 2;" in said
+    assert not third
+
+
+def absent_beside_one_aside(member, servers: int) -> None:
+    """Of three workers the first is done, the second brings a gradient, and the third does not."""
+    with serving(member.comm, servers) as comm:
+        if comm is None:
+            return
+        worker, (batch,) = started(comm, "backup_workers(backups=0)", problem()), shares(comm, problem(), steps=1)
+        if comm.rank == 0:
+            worker.store.aside(1)
+        comm.barrier()
+        if comm.rank != 1:
+            time.sleep(3)
+        worker.step(batch)
+
+
+@pytest.mark.parametrize("on", ["shared", "gloo"])
+def test_a_worker_that_is_done_is_not_said_to_be_late(on):
+    servers = int(on == "gloo")
+    crew = team(on, 3 + servers, threads=1, timeout_s=1.0, allocator="plain")
+    with crew, pytest.raises(DeadlineExceeded) as e:
+        crew.run(f"{HERE}:absent_beside_one_aside", servers)
+    assert "end of the round for rank 2;" in str(e.value)
 
 
 def test_a_resume_takes_up_what_the_server_of_rounds_held(tmp_path):
@@ -325,8 +377,9 @@ def test_who_is_left_out_and_that_a_round_had_too_few_is_said_once(caplog):
         ranks(jobs.train, 3, text_of("trimmed_mean"), problem(batches=(8, 2, 8, 2)), on="threads")
         ranks(jobs.train, 3, text_of("median"), problem(poison=(1, 1)), on="threads")
     said = [r.getMessage() for r in caplog.records if "backup_workers" in r.name]
+    few = "too few workers were left in a round, or had samples, for trimmed_mean: it changed nothing"
     assert said == [
-        "step 1: fewer than 3 workers of a round have samples, which trimmed_mean needs (said once)",
+        f"step 1: {few} (said once)",
         "step 1: worker 1 has no finite loss and is left out of median (said once)",
     ]
 

@@ -9,7 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from manyhands.communication.communicator import Communicator
+from manyhands.communication.transports.single import SingleCommunicator
+from manyhands.consistency.downpour import due
 from manyhands.consistency.parameter_server import store
+from manyhands.consistency.ssp import must_read, needed
 from manyhands.contract import Batch, Setting
 from manyhands.errors import BadInput
 from manyhands.partition.data import DataReplica
@@ -104,6 +107,46 @@ def test_staleness_is_measured_once_a_push_and_shard(on):
         assert all(late >= 0 for r in results for late, _ in r["staleness"])
 
 
+@given(
+    usable=st.lists(st.booleans(), max_size=12),
+    fetch=st.integers(1, 5),
+    push=st.integers(1, 5),
+    values=st.lists(st.integers(-9, 9), min_size=12, max_size=12),
+)
+def test_downpour_pushes_what_it_has_accrued_whatever_the_periods(usable, fetch, push, values):
+    """Whole numbers, so that sums are exact; a gradient over no samples is none, whatever is in its memory."""
+    spec = problem()
+    worker = started(SingleCommunicator(), f"downpour(fetch={fetch}, push={push})", spec)
+    pieces, said = worker.replica.pieces, iter(zip(usable, values, strict=False))
+    pushed, exchanges = [], []
+
+    def gradients(_):
+        counts, value = next(said)
+        for piece in pieces:
+            piece.grad.fill_(value)
+        return torch.zeros(()), float(counts)
+
+    def noted(vectors, *, pull):
+        assert {float(x) for v in vectors for x in (v.min(), v.max())} == {float(vectors[0][0])}
+        pushed.append(float(vectors[0][0]))
+        exchanges.append((worker.steps, pull))
+
+    worker.replica.gradients, worker.store.push = gradients, noted
+    worker.store.pull = lambda: exchanges.append((worker.steps, True))
+    for batch in shares(worker.comm, spec, steps=len(usable)):
+        worker.step(batch)
+    left = float(worker.accrued[0][0]) if worker.pending else 0.0
+    assert sum(pushed) + left == sum(v for v, counts in zip(values, usable, strict=False) if counts)
+    assert [s for s, pulled in exchanges if pulled] == list(range(fetch, len(usable) + 1, fetch))
+    assert all(s % push == 0 or pulled for s, pulled in exchanges)
+    assert worker.pending == any(usable[len(usable) // push * push :])  # nothing waits longer than a period
+
+
+@given(steps=st.integers(0, 100), period=st.integers(1, 30))
+def test_what_is_due_in_every_period_is_due_once_in_it(steps, period):
+    assert sum(due(step, period) for step in range(1, steps + 1)) == steps // period
+
+
 # -- degenerate identities ---------------------------------------------------------------------------------------------
 
 
@@ -172,6 +215,30 @@ def test_an_ssp_worker_sees_its_own_writes_at_once():
     assert all(d.max() < 1e-12 for d in run_ranks(own_writes, 2, on="simulated"))
 
 
+def without_a_share(comm: Communicator, text: str, steps: int) -> dict:
+    """All samples are the first two workers'; the third has none in any step."""
+    worker = started(comm, text, problem())
+    for step, (x, y) in enumerate(itertools.islice(itertools.cycle(jobs.batches(problem())), steps)):
+        comm.step = step
+        lo, hi = [*jobs.cut(len(y), 2, "even"), (0, 0)][comm.rank]
+        worker.step(Batch(x[lo:hi], y[lo:hi], hi - lo, len(y)))
+    worker.meet()
+    end = jobs.vector(worker.consensus())
+    comm.barrier()
+    return {"end": end, "staleness": sorted(worker.staleness.items())}
+
+
+@pytest.mark.parametrize("on", ["shared", "simulated"])
+@pytest.mark.parametrize("bound", [0, 2])
+def test_a_worker_whose_share_is_empty_does_not_stop_the_others(bound, on):
+    results = run_ranks(without_a_share, 3, on=on, args=(f"ssp(staleness={bound})", 12))
+    assert all(sum(n for _, n in r["staleness"]) == 12 for r in results)
+    assert max(late for r in results for late, _ in r["staleness"]) <= bound
+    if not bound:
+        theirs = run_ranks(trajectory, 2, on="simulated", args=("synchronous(update='replicated')", problem(), 12))
+        assert (results[0]["end"] - theirs[0][-1]).abs().max() < 1e-12
+
+
 # -- bounded staleness -------------------------------------------------------------------------------------------------
 
 
@@ -201,6 +268,30 @@ def dawdled(comm: Communicator, text: str, steps: int, seed: int) -> dict:
         "finite": finite,
         "pulled_B": comm.counters.tallies["step"]["pull"].sent_B,
     }
+
+
+@given(workers=st.integers(1, 5), bound=st.integers(0, 4), cached=st.booleans(), order=st.lists(st.integers(0, 4)))
+def test_by_the_reading_rule_no_interleaving_reads_staler_than_the_bound_and_somebody_can_always_go_on(
+    workers, bound, cached, order
+):
+    clocks, seen, held = [0] * workers, [0] * workers, [[0] * workers for _ in range(workers)]
+    for turn in order:
+        waiting = [
+            (not cached or must_read(seen[p], c, bound)) and min(clocks) < needed(c, bound)
+            for p, c in enumerate(clocks)
+        ]
+        assert not waiting[clocks.index(min(clocks))]
+        p = turn % workers
+        if waiting[p]:
+            continue
+        if not cached or must_read(seen[p], clocks[p], bound):
+            seen[p], held[p] = min(clocks), list(clocks)  # all updates that there are
+        held[p][p] = clocks[p]  # its own it always has
+        assert all(updates >= clocks[p] - bound for updates in held[p])
+        if bound == 0:
+            assert set(clocks) <= {clocks[p], clocks[p] + 1}  # lock-step: nobody has begun a step beyond
+        clocks[p] += 1
+    assert max(clocks) - min(clocks) <= bound + 1
 
 
 @pytest.mark.parametrize("cached", [True, False])

@@ -139,6 +139,45 @@ def test_rounds_that_wait_for_all_are_lock_step(aggregate):
     assert (mine[0][-1] - theirs[0][-1]).abs().max() < SAME
 
 
+def moved_in_rounds(comm: Communicator, aggregate: str, steps: int) -> dict:
+    """What windows move in rounds to which workers come in order, beyond pulls and the update."""
+    worker = started(comm, f"backup_workers(backups=0, aggregate={aggregate})", problem())
+    numel = sum(p.flat.numel() for p in worker.replica.pieces)
+    window, moved = worker.store._round._window, {"get": 0, "put": 0}
+    for name in moved:
+        access = getattr(window, name)
+
+        def counted(whose, *parts, name=name, access=access):
+            moved[name] += sum(x.nbytes for _, x in parts if x.dtype == torch.float64 and x.numel() > 1)
+            access(whose, *parts)
+
+        setattr(window, name, counted)
+    come = comm.board()
+    bring = worker.store._round.take
+
+    def noted(*args, **how):
+        bring(*args, **how)
+        come.post(step + 1)
+
+    worker.store._round.take = noted
+    for step, batch in enumerate(shares(comm, problem(), steps=steps)):
+        if comm.rank:
+            come.wait(step + 1, "the test", rank=comm.rank - 1)
+        worker.step(batch)
+    worker.meet()
+    comm.barrier()
+    return {what: each / (8 * numel * steps) for what, each in moved.items()}
+
+
+@pytest.mark.parametrize(
+    ("aggregate", "gets"), [("mean", [0, 1, 1]), pytest.param("median", [0, 0, 2], marks=pytest.mark.slow)]
+)
+def test_of_a_round_only_those_vectors_travel_that_somebody_needs(aggregate, gets):
+    results = run_ranks(moved_in_rounds, 3, on="mpi", args=(aggregate, 4))
+    assert [r["get"] for r in results] == gets
+    assert [r["put"] for r in results] == [1, 1, 0]
+
+
 @pytest.mark.parametrize("text", ["asynchronous(servers=2)", "downpour(fetch=2, push=2)"])
 def test_a_loss_that_is_not_finite_stops_all_workers(text):
     for result in run_ranks(jobs.train, 2, on="mpi", args=(text, problem(poison=(1, 1)))):

@@ -193,7 +193,9 @@ def test_every_cell_of_a_built_in_study_can_be_made(name, most):
 def test_the_default_study_has_every_strategy():
     from manyhands.consistency import strategies
 
-    assert {cell.plan["strategy"] for cell in presets.default().cells()} == set(strategies)
+    assert {cell.plan["strategy"] for cell in presets.default().cells()} == set(strategies) - {
+        "sandblaster"
+    }  # it wants all data in a batch
     assert {cell.plan.get("transport") for cell in presets.default().cells()} >= {"threads", "gloo"}
 
 

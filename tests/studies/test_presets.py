@@ -6,7 +6,6 @@ import itertools
 import pytest
 
 from manyhands.communication import futex
-from manyhands.consistency import strategies
 from manyhands.errors import BadInput
 from manyhands.plan import Facts, resolve, strategy_from
 from manyhands.studies import presets, studies
@@ -32,7 +31,7 @@ def test_every_cell_can_be_made_on_every_machine(preset, cores, on):
         for cell in cells:
             task, plan = cell.make()
             task.check()
-            decided = resolve(plan, Facts(cores=cores, batch_size=task.batch_size)).plan
+            decided = resolve(plan, Facts(cores=cores, batch_size=task.batch_size, stateless=True)).plan
             assert decided.workers <= max(cores, 2)
             if cores > 1:
                 assert decided.workers * decided.threads <= cores
@@ -51,7 +50,7 @@ def test_the_default_study_sets_every_strategy_beside_one_process_of_one_and_of_
     alone = [c for c in study.cells() if c.plan["workers"] == 1]
     many = {(c.plan["strategy"], c.plan["workers"]) for c in study.cells() if c.plan["workers"] > 1}
     assert [(c.plan["strategy"], c.plan["threads"]) for c in alone] == [("synchronous", 1), ("synchronous", 4)]
-    assert many == set(itertools.product(strategies, (2, 4)))
+    assert many == set(itertools.product(presets.COMPARED, (2, 4)))
     assert study.limit_s < 180
 
 
@@ -65,14 +64,14 @@ def test_spectrum_shows_every_strategy_with_every_seed_beside_one_process(worker
     study = presets.spectrum(workers)
     many = [c for c in study.cells() if c.plan["workers"] > 1]
     shown = {c.plan["strategy"] for c in many}
-    assert {strategy_from(text).name for text in shown} == set(strategies)
+    assert {strategy_from(text).name for text in shown} == set(presets.COMPARED)
     assert {c.task["seed"] for c in study.cells()} == {0, 1, 2}
     assert len(many) == 3 * len(shown)
     assert {c.plan["workers"] for c in many} == {workers}
     assert len([c for c in study.cells() if c.plan["workers"] == 1]) == 3
     for cell in many:
         task, plan = cell.make()
-        resolve(plan, Facts(cores=4, batch_size=task.batch_size))
+        resolve(plan, Facts(cores=4, batch_size=task.batch_size, stateless=True))
 
 
 def test_a_seed_of_spectrum_goes_through_all_strategies_before_the_next():
@@ -91,7 +90,7 @@ def test_compare_sets_every_strategy_beside_one_process_of_all_threads(on):
     study = presets.compare()
     cells = study.cells()
     assert study.analysis == "compare"
-    assert {c.plan["strategy"] for c in cells if c.plan["workers"] > 1} == set(strategies)
+    assert {c.plan["strategy"] for c in cells if c.plan["workers"] > 1} == set(presets.COMPARED)
     assert {c.plan["threads"] for c in cells if c.plan["workers"] == 1} == {1, 2, 4}
     assert {c.task["batch_size"] for c in cells} == {50, 200}
     assert {c.task["seed"] for c in cells} == {0, 1}

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -255,6 +256,7 @@ def is_running(pid: int) -> bool:
     [
         ("shared", signal.SIGKILL, (-9,)),
         ("gloo", signal.SIGKILL, (-9,)),
+        pytest.param("mpi", signal.SIGKILL, (-9,), marks=pytest.mark.slow),
         ("shared", signal.SIGTERM, (130, 143, -15)),
         ("shared", signal.SIGINT, (130, -2)),
     ],
@@ -289,6 +291,7 @@ def test_when_the_launcher_ends_so_do_its_workers(tmp_path, number, status, tran
         while any(map(is_running, workers)) and time.monotonic() < end:
             time.sleep(0.02)
         assert not any(map(is_running, workers))
+        assert not list(Path(tempfile.gettempdir()).glob(f"manyhands-{process.pid}-*"))
     finally:
         if process.poll() is None:
             process.kill()

@@ -459,7 +459,10 @@ class Communicator(ABC):
         return
 
     def close(self) -> None:
-        """Give back what this end and its groups hold. Not collective; safe to call twice."""
+        """Give back what this end and its groups hold; safe to call twice.
+
+        Collective over each group on mpi, which takes back windows and groups only from all their ranks at once.
+        """
         self._close_made()
 
     # -- counting --------------------------------------------------------------------------------------------------

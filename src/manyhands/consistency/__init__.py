@@ -9,6 +9,7 @@ strategies = Catalogue(
     "strategy",
     {
         "synchronous": "manyhands.consistency.synchronous:Synchronous",
+        "sandblaster": "manyhands.consistency.sandblaster:Sandblaster",
         "backup_workers": "manyhands.consistency.backup_workers:BackupWorkers",
         "ssp": "manyhands.consistency.ssp:StaleSynchronous",
         "asynchronous": "manyhands.consistency.asynchronous:Asynchronous",

@@ -138,7 +138,7 @@ class BackupWorkersWorker(ServedWorker):
             return torch.zeros(())
         if outcome is Outcome.FEW and self.comm.rank == 0:
             self._warn_once(
-                "few", f"fewer than {self.rule.fewest} workers of a round have samples, which {self.rule} needs"
+                "few", f"too few workers were left in a round, or had samples, for {self.rule}: it changed nothing"
             )
         return loss
 

@@ -85,6 +85,11 @@ class Downpour(OnShards):
         return DownpourWorker(replica, comm, kept, self)
 
 
+def due(step: int, period: int) -> bool:
+    """Whether what happens every ``period`` steps follows ``step``; steps count from 1, over the whole run."""
+    return step % period == 0
+
+
 @functools.lru_cache
 def _trial(server: str) -> torch.optim.Optimizer:
     """The servers' optimizer, for its kind and its hyper-parameters."""
@@ -107,12 +112,12 @@ class DownpourWorker(ServedWorker):
     def step(self, batch: Batch) -> Tensor:
         """One step; see the file's head."""
         loss, usable = self.gradients(batch)
-        fetches = self.steps % self._fetch == 0
+        fetches = due(self.steps, self._fetch)
         if usable and self._sums:
             for mine, piece in zip(self.accrued, self.replica.pieces, strict=True):
                 mine.add_(piece.grad)
         self.pending |= usable
-        if self.pending and self.steps % self._push == 0:
+        if self.pending and due(self.steps, self._push):
             self.store.push(self.accrued, pull=fetches)
             if self._sums:
                 for mine in self.accrued:

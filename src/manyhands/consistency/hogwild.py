@@ -12,6 +12,9 @@ What the paper compares with is ``lock``:
                    parameter (the paper's AIG)
     round_robin    gradients side by side, updates in the order of ranks (Langford, Smola & Zinkevich 2009)
 
+The paper's back-off, step size times β after each epoch, is a learning-rate schedule and no part of the strategy:
+``--schedule "step(step_size=K, gamma=0.9)"`` with β = 0.9 and K the steps of an epoch, samples over global batch.
+
 Each worker keeps optimizer state of its own, so with momentum or Adam it averages its own gradients only. Parameters
 are one copy, hence only for transports that share memory. Buffers such as BatchNorm's statistics are each worker's own
 and follow the plan's ``buffers``.

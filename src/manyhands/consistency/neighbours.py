@@ -13,9 +13,10 @@ A worker that is killed leaves the graph (`Strategy.survives`): its edges are lo
 broken. That concerns those two alone, so nobody waits for what will never come; what becomes of the share that would
 have crossed the edge, the subclass says. A parcel of which only a part has arrived is none. At the next meeting the
 graph is drawn anew over those who are left. Until then it may be wider than it was, or in parts, so that news reach all
-by no known exchange: once the launcher has said that a worker is lost, news wait for that meeting, too. (If it says so
-while some have ended the exchange with which news are due and others have not, they wait for each other until the
-deadline.)
+by no known exchange: once a worker is known to be lost, news wait for that meeting, too. That it is known rides along
+like the news, and what has been exchanged decides, not what a worker has since been told: neighbours decide alike. (If
+one dies, or the launcher's word of it falls, in the very exchanges in which news travel, in a graph in which not all
+are neighbours, news of either kind may have reached some and not others: these wait for each other until the deadline.)
 """
 
 from __future__ import annotations
@@ -109,7 +110,6 @@ class NeighbourWorker(IndependentWorker):
         self.every, self._strategy = strategy.every, strategy
         self._outboxes = [_Parcel(piece.flat) for piece in replica.pieces]
         self._inboxes: list[list[_Parcel]] = [[] for _ in replica.pieces]
-        self._due = math.inf  # the exchange after which all meet, since one of them stands still
         self._draw()
 
     def _draw(self) -> None:
@@ -118,6 +118,8 @@ class NeighbourWorker(IndependentWorker):
         #: For each piece, the ranks at the other ends of edges that are lost.
         self.broken: list[set[int]] = [set() for _ in self.groups]
         # News that cross a cut of the model travel by `meet` alone.
+        self._due = math.inf  # the exchange after which all meet, since one of them stands still
+        self._loss = False  # somebody knew of a worker's loss when it sent: then nobody meets before its time
         whole = all(group.size == self.comm.size for group in self.groups)
         self._spread = graphs.reach(self.graphs[0]) if whole else None
 
@@ -136,9 +138,11 @@ class NeighbourWorker(IndependentWorker):
         """The k-th of the run, from 1."""
         if self.stands_still and self._spread is not None:
             self._due = min(self._due, k + self._spread - 1)
+        if any(self.broken) or (self._due < math.inf and self.comm.lost()):  # nobody asks as long as nothing is due
+            self._loss = True
         for i, graph in enumerate(self.graphs):
             self.mix(i, graph[(k - 1) % len(graph)])
-        if k >= self._due and not self.comm.lost():
+        if k >= self._due and not self._loss:
             self.meet()
 
     def swap(self, i: int, mixing: Mixing, vector: Tensor, weight: float = 1.0) -> dict[int, tuple[Tensor, float]]:
@@ -150,7 +154,7 @@ class NeighbourWorker(IndependentWorker):
         to, senders = mixing.receivers(group.rank), [p for p in mixing.taken(group.rank) if p != group.rank]
         inbox = self._inboxes[i]
         inbox += [_Parcel(vector) for _ in range(len(senders) - len(inbox))]
-        out.pack(vector, self._due, weight)
+        out.pack(vector, self._due, self._loss, weight)
         with comm.counting("parcels"):
             works = {q: self._across(i, q, functools.partial(group.send, out.whole, q)) for q in to}
             for p, parcel in zip(senders, inbox, strict=False):
@@ -166,8 +170,8 @@ class NeighbourWorker(IndependentWorker):
         arrived = {}
         for p, parcel in zip(senders, inbox, strict=False):
             if p not in self.broken[i]:
-                due, weight_of_p = parcel.head.tolist()
-                self._due = min(self._due, due)
+                due, loss, weight_of_p = parcel.head.tolist()
+                self._due, self._loss = min(self._due, due), self._loss or bool(loss)
                 arrived[p] = parcel.body, weight_of_p
         return arrived
 
@@ -190,15 +194,15 @@ class NeighbourWorker(IndependentWorker):
 
 
 class _Parcel:
-    """A message as it travels: two numbers, then a vector like ``like``."""
+    """A message as it travels: three numbers, then a vector like ``like``."""
 
     def __init__(self, like: Tensor) -> None:
-        head_B = 2 * torch.float64.itemsize
+        head_B = 3 * torch.float64.itemsize
         self.whole = torch.empty(head_B + like.nbytes, dtype=torch.uint8, device=like.device)
         self.head = self.whole[:head_B].view(torch.float64)
         self.body = self.whole[head_B:].view(like.dtype)
 
-    def pack(self, vector: Tensor, due: float, weight: float) -> None:
+    def pack(self, vector: Tensor, due: float, loss: bool, weight: float) -> None:
         """Put it in."""
-        self.head.copy_(torch.tensor([due, weight], dtype=torch.float64))
+        self.head.copy_(torch.tensor([due, loss, weight], dtype=torch.float64))
         self.body.copy_(vector)

@@ -10,6 +10,11 @@ stopped only by one that is s steps behind, so random delays even out that would
 lock-step; s = 0 is lock-step, s = ∞ asynchronous. Asserted, and logged at every read: no clock that a worker sees is
 below c − s. (The gap of *completed* steps may reach s + 1: the fast one may finish the step that it could begin.)
 
+A worker that takes fewer steps would stop the others s steps later: its clock stands where it is. In a run there is
+none. All take equally many, one whose share is empty adds 0 and its clock ticks; and nobody goes past the `meet` behind
+the last step (or at an evaluation or checkpoint), an all_gather, before all have come to it. Only the clock of a worker
+that was killed is ∞, see `board.NEVER`.
+
 Payload per rank and step: n pushed; n pulled at most, and once in s + 1 steps where workers keep pace.
 Approximation for s > 0; results differ from run to run. s = 0 equals one worker on the joined batch up to summation
 order where the update is stateless (plain SGD). A resume takes up clocks, own parameters and optimizer state.
@@ -30,6 +35,16 @@ from manyhands.consistency.independent import IndependentWorker
 from manyhands.consistency.parameter_server.opening import opened
 from manyhands.consistency.parameter_server.strategy import OnShards
 from manyhands.contract import Batch, Parameters, Reference, Replica, Setting, Worker
+
+
+def needed(clock: int, staleness: int) -> int:
+    """The clock that every worker must have reached before one at ``clock`` may compute: c − s."""
+    return clock - staleness
+
+
+def must_read(seen: int, clock: int, staleness: int) -> bool:
+    """Whether a cache that holds all updates stamped below ``seen`` is too old to compute with at ``clock``."""
+    return seen < needed(clock, staleness)
 
 
 @dataclass(frozen=True)
@@ -111,11 +126,12 @@ class StaleSynchronousWorker(IndependentWorker):
         return loss
 
     def _read(self, clock: int) -> None:
-        least = clock - self._bound
-        if not self._cached or self._seen < least:
-            self._seen = min(self._clocks.wait(least, f"ssp: until nobody is more than {self._bound} steps behind"))
+        bound = self._bound
+        if not self._cached or must_read(self._seen, clock, bound):
+            doing = f"ssp: until nobody is more than {bound} steps behind"
+            self._seen = min(self._clocks.wait(needed(clock, bound), doing))
             self._store.pull()
-        assert self._seen >= least, "what a worker reads is never staler than the bound"
+        assert not must_read(self._seen, clock, bound), "what a worker reads is never staler than the bound"
         self._staleness[max(clock - self._seen, 0)] += 1
         if self._reads is not None:
             self._reads.post(clock + 1)

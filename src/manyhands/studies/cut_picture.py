@@ -1,7 +1,8 @@
 """A plan drawn: whose which part of each weight matrix is, replica by replica, and a pipeline's schedule.
 
 Matrices stand in the model's order, outputs down and inputs across, sides by the root of their length. What a worker
-holds has its colour and pattern; what several of a replica hold alike is grey.
+holds has its colour and pattern; what several of a replica hold alike is grey. Where
+there are copies (redundant neurons) they stand in the right half, what they are copies of in the left.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 from itertools import groupby
 
 from manyhands.communication.topology import Mesh
-from manyhands.contract import Block
+from manyhands.contract.block import Block, Ranges
 from manyhands.partition.pipeline.schedule import UNIT, Schedule, makespan, simulate
 from manyhands.studies.report.canvas import SIZE, Canvas, settings
 from manyhands.studies.report.lettering import text_width
@@ -110,16 +111,22 @@ def _matrix(
     if whole is not None:
         canvas.box(x, y, w, h, _SHARED if _is_shared(name, parts) else style_of(whole.rank))
         return
-    for part in holders:
-        block = part.holds[name]
-        assert block is not None
-        for (top, bottom), (left, right) in _rectangles(block):
-            canvas.box(x + left * w, y + top * h, (right - left) * w, (bottom - top) * h, style_of(part.rank))
+    blocks = [(part.rank, block) for part in holders if (block := part.holds[name]) is not None]
+    twice = any(block.copies for _, block in blocks)  # copies beside what they are copies of, each half as wide
+    for rank, block in blocks:
+        for at, among in ((0.0, block.ranges), (0.5, block.copies)):
+            for (top, bottom), (left, right) in _rectangles(block, among):
+                start, end = (at + left / 2, at + right / 2) if twice else (left, right)
+                canvas.box(x + start * w, y + top * h, (end - start) * w, (bottom - top) * h, style_of(rank))
 
 
-def _rectangles(block: Block) -> list[tuple[tuple[float, float], tuple[float, float]]]:
-    """Of a block as a matrix, each rectangle's rows and columns as parts of the whole."""
-    ranges = dict(block.ranges)
+def _rectangles(
+    block: Block, among: tuple[tuple[int, Ranges], ...]
+) -> list[tuple[tuple[float, float], tuple[float, float]]]:
+    """Of a block as a matrix, or of its copies, each rectangle's rows and columns as parts of the whole."""
+    if not among:
+        return []
+    ranges = dict(among)
     rows = [(lo / block.shape[0], hi / block.shape[0]) for lo, hi in ranges.get(0, ((0, block.shape[0]),))]
     columns = [(lo / block.shape[1], hi / block.shape[1]) for lo, hi in ranges.get(1, ((0, block.shape[1]),))]
     return [(row, column) for row in rows for column in columns]

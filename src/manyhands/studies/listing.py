@@ -143,7 +143,11 @@ def _facts(kind: str, made: Any) -> dict[str, Any]:
         rule = made()
         return {"needs": rule.needs, "bears": f"{rule.bears(5)} of 5 workers by default"}
     if kind == "transports":
-        return {"shares memory": _yes(made.shares_memory), "communicates beside compute": _yes(made.overlaps)}
+        return {
+            "shares memory": _yes(made.shares_memory),
+            "one-sided memory": _yes(made.one_sided),  # where parameters lie that servers hold elsewhere
+            "communicates beside compute": _yes(made.overlaps),
+        }
     if kind == "optimizers":
         from manyhands.models.optimizers import ELEMENTWISE
 

@@ -11,6 +11,7 @@ import contextlib
 import faulthandler
 import os
 import select
+import shutil
 import signal
 import sys
 import threading
@@ -61,7 +62,7 @@ class Setup:
     threads: int
     timeout_s: float
     allocator: Allocator
-    rendezvous: str = ""  # file for gloo
+    rendezvous: str = ""  # in the team's temporary folder: gloo's file, or the socket of those under mpiexec
     control_offset: int = 0  # in the memory file, for shared
     folder: str = "."
     environment: Mapping[str, str] | None = None  # the launcher's; None: this process has it already
@@ -123,11 +124,16 @@ def prepare_process(setup: Setup, connection: Connection) -> None:
     # Ctrl-C reaches the whole terminal group; the launcher decides what happens, so that it happens once.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=_watch, args=(connection.fileno(),), daemon=True, name="launcher-watch").start()
+    threading.Thread(
+        target=_watch, args=(connection.fileno(), setup.rendezvous), daemon=True, name="launcher-watch"
+    ).start()
 
 
-def _watch(fd: int) -> None:
-    """Block until the other end of ``fd`` is closed, then end this process: nobody is left to work for."""
+def _watch(fd: int, rendezvous: str) -> None:
+    """Block until the other end of ``fd`` is closed, then end this process: nobody is left to work for.
+
+    Nor to remove the team's folder, if the launcher was killed.
+    """
     poll = select.poll()
     poll.register(fd, 0)
     while True:
@@ -137,6 +143,8 @@ def _watch(fd: int) -> None:
             if event & (select.POLLHUP | select.POLLERR):
                 # A worker that was told to end closes by itself within a moment.
                 time.sleep(1.0)
+                if rendezvous:
+                    shutil.rmtree(Path(rendezvous).parent, ignore_errors=True)
                 os._exit(ABANDONED)
 
 

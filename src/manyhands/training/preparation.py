@@ -175,7 +175,7 @@ def cut_stages(
     said = pipeline.parse(plan.pipeline)
     schedule = said.made(group.size, plan.micro_batches)
     assert said.cut is not None, "decided when the model was at hand"
-    # To trace a model, torch.fx changes how modules are called in the whole process, where other workers may be threads.
+    # To trace a model, torch.fx changes how modules are called in the whole process, where workers may be threads.
     with comm.counting("control"):
         comm.barrier()
     with _BUILDING:

@@ -19,11 +19,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -104,21 +106,21 @@ class MpiCommunicator(EngineCommunicator):
             made = self._mpi.Win.Allocate(size_B, 1, self._mpi.INFO_NULL, self._comm)
             self._windows.append(made)
             made.Lock_all(self._mpi.MODE_NOCHECK)
-            memory = made.tomemory()
-            memory[:] = bytes(len(memory))
+            np.frombuffer(made.tomemory(), np.uint8).fill(0)
             made.Sync()
         self._barrier()
         return made
 
     def _free_windows(self, but: int = 0) -> None:
         """Give back all but so many. Collective; MPI takes none back unasked."""
-        if len(self._windows) > but and not self._world._failed:
+        freed = self._windows[but:]
+        del self._windows[but:]
+        if freed and not self._world._failed:
             self._barrier()
             with self._translating("release"):
-                for window in self._windows[but:]:
+                for window in freed:
                     window.Unlock_all()
                     window.Free()
-        del self._windows[but:]
 
     def mark(self) -> int:
         """How many windows there are."""
@@ -225,12 +227,19 @@ class MpiCommunicator(EngineCommunicator):
     def close(self) -> None:
         """Free windows and the groups split from this one, and this one if it was split itself. Collective over each.
 
-        MPI has only so many (MPICH: 2048) and takes none back unasked.
+        MPI has only so many (MPICH: 2048) and takes none back unasked. An error under way when this is called (in a
+        ``finally``) stays the one that is raised; that windows then could not be freed is a note to it.
         """
+        first = sys.exception()
         super().close()
         while self._split_off:
             self._split_off[-1].close()
-        self._free_windows()
+        try:
+            self._free_windows()
+        except CommunicationError as e:
+            if first is None:
+                raise
+            first.add_note(f"Windows were not given back: {e}")
         if self._parent is not None and self in self._parent._split_off:
             self._parent._split_off.remove(self)
             if not self._world._failed:

@@ -28,6 +28,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, ClassVar, Literal, Self
 
@@ -48,8 +49,10 @@ FIRST_OWN_TAG = 2**30
 #: The last of those, which no exchange takes.
 LAST_OWN_TAG = 2**31 - 1
 
-#: Making the connections of a group on one host takes 10 ms for 2 ranks.
-CONNECTED_S = 3.0
+#: Making the connections of a group on one host takes 10 ms for 2 ranks that have a core each. Every member connects to
+#: every other, and where there are more members than cores they take turns, beside whatever else the host does: so much
+#: for each, a hundred times what two need. Only who dies between coming and connecting costs the others all of it.
+CONNECTED_S_PER_MEMBER = 1.5
 
 #: Longer than any run: a deadline that is none, which gloo can still count in nanoseconds.
 EVER = timedelta(days=10_000)
@@ -89,6 +92,14 @@ class TorchCommunicator(EngineCommunicator):
     @classmethod
     def join_file(cls, path: str | os.PathLike[str], rank: int, size: int, *, timeout_s: float = 60.0) -> Self:
         """Meet through a file that does not exist yet, in a folder that all ranks (of one host) see: no store port."""
+        folder = Path(path).absolute().parent
+        # Without it the store tries for five minutes to open its file, holds the interpreter's lock all the while, and
+        # its constructor takes no deadline (torch 2.13).
+        if not folder.is_dir():
+            raise BadInput(
+                f"transport {cls.transport}: rank {rank} is to meet the others through the file {os.fspath(path)}, and "
+                "there is no such folder. The file is made by the first to come, its folder is not: make it before."
+            )
         device = cls._place(rank)
         store = dist.FileStore(os.fspath(path), size)
         store.set_timeout(timedelta(seconds=timeout_s))
@@ -436,12 +447,13 @@ class GlooCommunicator(TorchCommunicator):
     def without(self, lost: Sequence[int]) -> Communicator:
         """A group with connections of its own.
 
-        A member that dies before it is connected ends this in `PeerLost`, or after `CONNECTED_S` at the latest.
+        A member that dies before it is connected ends this in `PeerLost`, or after `CONNECTED_S_PER_MEMBER` times the
+        number of members.
         """
         members = [p for p in range(self.size) if p not in lost]
         store = dist.PrefixStore("without", self._store)
         self._gather(store, members)
-        group = self._group(store, members, timeout_s=min(self.timeout_s, CONNECTED_S))
+        group = self._group(store, members, timeout_s=min(self.timeout_s, CONNECTED_S_PER_MEMBER * len(members)))
         for backend in group._backends:
             backend._set_default_timeout(timedelta(seconds=self.timeout_s))
         group.timeout_s, group.context, group.servers = self.timeout_s, self.context, self.servers

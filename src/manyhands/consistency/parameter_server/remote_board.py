@@ -6,7 +6,6 @@ What `communication.board` does in shared memory, over messages: a worker that h
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -105,8 +104,12 @@ class Boards:
     def _tell_those_who_waited(self) -> None:
         for waiter in [w for w in self._waiting if far_enough(self._of(w[1]), w[2], w[3], w[0])]:
             self._waiting.remove(waiter)
-            with suppress(PeerLost):  # the server hears of it where it listens; this is about the others
+            try:
                 self._tell(waiter[0], waiter[1])
+            except PeerLost:
+                if not self._world.goes_on_without(waiter[0]):
+                    raise
+                # The server hears of it where it listens, and then calls `lose`; this is about the others.
 
     def _of(self, board: int) -> list[int]:
         return self._counters.setdefault(board, [NEVER if p in self._lost else 0 for p in range(self._workers)])

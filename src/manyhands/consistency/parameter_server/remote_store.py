@@ -20,7 +20,7 @@ from torch import Tensor
 from manyhands.communication.communicator import Board, Communicator, Work
 from manyhands.consistency.parameter_server.remote_board import RemoteBoard
 from manyhands.consistency.parameter_server.requests import ANSWER, ANSWERED_B, PAYLOAD, REQUEST, Ask, frame, header
-from manyhands.consistency.parameter_server.rounds import Outcome
+from manyhands.consistency.parameter_server.rounds import Outcome, late_for_a_round
 from manyhands.consistency.parameter_server.store import Store, within
 from manyhands.consistency.robust.aggregation import Aggregation
 from manyhands.contract import Parameters, Replica
@@ -295,10 +295,7 @@ class RemoteStore(Store):
                 self.read[s], late, values = self._answer_of(s, values=True)
                 self._slice(s, [piece.flat for piece in self.replica.pieces]).copy_(values)
         except DeadlineExceeded as e:
-            behind = [str(p) for p, so_far in enumerate(came) if so_far <= number]
-            names = f"rank{'s' if len(behind) > 1 else ''} {', '.join(behind)}"
-            doing = "backup_workers: for the end of the round"
-            raise DeadlineExceeded(e.rank, names, e.step, e.seconds, doing) from e
+            raise late_for_a_round(e, number, came) from e
         return late
 
     def aside(self, by: int) -> None:

@@ -21,10 +21,14 @@ from torch import Tensor
 
 from manyhands.consistency.robust.aggregation import Aggregation, is_finite
 from manyhands.contract import Piece
+from manyhands.errors import DeadlineExceeded
 
 #: What of ``counts`` is what: so many have come, with a vote, with a vector but no vote; workers that are aside; and
 #: the number after that of the last round of each `Outcome` but the first.
 CAME, VOTES, IDLE, ASIDE, FEW, SPOILT = range(6)
+
+#: What somebody does who waits for it.
+END_OF_A_ROUND = "backup_workers: for the end of the round"
 
 
 class Outcome(IntEnum):
@@ -57,16 +61,27 @@ class Round:
         self.counts[CAME] += 1
         if not weight:
             return
-        so_far, row = float(self.weight), 0
-        if not self._averages:
-            row = self.counts[VOTES] if votes else self._needed - 1 - self.counts[IDLE]
+        so_far, row = float(self.weight), self.row(votes=votes)
         for mine, x in zip(self.vectors, vectors, strict=True):
             if self._averages and so_far:
-                mine[0].lerp_(x, weight / (so_far + weight))
+                mine[row].lerp_(x, weight / (so_far + weight))
             else:
                 mine[row].copy_(x)
         self.weight += weight
         self.counts[VOTES if votes else IDLE] += 1
+
+    def row(self, *, votes: bool) -> int:
+        """Where the next vector goes: the one mean, or votes from the first row on and others from the last back."""
+        if self._averages:
+            return 0
+        return int(self.counts[VOTES]) if votes else self._needed - 1 - int(self.counts[IDLE])
+
+    @property
+    def rows(self) -> set[int]:
+        """Those that hold what has been brought."""
+        if self._averages:
+            return {0} if self.weight else set()
+        return {*range(self.counts[VOTES]), *range(self._needed - self.counts[IDLE], self._needed)}
 
     def aside(self, by: int) -> None:
         """So many workers more are not waited for."""
@@ -81,6 +96,7 @@ class Round:
     def end(self, number: int) -> list[Tensor] | None:
         """What the round comes to, in memory of the round, and None where nothing is to be applied; the next begins."""
         votes, idle, weight = int(self.counts[VOTES]), int(self.counts[IDLE]), float(self.weight)
+        came = int(self.counts[CAME])
         self.counts[: IDLE + 1] = 0
         self.weight.zero_()
         if not weight:
@@ -89,7 +105,8 @@ class Round:
             return [mean[0] for mean in self.vectors]
         finite = [p for p in range(votes) if is_finite(self.vectors, p)]
         failed = votes - len(finite)
-        if votes < self._rule.fewest:
+        # Of those that are still there a liar may be the most: where others are done, a rule has nothing to go by.
+        if votes < self._rule.fewest or came < self._needed:
             self.counts[FEW] = number + 1
             return None
         if failed > self._rule.bears(votes):
@@ -108,3 +125,13 @@ class Round:
             if self.counts[at] == number + 1:
                 return outcome
         return Outcome.APPLIED
+
+
+def late_for_a_round(e: DeadlineExceeded, number: int, came: Sequence[int]) -> DeadlineExceeded:
+    """``e`` of a wait for the end of round ``number``, naming who has not come; ``came`` are the workers' last rounds
+    plus 1, of those aside `NEVER`.
+    """
+    behind = [str(p) for p, so_far in enumerate(came) if so_far <= number]
+    return DeadlineExceeded(
+        e.rank, f"rank{'s' if len(behind) > 1 else ''} {', '.join(behind)}", e.step, e.seconds, END_OF_A_ROUND
+    )

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from manyhands.communication.board import NEVER
 from manyhands.communication.communicator import Communicator
 from manyhands.communication.transports.single import SingleCommunicator
 from manyhands.consistency.parameter_server.remote_board import Boards
@@ -169,7 +170,7 @@ class _Held(CommonStore):
         workers, allocate = described["workers"], functools.partial(self._comm.allocate, common=True)
         self._round = Round(self.replica.pieces, described["needed"], workers, rule, allocate=allocate)
         self._ended = self._comm.board()
-        self._came = torch.zeros(workers, dtype=torch.int64)  # a worker's: the last round that it came to, plus 1
+        self._last_rounds = torch.zeros(workers, dtype=torch.int64)  # see `late_for_a_round`
         self._waiting: list[int] = []
         self.answer(worker)
 
@@ -180,8 +181,8 @@ class _Held(CommonStore):
         gradients = [self._like(flat, worker) for flat in self.flats] if weight else []
         late = int(self._versions[0]) - read
         if not late:
-            self._came[worker] = read + 1
-        self._world.send(self._came, worker, ANSWER).wait()
+            self._last_rounds[worker] = read + 1
+        self._world.send(self._last_rounds, worker, ANSWER).wait()
         if late:
             self._answer_round(worker, late)
             return
@@ -196,6 +197,7 @@ class _Held(CommonStore):
     def aside_from(self, worker: int, by: int) -> None:
         """So many workers more are not waited for."""
         self._round.aside(by)
+        self._last_rounds[worker] = NEVER if by > 0 else 0  # nobody waits for it
         self._end_and_tell()
         self.answer(worker)
 

@@ -29,11 +29,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from manyhands.communication.board import NEVER
 from manyhands.communication.communicator import Board, Communicator
 from manyhands.communication.reduction import slices
-from manyhands.consistency.parameter_server.rounds import Outcome, Round
+from manyhands.consistency.parameter_server.rounds import END_OF_A_ROUND, Outcome, Round, late_for_a_round
 from manyhands.consistency.robust.aggregation import Aggregation
 from manyhands.contract import Parameters, Replica, Traffic
+from manyhands.errors import DeadlineExceeded
 from manyhands.models.update_rules import Rule, rule_of
 
 
@@ -316,10 +318,14 @@ class CommonStore(Store):
 
     def open_rounds(self, needed: int, rule: Aggregation) -> None:
         """See `Store.open_rounds`."""
-        allocate = functools.partial(self._comm.allocate, common=True)
-        self._round = Round(self.replica.pieces, needed, self._comm.size, rule, allocate=allocate)
+        self._round = self._new_round(needed, rule)
         (self._round_lock,) = self._comm.locks(1)
         self._ended = self._comm.board()  # a worker's: the last round that it has ended, plus 1
+        self._came = self._comm.board()  # … that it has come to; for messages alone, and nobody waits for it
+
+    def _new_round(self, needed: int, rule: Aggregation) -> Round:
+        allocate = functools.partial(self._comm.allocate, common=True)
+        return Round(self.replica.pieces, needed, self._comm.size, rule, allocate=allocate)
 
     def bring(self, vectors: Sequence[Tensor], weight: float, *, votes: bool) -> tuple[int, Outcome]:
         """See `Store.bring`."""
@@ -327,26 +333,31 @@ class CommonStore(Store):
             for x in vectors:
                 self._comm.access("push", x)
         number = self.read[0]
-        with self._holding_round():
+        with self._holding_round(To.UPDATE):
             self._share_what_is_in_use()
             late = int(self._versions[0]) - number
             if not late:
                 self._round.take(vectors, weight, votes=votes)
+                self._came.post(number + 1)
                 self._end_round()
         if not late:
-            self._ended.wait_for_one(number + 1, "backup_workers: for the end of the round")
-        with self._holding_round():
+            try:
+                self._ended.wait_for_one(number + 1, END_OF_A_ROUND)
+            except DeadlineExceeded as e:
+                raise late_for_a_round(e, number, self._came.read()) from e
+        with self._holding_round(To.READ):
             self.pull()
             return late, self._round.outcome(number)
 
     def aside(self, by: int) -> None:
         """See `Store.aside`."""
-        with self._holding_round():
+        with self._holding_round(To.UPDATE):
+            self._came.post(NEVER if by > 0 else 0)
             self._round.aside(by)
             self._end_round()
 
-    def _holding_round(self) -> AbstractContextManager[object]:
-        """Inside, the round under way is this worker's alone, and the shards stay as they are."""
+    def _holding_round(self, to: To) -> AbstractContextManager[object]:
+        """Inside, the round under way is this worker's alone, READ or UPDATEd, and the shards stay as they are."""
         return self._round_lock
 
     def _end_round(self) -> bool:

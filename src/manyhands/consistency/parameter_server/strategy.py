@@ -21,8 +21,6 @@ class OnServers(Strategy):
     """A strategy whose parameters lie on a server, and whose workers push to it and pull from it."""
 
     deterministic: ClassVar[bool] = False
-    #: Of the transports on which servers are not memory, those over which it reaches a rank that serves.
-    reaches: ClassVar[tuple[str, ...]] = ("gloo",)
 
     @property
     def shards(self) -> int:
@@ -55,13 +53,12 @@ class OnServers(Strategy):
     def problems(self, setting: Setting) -> list[Problem]:
         """It needs a server, and a server that is to apply the optimizer must know it."""
         found = []
-        if not setting.servers_in_memory and setting.transport not in self.reaches:
-            *some, last = "shared", "threads", "mpi", *self.reaches
+        if not setting.servers_in_memory and setting.transport != "gloo":
             found.append(
                 Problem(
                     f"{self.name} on transport={setting.transport}",
                     "its servers are memory that all workers reach, or ranks that anybody can send to.",
-                    f"Use transport={', '.join(some)} or {last}.",
+                    "Use transport=shared, threads, mpi or gloo.",
                 )
             )
         if self.servers_update and not setting.served:

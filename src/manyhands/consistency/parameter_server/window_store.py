@@ -9,9 +9,9 @@ sparse gradients only the rows that a batch touches travel, and their state, so 
 
 Guarantee: that of `CommonStore`, pushes to one shard happen one after the other and none is lost. Payload is counted
 as it counts it, as ``push`` and ``pull``. What the windows move for it is counted as ``service``: n elements for a pull
-and, with a state of k vectors, 2 (k + 1) n for a push, plus the counts; nothing for shards of one's own. In rounds what
-a round keeps travels, too: 4 n a step, under a robust rule 4 n for each worker waited for. Words of locks and boards
-are not counted. Memory: each worker has a copy of everything, in which it works, beside its shards.
+and, with a state of k vectors, 2 (k + 1) n for a push, plus the counts; nothing for shards of one's own. Of rounds what
+`window_round` says travels, too. Words of locks and boards are not counted. Memory: each worker has a copy of
+everything, in which it works, beside its shards.
 """
 
 from __future__ import annotations
@@ -24,11 +24,10 @@ import torch
 from torch import Tensor
 
 from manyhands.consistency.parameter_server.store import CommonStore, To
+from manyhands.consistency.parameter_server.window_round import WindowRound, behind
 from manyhands.consistency.robust.aggregation import Aggregation
 from manyhands.contract import Parameters
 
-#: Vectors begin at whole cache lines.
-LINE_B = 64
 WORD_B = 8
 
 Part = tuple[int, Tensor]
@@ -50,14 +49,10 @@ class _Place(NamedTuple):
         return [self.values, *self.slots] if to is To.UPDATE else [self.values]
 
 
-def _next(end: int, copy: Tensor) -> tuple[int, int]:
-    """Where something like ``copy`` begins and ends behind ``end``."""
-    at = -(-end // LINE_B) * LINE_B
-    return at, at + copy.nbytes
-
-
 class WindowStore(CommonStore):
     """See the file's head; the arguments are `CommonStore`'s, whose `flats` and counts are copies here."""
+
+    _round: WindowRound
 
     def _lay_out(self) -> None:
         """Lay out everybody's memory: where to stop, what is in use (of rank 0), and the shards."""
@@ -69,7 +64,7 @@ class WindowStore(CommonStore):
         self._places: list[_Place] = []
 
         def lay(owner: int, copy: Tensor) -> Part:
-            at, ends[owner] = _next(ends[owner], copy)
+            at, ends[owner] = behind(ends[owner], copy)
             return at, copy
 
         for s, (i, lo, hi, units) in enumerate(self.shards):
@@ -117,13 +112,11 @@ class WindowStore(CommonStore):
 
     def _share_what_is_in_use(self) -> None:
         """What others have reached is read before, and what only this worker has, is added after."""
-        if self._used.all():
-            super()._share_what_is_in_use()
-            return
         _, theirs = self._in_use
-        with self._comm.counting("service"):
-            self._window.get(0, self._in_use)
-        self._used |= theirs.numpy()
+        if not self._used.all():
+            with self._comm.counting("service"):
+                self._window.get(0, self._in_use)
+            self._used |= theirs.numpy()
         super()._share_what_is_in_use()
         if (self._used > theirs.numpy()).any():
             with self._locks[0], self._comm.counting("service"):
@@ -131,25 +124,22 @@ class WindowStore(CommonStore):
                 theirs |= torch.from_numpy(self._used)
                 self._window.put(0, self._in_use)
 
-    def open_rounds(self, needed: int, rule: Aggregation) -> None:
-        """See `Store.open_rounds`: the round lies with rank 0, and whoever comes brings it here and puts it back."""
-        super().open_rounds(needed, rule)
-        self._round_parts, end = [], 0
-        for copy in (self._round.weight, torch.from_numpy(self._round.counts), *self._round.vectors):
-            at, end = _next(end, copy)
-            self._round_parts.append((at, copy))
-        self._round_window = self._comm.window(end if self._comm.rank == 0 else 0)
+    def _new_round(self, needed: int, rule: Aggregation) -> WindowRound:
+        """It lies with rank 0."""
+        comm = self._comm
+        return WindowRound(self.replica.pieces, needed, comm.size, rule, allocate=comm.allocate, comm=comm)
 
     @contextlib.contextmanager
-    def _holding_round(self) -> Iterator[None]:
-        owner, version = self._places[0].owner, self._places[0].version
+    def _holding_round(self, to: To) -> Iterator[None]:
         with self._round_lock:
+            self._round.look()
+            if to is To.READ:
+                yield
+                return
             with self._comm.counting("service"):
-                self._round_window.get(0, *self._round_parts)
-                self._window.get(owner, version)
+                self._window.get(self._places[0].owner, self._places[0].version)
             yield
-            with self._comm.counting("service"):
-                self._round_window.put(0, *self._round_parts)
+            self._round.leave()
 
     def rebase(self) -> None:
         """See `Store.rebase`."""

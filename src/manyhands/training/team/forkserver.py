@@ -92,7 +92,7 @@ class ForkserverTeam(ProcessTeam):
             offset = self._segment.reserve(SharedCommunicator.control_B(self.size))
             self._control = offset
             return [dataclasses.replace(s, control_offset=offset) for s in setups]
-        self._folder = tempfile.mkdtemp(prefix="manyhands-")
+        self._folder = tempfile.mkdtemp(prefix=f"manyhands-{os.getpid()}-")
         rendezvous = str(Path(self._folder) / "rendezvous")
         if self.transport == "gloo":
             self._word = LaunchersWord(rendezvous)

@@ -32,7 +32,7 @@ class MpiTeam(ProcessTeam):
                 "live objects cannot be handed to workers under mpiexec. Give model and data as text or as "
                 "my_module:factory, or use another transport."
             )
-        self._folder = tempfile.mkdtemp(prefix="manyhands-")
+        self._folder = tempfile.mkdtemp(prefix=f"manyhands-{os.getpid()}-")
         self._pids: dict[int, int] = {}
         self._process: subprocess.Popen[bytes] | None = None
         place = Path(self._folder)
@@ -40,7 +40,7 @@ class MpiTeam(ProcessTeam):
         (place / "key").touch(mode=0o600)
         (place / "key").write_bytes(key)
         setup = setups[0]
-        (place / "setup").write_bytes(encode({**setup.__dict__, "rank": 0}))
+        (place / "setup").write_bytes(encode({**setup.__dict__, "rank": 0, "rendezvous": str(place / "socket")}))
         try:
             with Listener(str(place / "socket"), "AF_UNIX", backlog=len(setups), authkey=key) as listener:
                 self._process = subprocess.Popen(
