@@ -240,7 +240,14 @@ def absent(member, servers: int) -> None:
             worker.step(batch)
 
 
-@pytest.mark.parametrize(("on", "late"), [("gloo", 1), ("shared", 2), ("threads", 2)])
+@pytest.mark.parametrize(
+    ("on", "late"),
+    [
+        pytest.param("gloo", 1, marks=pytest.mark.slow),
+        ("shared", 2),
+        pytest.param("threads", 2, marks=pytest.mark.slow),
+    ],
+)
 def test_waiting_in_vain_for_a_round_says_for_whom_and_in_which_step(on, late):
     """Over gloo two workers and a server, elsewhere three workers, of which the second has come."""
     with team(on, 3, threads=1, timeout_s=1.0, allocator="plain") as crew, pytest.raises(DeadlineExceeded) as e:
@@ -291,6 +298,7 @@ def absent_beside_one_aside(member, servers: int) -> None:
         worker.step(batch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("on", ["shared", "gloo"])
 def test_a_worker_that_is_done_is_not_said_to_be_late(on):
     servers = int(on == "gloo")

@@ -19,7 +19,7 @@ PLACES = [
     ("single", 1),
     ("simulated", 2),
     ("shared", 2),
-    ("threads", 3),
+    pytest.param("threads", 3, marks=pytest.mark.slow),
     pytest.param("simulated", 3, marks=slow),
     pytest.param("shared", 3, marks=slow),
     pytest.param("gloo", 2, marks=slow),

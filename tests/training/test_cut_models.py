@@ -51,7 +51,7 @@ def test_a_cut_model_is_trained_as_the_whole_one_everywhere(transport, mesh):
 
 
 @pytest.mark.parametrize("schedule", ["gpipe", "zero_bubble", "interleaved(cut='hidden2, activation2, output')"])
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_every_schedule_trains_alike(schedule, recompute):
     how = {"pipeline": schedule, "recompute": recompute, "micro_batches": 5}
     close(trained("data=1").model.state_dict(), trained("pipeline=2", how=how).model.state_dict())
@@ -60,8 +60,8 @@ def test_every_schedule_trains_alike(schedule, recompute):
 @pytest.mark.parametrize(
     ("first", "then"),
     [
-        ("tensor=2", "data=1"),
-        ("data=1", "tensor=2"),
+        pytest.param("tensor=2", "data=1", marks=pytest.mark.slow),
+        pytest.param("data=1", "tensor=2", marks=pytest.mark.slow),
         ("pipeline=2", "tensor=3"),
         ("data=2,tensor=2", "pipeline=3"),
         ("data=2", "pipeline=2"),
@@ -139,7 +139,7 @@ def test_a_cut_that_does_not_fit_is_refused_before_anything_starts(tmp_path, how
     assert not list(tmp_path.glob("run/checkpoints"))
 
 
-@pytest.mark.parametrize("axis", ["tensor", "pipeline"])
+@pytest.mark.parametrize("axis", ["tensor", pytest.param("pipeline", marks=pytest.mark.slow)])
 def test_from_the_command_line_a_users_model_is_cut_without_editing_it(tmp_path, axis):
     (tmp_path / "theirs.py").write_text(
         "from torch import nn\n"

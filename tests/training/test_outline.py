@@ -95,6 +95,7 @@ def test_from_the_command_line(tmp_path):
     assert [worker["stages"] for worker in told["workers"]] == [[0], [1]]
 
 
+@pytest.mark.slow
 def test_another_kind_of_picture_is_refused(tmp_path):
     done = manyhands(tmp_path, "plan", "--data", "digits", "--draw", "it.png")
     assert done.returncode == 2

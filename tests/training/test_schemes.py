@@ -103,6 +103,7 @@ def test_what_cannot_be_is_refused_before_anything_starts(plan, says):
         mh.train(mh.Task(model=PERCEPTRON, data="digits", steps=2), mh.Plan(**plan, transport="threads"))
 
 
+@pytest.mark.slow
 def test_from_the_command_line(tmp_path):
     said = ["--model", PERCEPTRON, "--data", "digits", "--steps", "4", "--mesh", "tensor=4", "--tensor", "cannon"]
     done = subprocess.run(
