@@ -21,6 +21,7 @@ from manyhands.communication import futex
 from manyhands.communication.communicator import Communicator
 from manyhands.communication.topology import Mesh
 from manyhands.contract import Measurement, Spread, StepParts, Strategy
+from manyhands.data import Dataset, Splits
 from manyhands.errors import BadInput, FactoryFailed, ManyhandsError, WorkerFailed
 from manyhands.models import losses, optimizers, schedules
 from manyhands.models.factory import settle
@@ -159,8 +160,8 @@ def train(
         raise BadInput(f"keep={keep!r}: how many checkpoints to keep is a whole number from 1.")
     decided = resolved(task, plan or Plan())
     places = None if data_dir is None else Path(data_dir)
-    model, data = _built(task, places)
-    decided = _rehearsed(decided, model, task, places)
+    model, splits = _built(task, places)
+    decided = _rehearsed(decided, model, task, splits.train)
     started = environment.launched()
     joins = started is not None and started.size > 1
     folder = None if out is None else Path(out)
@@ -175,7 +176,7 @@ def train(
             **watched,
             progress=progress,
             described="" if folder is None else _plan_file(task, decided.plan, watched),
-            data=data,
+            data=signature(splits),
         )
     )
     for note in decided.notes:
@@ -187,16 +188,15 @@ def train(
 def outlined(task: Task, plan: Plan | None = None, *, data_dir: str | os.PathLike[str] | None = None) -> Outline:
     """The plan with everything decided, and what each worker would hold and send; nothing is started.
 
-    print(mh.verbs.outlined(mh.Task(model="cnn"), mh.Plan(mesh="pipeline=2")).parts[0].cut_B)
+    mh.verbs.outlined(mh.Task(model="cnn"), mh.Plan(mesh="pipeline=2")).parts[0].cut_B
     """
-    from manyhands import data
     from manyhands.training.outline import outline
 
     places = None if data_dir is None else Path(data_dir)
     decided = resolved(task, plan or Plan())
-    model, _ = _built(task, places)
-    decided = _rehearsed(decided, model, task, places)
-    return outline(task, decided.plan, decided.notes, model, data.load(task.data, folder=places))
+    model, splits = _built(task, places)
+    decided = _rehearsed(decided, model, task, splits.train)
+    return outline(task, decided.plan, decided.notes, model, splits)
 
 
 def _check_evaluation(evaluate: str | int, task: Task) -> None:
@@ -209,8 +209,8 @@ def _check_evaluation(evaluate: str | int, task: Task) -> None:
         )
 
 
-def _built(task: Task, data_dir: Path | None) -> tuple[torch.nn.Module, list[Any]]:
-    """The model and the `signature` of the data, here: bad data or a bad factory is found before anything is written or
+def _built(task: Task, data_dir: Path | None) -> tuple[torch.nn.Module, Splits]:
+    """The model and the data, here: bad data or a bad factory is found before anything is written or
     started. The model will hold the result; torch's generator stays where it was.
     """
     from manyhands import data, models
@@ -222,14 +222,13 @@ def _built(task: Task, data_dir: Path | None) -> tuple[torch.nn.Module, list[Any
         with _the_users("model", task.model):
             model = models.build(task.model, inputs=splits.inputs, classes=splits.classes)
             settle(model, lambda: splits.train.rows(torch.tensor([0])), name=described(task.model))
-        return model, signature(splits)
+        return model, splits
     finally:
         torch.set_rng_state(generator)
 
 
-def _rehearsed(decided: Resolved, model: torch.nn.Module, task: Task, data_dir: Path | None) -> Resolved:
+def _rehearsed(decided: Resolved, model: torch.nn.Module, task: Task, train: Dataset) -> Resolved:
     """Refuse a cut that does not fit the model, before anything is started; with a note of what is cut and how."""
-    from manyhands import data
     from manyhands.partition.pipeline import cut as stages
     from manyhands.partition.pipeline import description as pipeline
     from manyhands.partition.tensor import axis_of
@@ -240,7 +239,6 @@ def _rehearsed(decided: Resolved, model: torch.nn.Module, task: Task, data_dir: 
     assert plan.micro_batches is not None
     mesh, micro_batches = plan.mesh, plan.micro_batches
     tensor, ranks, notes = mesh["tensor"], mesh["pipeline"], list(decided.notes)
-    train = data.load(task.data, folder=data_dir).train
     if isinstance(plan.strategy, AMPNet):
         if task.loss is None:
             raise BadInput("ampnet with loss=None: outputs come to a loss node. Give the loss to the task.")

@@ -202,6 +202,16 @@ def test_a_live_model_of_a_notebook_stays_whole(axis):
     assert [tuple(p.shape) for p in model.parameters()] == [(8, 6), (8,), (3, 8), (3,)]
 
 
+def test_a_live_model_stays_whole_where_dense_layers_are_cut_along_the_data_axis():
+    model = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.Flatten(), torch.nn.Linear(2 * 16, 5))
+    data = torch.randn(24, 1, 6, 6), torch.randint(5, (24,))
+    plan = mh.Plan(mesh="data=2", tensor="one_weird_trick(scheme=a)", transport="threads")
+    found = mh.train(mh.Task(model=model, data=data, steps=3, batch_size=8), plan, progress=False)
+    assert found.model is model
+    assert [tuple(p.shape) for p in model.parameters()] == [(2, 1, 3, 3), (2,), (5, 32), (5,)]
+    assert model(data[0]).shape == (24, 5), "and no hook of a worker's is left in it"
+
+
 def test_batchnorm_is_told_how_small_a_micro_batch_is():
     of_norm = {"model": "tests.training.factories:batchnorm", "steps": 2}
     found = trained("pipeline=2", **of_norm, batch_size=24)

@@ -53,7 +53,7 @@ def prepare(member: Member, task: Task, plan: Plan, options: Options) -> Run:
     assert isinstance(strategy, Strategy)
     splits = data_sets.load(task.data, folder=Path(options.data_dir) if options.data_dir else None)
     check_same_data(splits, options.data, comm)
-    model = build_model(task, splits, comm, alike=strategy.whole_batch)
+    model = build_model(task, splits, comm, alike=strategy.whole_batch, cut=is_cut(plan, comm))
     whole: dict[str, Signature] = {
         name: (tuple(value.shape), value.dtype) for name, value in model.state_dict().items()
     }
@@ -132,10 +132,18 @@ def sampler_of(task: Task, splits: Splits, strategy: Strategy, comm: Communicato
     )
 
 
-def build_model(task: Task, splits: Splits, comm: Communicator, *, alike: bool = False) -> torch.nn.Module:
+def is_cut(plan: Plan, comm: Communicator) -> bool:
+    """Whether some worker does not keep the whole model."""
+    return replicas(comm).size < comm.size or axis_of(plan.tensor) == "data"
+
+
+def build_model(
+    task: Task, splits: Splits, comm: Communicator, *, alike: bool = False, cut: bool = False
+) -> torch.nn.Module:
     """The model, from the task's seed; rank 0 goes on drawing where a single process would, others elsewhere.
 
     ``alike``: all go on as rank 0 does, because they compute on the same samples. So do the ranks of one replica.
+    ``cut``: it is going to be cut, so a live model of the user's is copied for rank 0, too.
     """
     replica = replicas(comm).rank
     with _BUILDING:
@@ -144,7 +152,7 @@ def build_model(task: Task, splits: Splits, comm: Communicator, *, alike: bool =
         settle(model, lambda: splits.train.rows(torch.tensor([0])), name=described(task.model))
         # Threads have one module between them; one that is cut would not be the user's any more.
         shared = comm.transport == "threads" and isinstance(task.model, torch.nn.Module)
-        if shared and (comm.rank > 0 or replicas(comm).size < comm.size):
+        if shared and (comm.rank > 0 or cut):
             model = copy.deepcopy(model)
         if replica > 0 and comm.transport != "threads" and not alike:
             torch.manual_seed(worker_seed(task.seed, replica, 0))
@@ -155,7 +163,7 @@ def build_model(task: Task, splits: Splits, comm: Communicator, *, alike: bool =
 
 def start_alike(model: torch.nn.Module, plan: Plan, comm: Communicator) -> None:
     """What is going to be cut becomes rank 0's, so that the parts are parts of one model. Collective."""
-    if axis_of(plan.tensor) != "data" and all(comm.mesh[axis] == 1 for axis in comm.mesh if axis != "data"):
+    if not is_cut(plan, comm):
         return  # a replica sees to it
     for name, tensor in model.state_dict(keep_vars=True).items():
         if isinstance(tensor, torch.Tensor):

@@ -26,6 +26,7 @@ from manyhands.communication.communicator import Communicator
 from manyhands.contract import Block, StateSlice, Strategy, Worker
 from manyhands.training import generators
 from manyhands.training.gather import gather
+from manyhands.training.run import replicas
 from manyhands.training.whole_model import block_of, described, differs
 
 
@@ -45,7 +46,7 @@ def collect(
     """
     replica = worker.replica
     # Where all workers hold all of the same state, rank 0's is enough.
-    holds = comm.over(frozenset({"data"})).rank == 0 or not (strategy.identical and strategy.parameters == "own")
+    holds = replicas(comm).rank == 0 or not (strategy.identical and strategy.parameters == "own")
     mine = {
         "blocks": {name: described(block) for name, block in replica.blocks.items()},
         "slices": [

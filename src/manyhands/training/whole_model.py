@@ -11,6 +11,7 @@ from manyhands.communication.communicator import Communicator
 from manyhands.contract import Block
 from manyhands.training.gather import gather
 from manyhands.training.model_difference import Signature
+from manyhands.training.run import replicas
 
 
 def together(
@@ -22,7 +23,7 @@ def together(
     """
     if not blocks and all(comm.mesh[axis] == 1 for axis in comm.mesh if axis != "data"):
         return {name: value.detach().cpu() for name, value in mine.items()} if comm.rank == 0 else None
-    first = comm.over(frozenset({"data"})).rank == 0
+    first = replicas(comm).rank == 0
     told = {name: value.detach().cpu() for name, value in mine.items() if first or differs(name, blocks)}
     everybody = gather(comm, [told, {name: described(block) for name, block in blocks.items()}])
     if everybody is None:
