@@ -17,17 +17,8 @@ from manyhands.consistency.synchronous import Synchronous
 from manyhands.contract import Strategy
 from manyhands.errors import BadInput, InvalidPlan, Problem, UnknownName
 from manyhands.partition import partitions
-from manyhands.plan import (
-    ALLOCATORS,
-    BUFFER_POLICIES,
-    DEVICES,
-    PRECISIONS,
-    SHARE_MEMORY,
-    Facts,
-    Plan,
-    resolve,
-    strategy_from,
-)
+from manyhands.plan import SHARE_MEMORY, Facts, Plan, resolve, strategy_from
+from manyhands.plan.facts import ALLOCATORS, BUFFER_POLICIES, DEVICES, PRECISIONS
 from manyhands.task import Task, from_table
 
 MACHINE = Facts(cores=4, batch_size=100)

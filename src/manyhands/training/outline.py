@@ -29,7 +29,7 @@ from manyhands.partition.tensor import axis_of
 from manyhands.partition.tensor.rehearsal import Rehearsal
 from manyhands.plan import Plan
 from manyhands.task import Task
-from manyhands.training.preparation import cut_layers, cut_stages
+from manyhands.training.division import cut_layers, cut_stages
 
 
 @dataclass(frozen=True)

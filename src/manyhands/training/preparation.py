@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import threading
 from pathlib import Path
 from typing import Any
@@ -14,26 +13,15 @@ from manyhands import data as data_sets
 from manyhands import models
 from manyhands.communication.communicator import Communicator
 from manyhands.communication.topology import Mesh
-from manyhands.contract import Strategy, carried, put_down
+from manyhands.contract import Strategy
 from manyhands.data import Splits
 from manyhands.errors import BadInput
 from manyhands.models import losses, optimizers, schedules
 from manyhands.models.factory import settle
-from manyhands.partition.ampnet.place import fitted
-from manyhands.partition.ampnet.replica import GraphReplica, keep_nodes
-from manyhands.partition.ampnet.strategy import AMPNet
-from manyhands.partition.data import DataReplica
-from manyhands.partition.hybrid import HybridCut, HybridReplica
-from manyhands.partition.pipeline import description as pipeline
-from manyhands.partition.pipeline.cut import cut as cut_into_stages
-from manyhands.partition.pipeline.replica import PipelineReplica, keep_stages
-from manyhands.partition.pipeline.schedule import Schedule
-from manyhands.partition.tensor import axis_of
-from manyhands.partition.tensor.cut import Cut
-from manyhands.partition.tensor.rehearsal import rehearsed
 from manyhands.plan import Plan
 from manyhands.task import Task, described
 from manyhands.training import memory
+from manyhands.training.division import divide, is_cut
 from manyhands.training.gather import from_first
 from manyhands.training.keeping import resume
 from manyhands.training.member import Member
@@ -58,41 +46,22 @@ def prepare(member: Member, task: Task, plan: Plan, options: Options) -> Run:
         name: (tuple(value.shape), value.dtype) for name, value in model.state_dict().items()
     }
     parameters = sum(p.numel() for p in model.parameters())
-    start_alike(model, plan, comm)
-    layers = cut_layers(model, plan, splits, comm)
-    on_nodes: dict[str, Any] = {}
-    pipelining = None
-    if isinstance(strategy, AMPNet):
-        on_nodes = cut_nodes(model, strategy, splits, comm)
-    else:  # where to cut may have been measured, under a launcher by each rank for itself
-        pipelining = cut_stages(model, dataclasses.replace(plan, pipeline=from_first(comm, plan.pipeline)), comm)
+    divided = divide(model, plan, splits, comm)
     model.to(device_of(plan, comm))
     loss = losses.build(task.loss)
     optimizer = optimizers.build(task.optimizer, model.parameters())
     sampler = sampler_of(task, splits, strategy, comm)
     schedule = schedules.build(task.schedule, optimizer, steps=total_steps(task, sampler))
-    common: dict[str, Any] = {
-        "common": strategy.parameters == "common",
-        "clip": task.clip,
-        "precision": plan.precision,
-        "shares": sampler.workers,
-        "blocks": layers.blocks,
-    }
-    assert plan.micro_batches is not None
-    replica: DataReplica
-    if on_nodes:
-        replica = GraphReplica(model, optimizer, loss, comm, **on_nodes, **common)
-    elif isinstance(layers, HybridCut):
-        replica = HybridReplica(model, optimizer, loss, comm, cut=layers, **common)
-    elif pipelining is None:
-        replica = DataReplica(
-            model, optimizer, loss, comm, micro_batches=plan.micro_batches, sparse=strategy.sparse, **common
-        )
-    else:
-        stages, in_turn = pipelining
-        replica = PipelineReplica(
-            model, optimizer, loss, comm, stages=stages, schedule=in_turn, recompute=plan.recompute, **common
-        )
+    replica = divided(
+        model,
+        optimizer,
+        loss,
+        comm,
+        common=strategy.parameters == "common",
+        clip=task.clip,
+        precision=plan.precision,
+        shares=sampler.workers,
+    )
     with comm.counting("control"):
         worker = strategy.start(replica, replicas(comm) if strategy.bears_stages else comm)
     since = Since(sums=losses.reduction(loss) == "sum")
@@ -132,11 +101,6 @@ def sampler_of(task: Task, splits: Splits, strategy: Strategy, comm: Communicato
     )
 
 
-def is_cut(plan: Plan, comm: Communicator) -> bool:
-    """Whether some worker does not keep the whole model."""
-    return replicas(comm).size < comm.size or axis_of(plan.tensor) == "data"
-
-
 def build_model(
     task: Task, splits: Splits, comm: Communicator, *, alike: bool = False, cut: bool = False
 ) -> torch.nn.Module:
@@ -159,58 +123,6 @@ def build_model(
     if not any(p.requires_grad for p in model.parameters()):
         raise BadInput(f"model {described(task.model)} has no trainable parameters; there is nothing to learn.")
     return model.train()
-
-
-def start_alike(model: torch.nn.Module, plan: Plan, comm: Communicator) -> None:
-    """What is going to be cut becomes rank 0's, so that the parts are parts of one model. Collective."""
-    if not is_cut(plan, comm):
-        return  # a replica sees to it
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if isinstance(tensor, torch.Tensor):
-            shared = carried(tensor, name)
-            comm.broadcast(shared).wait()
-            tensor.data.copy_(put_down(shared, tensor))
-
-
-def cut_stages(
-    model: torch.nn.Module, plan: Plan, comm: Communicator
-) -> tuple[dict[int, torch.nn.Module], Schedule] | None:
-    """This rank's stages, the only ones that ``model`` keeps, and the schedule; None where there is no pipeline."""
-    group = comm.over(frozenset({"pipeline"}))
-    if group.size == 1:
-        return None
-    assert plan.micro_batches is not None
-    said = pipeline.parse(plan.pipeline)
-    schedule = said.made(group.size, plan.micro_batches)
-    assert said.cut is not None, "decided when the model was at hand"
-    # To trace a model, torch.fx changes how modules are called in the whole process, where workers may be threads.
-    with comm.counting("control"):
-        comm.barrier()
-    with _BUILDING:
-        every = cut_into_stages(model, said.cut).stages
-    with comm.counting("control"):
-        comm.barrier()
-    mine = {s: every[s] for s in schedule.stages_of(group.rank)}
-    keep_stages(model, mine)
-    return mine, schedule
-
-
-def cut_nodes(model: torch.nn.Module, strategy: AMPNet, splits: Splits, comm: Communicator) -> dict[str, Any]:
-    """The model's graph and who owns which node; ``model`` keeps the parameters of this rank's. Collective."""
-    group = comm.over(frozenset({"pipeline"}))
-    graph, place = fitted(model, strategy, group.size, splits.train.rows(torch.tensor([0]))[0])
-    place = from_first(comm, place)
-    keep_nodes(model, graph, place, group.rank)
-    return {"graph": graph, "place": place, "strategy": strategy}
-
-
-def cut_layers(model: torch.nn.Module, plan: Plan, splits: Splits, comm: Communicator) -> Cut:
-    """Cut the layers as the plan's ``tensor`` says, in place. Collective."""
-    group = comm.over(frozenset({axis_of(plan.tensor)}))
-    if group.size == 1:
-        return Cut()
-    how = rehearsed(model, plan.tensor, group.size, splits.train.rows(torch.tensor([0]))[0])
-    return how.cut(model, group)
 
 
 def signature(splits: Splits) -> list[Any]:
