@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from manyhands.errors import BadInput, UnknownName
@@ -81,7 +82,8 @@ def import_object(path: str, *, kind: str = "object") -> Any:
             target = getattr(target, part)
         return target
     except AttributeError:
-        names = [n for n in vars(module) if not n.startswith("_")]
+        own = {n: v for n, v in vars(module).items() if getattr(v, "__module__", module_name) == module_name}
+        names = [n for n, value in own.items() if not n.startswith("_") and not isinstance(value, ModuleType)]
         raise UnknownName(f"{kind} in {module_name}", attribute, names) from None
 
 

@@ -205,7 +205,7 @@ def test_what_a_mesh_prints_parses(extents):
     assert parse_mesh(str(mesh)) == mesh
 
 
-@pytest.mark.parametrize("text", ["data", "data=", "data=x", "data=0", "data=2,data=2", "1=2", "data=-1"])
+@pytest.mark.parametrize("text", ["", "data", "data=", "data=x", "data=0", "data=2,data=2", "1=2", "data=-1"])
 def test_a_bad_mesh_is_refused_with_the_rule(text):
     with pytest.raises(BadInput, match="mesh"):
         parse_mesh(text)

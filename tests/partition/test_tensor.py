@@ -389,6 +389,7 @@ def test_rules_are_read_and_the_last_that_matches_counts():
         ("0=column(unit=9)", BadInput, "1 units"),
         ("0=channels", BadInput, "BatchNorm"),
         ("0=column", BadInput, "2 says RuntimeError: mat1 and mat2"),
+        ("0=column", BadInput, "takes parts (…=row), or the outputs are gathered"),
         ("0=column(gathered=True), 2=row", BadInput, "2 says RuntimeError"),
     ],
 )
@@ -398,6 +399,12 @@ def test_what_cannot_be_cut_is_refused_with_the_module_and_the_reason(text, erro
         rehearsed(model, text, 2, x[:1])
     assert says in str(refused.value)
     assert not any(isinstance(m, nn.Linear) and m.out_features in (4, 5) and m is model[0] for m in model.modules())
+
+
+def test_a_norm_between_cut_convolutions_is_told_how_it_is_cut():
+    model = sequence(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 3))
+    with pytest.raises(BadInput, match=r"its own are cut alike: 1=channels"):
+        rehearsed(model, "0=column, 3=row", 2, torch.ones(1, 1, 8, 8))
 
 
 def test_a_model_in_which_nothing_is_recognised_is_refused():

@@ -134,9 +134,10 @@ def test_the_history_goes_on_where_it_was(tmp_path):
     assert untimed(resumed.history) == untimed(whole.history)
 
 
-def test_a_finished_run_resumes_to_itself(tmp_path):
+def test_a_finished_run_resumes_to_itself_and_says_so(tmp_path, caplog):
     done = train(task(), out=tmp_path)
     again = train(task(), out=tmp_path, resume=True)
+    assert "nothing was left to do" in caplog.text
     assert same_bits(done, again)
     assert again.summary.steps == STEPS
 

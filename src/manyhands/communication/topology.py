@@ -86,4 +86,6 @@ def parse_mesh(text: str) -> Mesh:
         if not extent.strip().isdigit() or not name.strip().isidentifier():
             raise BadInput(f"mesh {text!r}: the form is axis=extent,axis=extent, e.g. data=2,pipeline=2.")
         axes.append((name.strip(), int(extent)))
+    if not axes and not text.strip().startswith("mesh("):
+        raise BadInput(f"mesh {text!r} names no axis: the form is axis=extent,axis=extent, e.g. data=2,pipeline=2.")
     return Mesh(axes)

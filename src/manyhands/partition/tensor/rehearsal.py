@@ -169,8 +169,7 @@ def rehearsed(model: nn.Module, said: str | None, size: int, inputs: Any, *, che
             if not automatic or within is None:
                 raise BadInput(
                     f"tensor={said or 'auto'}: the cut model does not run: {e.path or type(model).__name__} says "
-                    f"{e.error}. Its code takes the size of a layer that is cut for granted: cut other layers, name "
-                    "that module whole (…=whole), or give it sizes it reads from its layers."
+                    f"{e.error}. {_advice(model, rules, e.path)}"
                 ) from None
             left[within] = f"its code takes the size of a layer for granted ({e.error.partition(chr(10))[0]})"
             rules = without(rules, within)
@@ -252,6 +251,23 @@ def _rehearsed_scheme(model: nn.Module, said: Call, size: int, inputs: Any) -> R
             f"tensor={said}: the cut model does not run: {e.path or type(model).__name__} says {e.error}. Cut it by "
             "rules, e.g. tensor='first=column, second=row', or by auto."
         ) from None
+
+
+def _advice(model: nn.Module, rules: Mapping[str, Rule], path: str) -> str:
+    """What would work, where a cut model stopped at ``path``."""
+    stopped = model.get_submodule(path)
+    if isinstance(stopped, nn.modules.batchnorm._BatchNorm):
+        return f"It gets a part of the channels there, so its own are cut alike: {path}=channels."
+    kinds = {rule.kind for rule in rules.values() if not rule.gathered}
+    if "column" in kinds and "row" not in kinds:
+        return (
+            "After a column layer each rank has a part of the outputs: the next layer takes parts (…=row), or the "
+            "outputs are gathered: …=column(gathered=True)."
+        )
+    return (
+        "Its code takes the size of a layer that is cut for granted: cut other layers, name that module whole "
+        "(…=whole), or give it sizes it reads from its layers."
+    )
 
 
 class _DoesNotFit(Exception):
