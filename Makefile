@@ -10,6 +10,9 @@ ifneq ($(wildcard ../shared/data),)
 export MANYHANDS_DATA ?= $(abspath ../shared/data)
 endif
 
+# Many tests start processes and wait: two files at a time fill two cores. Alone: make test SIDE_BY_SIDE=
+SIDE_BY_SIDE ?= -n auto --maxprocesses 2 --dist loadfile
+
 .PHONY: help study test test-all lint format bench
 .DEFAULT_GOAL := help
 
@@ -20,10 +23,10 @@ study: .venv/.stamp ## the small default study of this machine; prints where its
 	$(BIN)/manyhands study $(ARGS)
 
 test: lint ## every check, and every test but the slow ones
-	$(BIN)/pytest -m "not slow" $(ARGS)
+	$(BIN)/pytest -m "not slow" $(SIDE_BY_SIDE) $(ARGS)
 
 test-all: lint ## every check and every test
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest $(SIDE_BY_SIDE) $(ARGS)
 
 lint: .venv/.stamp ## format, lint, types and layers, without the tests
 	$(BIN)/ruff format --check $(SOURCES)

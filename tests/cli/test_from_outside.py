@@ -61,6 +61,7 @@ def test_a_mistake_goes_to_standard_error_with_status_2():
     assert done.stderr.startswith("manyhands: ")
 
 
+@pytest.mark.slow
 def test_json_stands_alone_whatever_the_workers_print(tmp_path):
     (tmp_path / "loud.py").write_text(
         "import os, torch\n"
@@ -91,7 +92,9 @@ def test_a_terminal_without_our_letters_shows_others():
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)], ids=lambda s: s.name
+)
 def test_a_signal_ends_a_run_and_its_workers(tmp_path, number):
     typed = ["train", "--data", "digits", "--workers", "2", "--epochs", "1000000", "--out", str(tmp_path / "run"), "-q"]
     with subprocess.Popen([*MANYHANDS, *typed], stderr=subprocess.PIPE, text=True, start_new_session=True) as process:

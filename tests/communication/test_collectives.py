@@ -217,7 +217,12 @@ def _by_engine(operation: str, mine: Tensor, bounds: collectives.Bounds, comm: C
 
 @pytest.mark.parametrize(
     ("on", "size"),
-    [*itertools.product(["threads", "simulated", "shared"], [1, 2, 3, 5, 8]), ("gloo", 3), ("mpi", 3)],
+    [
+        *itertools.product(["threads", "simulated", "shared"], [1, 2, 3, 5]),
+        *(pytest.param(on, 8, marks=pytest.mark.slow) for on in ("threads", "simulated", "shared")),
+        pytest.param("gloo", 3, marks=pytest.mark.slow),
+        pytest.param("mpi", 3, marks=pytest.mark.slow),
+    ],
 )
 def test_algorithms_equal_the_engine(on, size):
     run_ranks(check_against_engine, size, on=on)

@@ -13,11 +13,13 @@ from tests.communication import transport_checks
 TRANSPORTS = ("single", "threads", "simulated", "shared", "gloo", "mpi")
 SIZES = {"single": (1,)}
 #: Engines that are not ours take seconds where there are more ranks than cores: those sizes wait for `make test-all`.
-QUICK = {"gloo": (1, 2, 3), "mpi": (1, 2, 3)}
+QUICK = {"gloo": (1, 2, 3), "mpi": (1, 2)}
+#: Of the others a power of two, odd numbers, and more than the cores of a small machine.
+QUICK_OF_OURS = (1, 2, 3, 5)
 
 
 def case(on, size):
-    marks = () if size in QUICK.get(on, range(1, 9)) else pytest.mark.slow
+    marks = () if size in QUICK.get(on, QUICK_OF_OURS) else pytest.mark.slow
     return pytest.param(on, size, id=f"{on}-{size}", marks=marks)
 
 

@@ -106,6 +106,7 @@ def join_torchrun() -> None:
     comm.barrier()
 
 
+@pytest.mark.slow
 def test_it_joins_torchrun(tmp_path):
     script = tmp_path / "script.py"
     script.write_text("from tests.communication.test_gloo import join_torchrun\njoin_torchrun()\n")
@@ -174,6 +175,7 @@ def weigh(path: str, rank: int, size: int) -> None:
     comm.barrier()
 
 
+@pytest.mark.slow
 def test_weights_ride_in_the_same_collective(tmp_path):
     run(weigh, 3, tmp_path)
 

@@ -91,6 +91,7 @@ def check_exactness(comm: MpiCommunicator) -> None:
 
 
 @needs_mpiexec
+@pytest.mark.slow
 def test_weighted_means_are_exact_to_rounding():
     assert_well(run(check_exactness, 3))
 
@@ -200,6 +201,7 @@ def split_often(comm: MpiCommunicator) -> None:
 
 
 @needs_mpiexec
+@pytest.mark.slow
 def test_closed_groups_are_given_back_and_too_many_are_an_error_of_ours():
     assert_well(run(split_often, 2))
 
@@ -225,6 +227,7 @@ def open_often(comm: MpiCommunicator) -> None:
 
 
 @needs_mpiexec
+@pytest.mark.slow
 def test_windows_are_given_back_and_too_many_are_an_error_of_ours():
     assert_well(run(open_often, 2))
 
@@ -247,6 +250,7 @@ def fail_and_close(comm: MpiCommunicator) -> None:
 
 
 @needs_mpiexec
+@pytest.mark.slow
 def test_an_error_of_closing_does_not_hide_the_first():
     assert_well(run(fail_and_close, 2))
 

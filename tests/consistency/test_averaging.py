@@ -9,7 +9,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -447,6 +447,7 @@ def test_a_rule_that_reads_what_it_has_just_written_does_not(mutant):
         check_conservation(mutant, 3, 0.9, 1)
 
 
+@settings(max_examples=30)  # up to thousands of steps each
 @given(SPRINGS)
 def test_springs_alone_bring_all_to_the_mean_of_workers_and_centre(system):
     workers, beta, seed = system

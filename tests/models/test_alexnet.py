@@ -66,6 +66,7 @@ def test_dropout_is_for_training_only():
     assert torch.equal(model(images), model(images))
 
 
+@pytest.mark.slow
 def test_it_learns_clusters():
     splits = load("synthetic(inputs=(3, 32, 32), samples=64, classes=4, noise=0.05)")
     torch.manual_seed(0)

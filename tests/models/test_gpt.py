@@ -156,6 +156,7 @@ def test_losses_and_accuracy_are_per_character():
     assert int(accuracy(logits, target)) == right
 
 
+@pytest.mark.slow
 def test_it_learns_what_two_characters_tell_and_one_does_not():
     splits = load(TEXT)
     inputs, target = splits.train.rows(torch.arange(len(splits.train)))

@@ -255,9 +255,9 @@ def is_running(pid: int) -> bool:
     ("transport", "number", "status"),
     [
         ("shared", signal.SIGKILL, (-9,)),
-        ("gloo", signal.SIGKILL, (-9,)),
+        pytest.param("gloo", signal.SIGKILL, (-9,), marks=pytest.mark.slow),
         pytest.param("mpi", signal.SIGKILL, (-9,), marks=pytest.mark.slow),
-        ("shared", signal.SIGTERM, (130, 143, -15)),
+        pytest.param("shared", signal.SIGTERM, (130, 143, -15), marks=pytest.mark.slow),
         ("shared", signal.SIGINT, (130, -2)),
     ],
 )

@@ -303,6 +303,7 @@ def test_every_flipped_bit_is_detected(tmp_path, name):
     assert_is(load(path), 3)
 
 
+@pytest.mark.slow
 def test_every_single_bit_of_a_manifest_counts(tmp_path):
     path = save_some(tmp_path, 3)
     raw = (path / "manifest.json").read_bytes()
@@ -426,6 +427,7 @@ def test_all_is_forced_to_disk_before_the_rename_and_the_rename_after_it(tmp_pat
     assert (rename, parent) == (("rename", path.name), ("fsync", "checkpoints"))
 
 
+@pytest.mark.slow
 def test_a_crash_at_any_system_call_leaves_the_old_or_the_new(tmp_path):
     """A process over step 1 saves step 1 or 2, and is gone at the n-th rename, fsync …, just before it or after."""
     subprocess.run([sys.executable, "-c", CRASHING, str(tmp_path)], check=True, cwd=Path(__file__).parents[2])

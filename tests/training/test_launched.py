@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.training.factories import HERE
 
 ROOT = Path(__file__).parent.parent.parent
@@ -43,6 +45,7 @@ def test_under_a_launcher_a_folder_that_holds_a_run_is_refused_by_every_rank(tmp
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoints", "summary.json"]
 
 
+@pytest.mark.slow
 def test_under_a_launcher_rank_0_writes_the_folder(tmp_path):
     done = torchrun(tmp_path / "new")
     assert done.returncode == 0, done.stderr

@@ -454,6 +454,7 @@ def script(tmp_path: Path, text: str) -> dict:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_a_plain_script_needs_no_main_guard(tmp_path):
     """And its top level runs once, not once for each worker."""
     said = script(
@@ -518,8 +519,10 @@ mh.train(mh.Task(model=model, data=data, batch_size=10), mh.Plan(workers=2{more}
 
 @pytest.mark.parametrize(
     ("arguments", "typed", "said"),
-    [(["own.py"], False, '__name__ == "__main__"'), (["-"], True, "transport='threads'")],
-    ids=["without a main guard", "on standard input"],
+    [
+        pytest.param(["own.py"], False, '__name__ == "__main__"', marks=pytest.mark.slow, id="without a main guard"),
+        pytest.param(["-"], True, "transport='threads'", id="on standard input"),
+    ],
 )
 def test_what_workers_cannot_import_is_refused_naming_the_cure(tmp_path, arguments, typed, said):
     text = OWN.format(more="")
