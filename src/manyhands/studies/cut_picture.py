@@ -15,15 +15,15 @@ from manyhands.communication.topology import Mesh
 from manyhands.contract.block import Block, Ranges
 from manyhands.partition.pipeline.schedule import UNIT, Schedule, makespan, simulate
 from manyhands.studies.report.canvas import SIZE, Canvas, settings
-from manyhands.studies.report.lettering import text_width
-from manyhands.studies.report.palette import COLOURS, Style
+from manyhands.studies.report.lettering import shortened, text_width
+from manyhands.studies.report.palette import Style
 from manyhands.training.outline import Outline, Part
 
 #: More replicas than this are as the first ones are.
 REPLICAS = 2
 WIDE, HIGH, GAP, LABEL = 200.0, 96.0, 26.0, 18.0
 CELL, LABELS = 22.0, 3  # of a schedule; in a line of the legend
-_COLOURS = [name for name in COLOURS if name.startswith("c")]
+_COLOURS = ("c1", "c2", "c4")  # of workers; the others are what they do
 _PATTERNS = ("", "////", "\\\\\\\\", "xxxx")
 _SHARED = Style("several", "ideal", "o", hollow=False, hatch="", dash=())
 
@@ -60,7 +60,7 @@ def draw(outline: Outline) -> str:
             canvas.text(x, y, title)
             for (name, shape), height in zip(matrices, heights, strict=True):
                 y += LABEL
-                canvas.text(x, y, f"{name}  {'×'.join(map(str, shape))}")
+                canvas.text(x, y, shortened(f"{name}  {'×'.join(map(str, shape))}", SIZE, WIDE + GAP))
                 across = max(6.0, WIDE * math.sqrt(_side(shape, 1)) / longest)
                 _matrix(canvas, name, shape, parts, x, y + 5, across, height)
                 y += height + GAP / 2
