@@ -3,17 +3,20 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-SOURCES := src tests benchmarks docs
+SOURCES := src tests benchmarks docs validation
 
 # Real data lying beside the clone is used; otherwise the library downloads or takes its embedded digits.
 ifneq ($(wildcard ../shared/data),)
 export MANYHANDS_DATA ?= $(abspath ../shared/data)
 endif
+ifneq ($(wildcard ../shared/data/measured),)
+export MANYHANDS_MEASURED ?= $(abspath ../shared/data/measured)
+endif
 
 # Many tests start processes and wait: two files at a time fill two cores. Alone: make test SIDE_BY_SIDE=
 SIDE_BY_SIDE ?= -n auto --maxprocesses 2 --dist loadfile
 
-.PHONY: help study test test-all lint format bench
+.PHONY: help study test test-all lint format bench validate
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -40,6 +43,9 @@ format: .venv/.stamp ## rewrite the source as the formatter wants it
 
 bench: .venv/.stamp ## every benchmark of benchmarks/, one after the other
 	@set -e; for file in benchmarks/[!_]*.py; do echo "== $$file"; $(BIN)/python "$$file" $(ARGS); done
+
+validate: .venv/.stamp ## predictions against published tables, in the folder MANYHANDS_MEASURED
+	$(BIN)/python -m validation.published $(ARGS)
 
 # The second line serves systems whose Python comes without ensurepip.
 .venv/.stamp: pyproject.toml constraints.txt

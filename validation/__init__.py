@@ -1,0 +1,1 @@
+"""Predictions against measurements, by commands: ``python -m validation.published`` for published tables."""
