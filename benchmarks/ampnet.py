@@ -3,14 +3,18 @@
     keys = K              2 workers on shared memory, a thread each, `Runtime` with max_active_keys = K
     sequential            the same layers in one process, one thread: forward, backward and update per instance
 
-A perceptron of four layers of one width, float32, an instance of some samples, plain SGD after each gradient. A step is
-a batch of instances pumped through. With k = 1 one worker waits while the other computes; from k = 2 both can compute.
+A perceptron of four layers of one width behind a narrow one (so that all four have a gradient to send back), float32,
+an instance of some samples, plain SGD after each gradient. A step is a batch of instances pumped through. With k = 1
+one worker waits while the other computes; from k = 2 both can compute. Where processes of others take time from one
+worker, the other waits, too; so CPU time is told beside it: of the worker that spends most, without spinning.
 
     python benchmarks/ampnet.py [--quick] [--json FILE] [--rounds N]
 """
 
 from __future__ import annotations
 
+import itertools
+import statistics
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -30,7 +34,7 @@ from manyhands.training.allocator import tune
 from manyhands.training.member import Member
 from manyhands.training.team import Team, team
 
-WORKERS, LAYERS, WIDTH, SAMPLES, INSTANCES = 2, 4, 768, 32, 16
+WORKERS, LAYERS, NARROW, WIDTH, SAMPLES, INSTANCES = 2, 4, 32, 1024, 32, 32
 KEYS = (1, 2, 4)
 ALONE = "sequential"
 
@@ -38,14 +42,14 @@ ALONE = "sequential"
 def model() -> nn.Sequential:
     """The same everywhere."""
     torch.manual_seed(0)
-    return nn.Sequential(*(m for _ in range(LAYERS) for m in (nn.Linear(WIDTH, WIDTH), nn.Tanh())))
+    widths = [NARROW, *[WIDTH] * (LAYERS + 1)]
+    return nn.Sequential(*(m for n, k in itertools.pairwise(widths) for m in (nn.Linear(n, k), nn.Tanh())))
 
 
 def batch() -> tuple[Tensor, Tensor]:
     """The same everywhere."""
     torch.manual_seed(1)
-    x, y = torch.randn(2, SAMPLES * INSTANCES, WIDTH)
-    return x, y
+    return torch.randn(SAMPLES * INSTANCES, NARROW), torch.randn(SAMPLES * INSTANCES, WIDTH)
 
 
 # -- in the workers ----------------------------------------------------------------------------------------------------
@@ -74,6 +78,19 @@ def our_burst(member: Member, keys: int, steps: int, warm: int, start_at: float)
     return list(measure.burst(lambda: _replicas[keys].gradients(share), steps, warm, start_at))
 
 
+def cpu_s(member: Member, keys: int) -> float:
+    """A job of the standing team: CPU time of one step, in which a wait sleeps at once."""
+    x, y = batch()
+    mail = member.comm._mail  # type: ignore[attr-defined]
+    spins, mail._spins = mail._spins, False
+    try:
+        before = time.process_time()
+        _replicas[keys].gradients(Batch(x, y, len(x)))
+        return time.process_time() - before
+    finally:
+        mail._spins = spins
+
+
 def staleness(member: Member, keys: int) -> dict[str, int]:
     """A job of the standing team: how many updates had which staleness."""
     return {str(by): times for by, times in sorted(_replicas[keys].runtime.staleness.items())}
@@ -95,6 +112,13 @@ def alone_step(rank: int) -> Callable[[], object]:
             optimizer.step()
 
     return step
+
+
+def spent(step: Callable[[], object]) -> float:
+    """CPU time of a step in this process."""
+    before = time.process_time()
+    step()
+    return time.process_time() - before
 
 
 # -- in this process ---------------------------------------------------------------------------------------------------
@@ -126,6 +150,10 @@ def main() -> None:
             candidates: dict[str, measure.Candidate] = {f"keys = {k}": Ours(crew, k) for k in KEYS}
             candidates[ALONE] = alone
             found = measure.alternate(candidates, probe, rounds=rounds, burst_s=0.05 if options.quick else 0.6, least=1)
+            each = statistics.median(max(crew.run("ampnet:cpu_s", KEYS[-1])) for _ in range(5))
+            one = alone_step(0)
+            one()
+            own = statistics.median(spent(one) for _ in range(5))
             stale = {keys: crew.run("ampnet:staleness", keys) for keys in KEYS}
     finally:
         probe.close()
@@ -136,6 +164,10 @@ def main() -> None:
     ]
     title = f"{INSTANCES} instances of {SAMPLES} samples, {LAYERS} nodes of {node_s * 1e3:.2g} ms (all of a visit)"
     report.row(title, found, targets, node_s=node_s, staleness={str(k): v for k, v in stale.items()})
+    report.note(
+        f"CPU time an instance: sequential {own / INSTANCES * 1e3:.2f} ms, the busier worker "
+        f"{each / INSTANCES * 1e3:.2f} ms, so at most {own / each:.2f} times as many instances per second"
+    )
     for keys in KEYS:
         said = INSTANCES / found.seconds(f"keys = {keys}").median
         report.note(f"keys = {keys}: {said:,.0f} instances/s; updates by staleness, each worker's: {stale[keys]}")

@@ -255,16 +255,28 @@ def test_what_is_no_chain_and_no_graph_is_refused():
 # -- placement and learning --------------------------------------------------------------------------------------------
 
 
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=7), st.integers(1, 7))
-def test_runs_are_the_best_there_are(costs, ranks):
-    if ranks > len(costs):
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 4)), min_size=1, max_size=6), st.integers(1, 6))
+def test_runs_are_the_best_there_are(costs_and_messages, ranks):
+    """Whatever messages go between neighbours, and between the first and the last."""
+    n = len(costs_and_messages)
+    if ranks > n:
         return
-    found = _balanced(costs, [True] * len(costs), ranks)
-    assert [i for lo, hi in found for i in range(lo, hi)] == list(range(len(costs)))
-    dearest = max(sum(costs[lo:hi]) for lo, hi in found)
-    cuts = itertools.combinations(range(1, len(costs)), ranks - 1)
-    every = [max(sum(costs[a:b]) for a, b in itertools.pairwise((0, *c, len(costs)))) for c in cuts]
-    assert dearest == min(every)
+    costs = [cost for cost, _ in costs_and_messages]
+    between = [[0] * n for _ in range(n)]
+    for i, (_, messages) in enumerate(costs_and_messages):
+        between[i][(i + 1) % n] = between[(i + 1) % n][i] = messages
+
+    def dearest(blocks):
+        at = [k for k, (lo, hi) in enumerate(blocks) for _ in range(lo, hi)]
+        spent = [0] * len(blocks)
+        for i in range(n):
+            spent[at[i]] += costs[i] + sum(between[i][j] for j in range(n) if at[j] != at[i])
+        return max(spent)
+
+    found = _balanced(costs, between, [True] * n, ranks)
+    assert [i for lo, hi in found for i in range(lo, hi)] == list(range(n))
+    cuts = itertools.combinations(range(1, n), ranks - 1)
+    assert dearest(found) == min(dearest(list(itertools.pairwise((0, *c, n)))) for c in cuts)
 
 
 @pytest.mark.parametrize("name", ampnets.MODELS)

@@ -27,3 +27,14 @@ def backward(loss: Tensor) -> None:
     if one is None:
         one = _ones[key] = torch.ones((), dtype=loss.dtype, device=loss.device)
     _engine((loss,), (one,), False, False, (), allow_unreachable=True, accumulate_grad=True)
+
+
+def backward_from(outputs: tuple[Tensor, ...], gradients: tuple[Tensor, ...]) -> None:
+    """Accumulate into the leaves from ``outputs`` with a gradient of each, of its shape, dtype and device.
+
+    Equal to `torch.autograd.backward`, which looks at all of that first (35 µs for one output).
+    """
+    if _engine is None:
+        torch.autograd.backward(outputs, gradients)
+        return
+    _engine(outputs, gradients, False, False, (), allow_unreachable=True, accumulate_grad=True)

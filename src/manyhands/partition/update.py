@@ -66,23 +66,30 @@ class SliceUpdate:
         if not self._plain:
             self._make_clone()
 
-    def __call__(self) -> None:
-        """One update."""
+    def __call__(self, gradients: Sequence[Tensor] | None = None) -> None:
+        """One update, by the piece's gradient; or by ``gradients`` of its parameters, all of them whole, in order."""
         if self._some_unused:
             self._some_unused = any(s.unused for s in self._spans)
         if self._plain:
-            self._sgd()
+            self._sgd(gradients)
         else:
-            self._generic()
+            self._generic(gradients)
 
     # -- plain SGD -------------------------------------------------------------------------------------------------
 
-    def _sgd(self) -> None:
+    def _sgd(self, gradients: Sequence[Tensor] | None) -> None:
         group = self._master.param_groups[self._group]
         lr, momentum = group["lr"], group["momentum"]
         if momentum == 0 and group["weight_decay"] == 0 and not self._some_unused:
-            self._flat.add_(self._grad, alpha=-lr)
+            if gradients is None:
+                self._flat.add_(self._grad, alpha=-lr)
+                return
+            for s, gradient in zip(self._spans, gradients, strict=True):
+                s.parameter.data.add_(gradient, alpha=-lr)
             return
+        if gradients is not None:
+            for s, gradient in zip(self._spans, gradients, strict=True):
+                _shaped(self.piece.grad[s.start : s.stop], s.parameter).copy_(gradient)
         if momentum != 0 and self._momentum is None:
             self._momentum = torch.zeros_like(self._flat)
         for start, stop, warm in self._runs():
@@ -135,15 +142,17 @@ class SliceUpdate:
             clone._params = self._parts
         self._clone = clone
 
-    def _generic(self) -> None:
+    def _generic(self, gradients: Sequence[Tensor] | None) -> None:
         assert self._clone is not None
         own = self._clone.param_groups[0]
         for key, value in self._master.param_groups[self._group].items():
             if key != "params":
                 own[key] = value
-        for s, part in zip(self._spans, self._parts, strict=True):
+        for i, (s, part) in enumerate(zip(self._spans, self._parts, strict=True)):
             if s.unused:
                 part.grad = None
+            elif gradients is not None:
+                part.grad = gradients[i]
             elif part.grad is None:
                 start, stop = s.within(self.lo, self.hi)
                 grad = self.piece.grad[start:stop]

@@ -12,7 +12,7 @@ calling it runs it in one process with autograd through everything, which is wha
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -101,26 +101,36 @@ class Graph(nn.Module):
         return torch.cat([self._instance(rows(inputs, i, i + 1)) for i in range(count)])
 
     def _instance(self, inputs: Any) -> Tensor:
-        stores = {name: Store(learning=False) for name in self.nodes}
-        coming: deque[tuple[Port, Message]] = deque()
-        output: Tensor | None = None
-        for name, source in self.sources.items():
-            coming.append((self._end(name, 0), source.begin(0, inputs)))
-        while coming:
-            (name, port), message = coming.popleft()
-            node = self.nodes[name]
-            if isinstance(node, Loss):
-                output = message.payload[0]
-                continue
-            for way, sent in node.forward(port, message, stores[name]):
-                coming.append((self._end(name, way), sent))
-        stuck = [f"{name} {store.left()}" for name, store in stores.items() if not store.empty]
-        if output is None or stuck:
-            raise BadInput(f"an instance does not come to the loss: {'; '.join(stuck) or 'nothing arrives there'}.")
+        (output,) = [message.payload[0] for edge, message in self.passing(inputs) if edge.end.node == self.loss]
+        assert output is not None
         return output
 
-    def _end(self, name: str, way: int) -> Port:
-        return self.edges[self.leaving[Port(name, way)]].end
+    def passing(self, inputs: Any) -> Iterator[tuple[Edge, Message]]:
+        """An instance's messages forward, each as it comes to the end of its edge and before what is there takes it.
+
+        Raises `BadInput` at the end unless the instance has come to the loss, once, and left nothing behind.
+        """
+        stores = {name: Store(learning=False) for name in self.nodes}
+        coming = deque((self._leaving(name, 0), source.begin(0, inputs)) for name, source in self.sources.items())
+        outputs = 0
+        while coming:
+            edge, message = coming.popleft()
+            yield edge, message
+            (name, port), node = edge.end, self.nodes[edge.end.node]
+            if isinstance(node, Loss):
+                outputs += 1
+                continue
+            coming.extend((self._leaving(name, way), sent) for way, sent in node.forward(port, message, stores[name]))
+        stuck = [f"{name} {store.left()}" for name, store in stores.items() if not store.empty]
+        if stuck or not outputs:
+            raise BadInput(f"an instance does not come to the loss: {'; '.join(stuck) or 'nothing arrives there'}.")
+        if outputs > 1:
+            raise BadInput(
+                f"an instance comes to the loss {outputs} times: it has one output, perhaps of several rows."
+            )
+
+    def _leaving(self, name: str, way: int) -> Edge:
+        return self.edges[self.leaving[Port(name, way)]]
 
 
 def check_samples(graph: Graph, samples: int) -> None:
@@ -139,6 +149,8 @@ def rows_in(inputs: Any) -> int:
 
 def rows(tree: Any, lo: int, hi: int) -> Any:
     """Samples ``[lo, hi)`` of a pytree of tensors."""
+    if isinstance(tree, Tensor):
+        return tree[lo:hi]
     return torch.utils._pytree.tree_map(lambda x: x[lo:hi] if isinstance(x, Tensor) else x, tree)
 
 

@@ -6,22 +6,32 @@ nothing averaged. A node's update is the user's optimizer on the node's own part
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from manyhands.communication.communicator import Communicator
-from manyhands.contract import Batch, Piece, Ready
+from manyhands.contract import Batch, Ready
 from manyhands.errors import NonFiniteLoss
 from manyhands.partition.ampnet.graph import Graph, rows_in
-from manyhands.partition.ampnet.nodes import Transform
+from manyhands.partition.ampnet.nodes import Node, Transform
 from manyhands.partition.ampnet.runtime import Runtime
 from manyhands.partition.ampnet.strategy import AMPNet
 from manyhands.partition.data import DataReplica
 from manyhands.partition.pipeline.replica import keep_stages
+
+
+class _Part(NamedTuple):
+    """Of a node's parameters those that lie side by side in a piece, and where the gradient of each lies in it."""
+
+    piece: int
+    lo: int
+    hi: int
+    places: list[tuple[nn.Parameter, Tensor]]
 
 
 class GraphReplica(DataReplica):
@@ -58,30 +68,63 @@ class GraphReplica(DataReplica):
             autocast=self._autocast,
         )
         self.answering = Answering(model, self.runtime)
-        self._ranges = {name: self._range_of(graph.nodes[name]) for name in self.runtime.learning}
+        self._parts = {name: self._parts_of(graph.nodes[name]) for name in self.runtime.learning}
 
-    def _range_of(self, node: Any) -> list[tuple[Piece, int, int]]:
-        """A node's runs of elements: with one optimizer group and dtype it is one."""
+    def _parts_of(self, node: Node) -> list[_Part]:
+        """A node's parts: with one optimizer group and dtype it is one."""
         assert isinstance(node, Transform)
         mine = {id(p) for p in node.module.parameters()}
-        found: list[tuple[Piece, int, int]] = []
-        for piece, spans in zip(self.pieces, self._spans, strict=True):
+        found: list[_Part] = []
+        for i, spans in enumerate(self._spans):
             for s in spans:
                 if id(s.parameter) not in mine:
                     continue
-                if found and found[-1][0] is piece and found[-1][2] == s.start:
-                    found[-1] = piece, found[-1][1], s.stop
+                assert s.parameter.grad is not None, "a replica has laid it out"
+                place = s.parameter, s.parameter.grad
+                if found and found[-1].piece == i and found[-1].hi == s.start:
+                    found[-1] = _Part(i, found[-1].lo, s.stop, [*found[-1].places, place])
                 else:
-                    found.append((piece, s.start, s.stop))
+                    found.append(_Part(i, s.start, s.stop, [place]))
         return found
 
     def _update_node(self, name: str, gathered: int) -> None:
         """The user's optimizer on the mean of a node's gradients, which begin anew."""
-        for piece, lo, hi in self._ranges[name]:
-            if gathered > 1:
-                piece.grad[lo:hi].div_(gathered)
-            self.apply(piece, lo, hi)
-            piece.grad[lo:hi].zero_()
+        t0 = time.perf_counter()
+        for part in self._parts[name]:
+            gradients = []
+            for parameter, place in part.places:
+                gradient = parameter.grad
+                if gradient is None or gradient.is_sparse:  # no instance has needed it, or only some rows
+                    gradient = place if gradient is None else place.add_(gradient)
+                if gathered > 1:
+                    gradient.div_(gathered)
+                if self._l2:
+                    gradient.add_(parameter.data, alpha=self._l2)
+                gradients.append(gradient)
+            self._update(part.piece, part.lo, part.hi)(gradients)
+            for (parameter, place), gradient in zip(part.places, gradients, strict=True):
+                if gradient is place:
+                    place.zero_()
+                parameter.grad = None
+        self.update_s += time.perf_counter() - t0
+
+    @contextlib.contextmanager
+    def _gathering(self) -> Iterator[None]:
+        """Within, a first gradient stays where autograd makes it; before and after, all lie in the pieces.
+
+        To set to zero, to add and to read again is three passes over a node's parameters more, for each update.
+        """
+        for parameter in self._left_out:
+            parameter.grad = None
+        for name, parts in self._parts.items():
+            for parameter, place in (place for part in parts for place in part.places):
+                parameter.grad = place if self.runtime.learning[name].gathered else None
+        yield
+        for parts in self._parts.values():
+            for parameter, place in (place for part in parts for place in part.places):
+                if parameter.grad is not None and parameter.grad is not place:
+                    place.copy_(parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad)
+                parameter.grad = place
 
     def gradients(self, batch: Batch, ready: Ready | None = None) -> tuple[Tensor, float]:
         """All instances of the batch forward and backward; the nodes have updated when this returns. Collective.
@@ -90,7 +133,8 @@ class GraphReplica(DataReplica):
         `NonFiniteLoss` on all ranks if an instance's loss was not finite; that instance has changed nothing.
         """
         t0, waited, updated = time.perf_counter(), self._comm.counters.wait_s, self.update_s
-        outcome = self.runtime.train(batch.inputs, batch.target, batch.count)
+        with self._gathering():
+            outcome = self.runtime.train(batch.inputs, batch.target, batch.count)
         waited, updated = self._comm.counters.wait_s - waited, self.update_s - updated
         self.compute_s += time.perf_counter() - t0 - waited - updated
         if not outcome.finite:

@@ -10,7 +10,8 @@ parameters wherever nodes lie. *Approximation* with more: see `learning` for wha
 meet which parameters is then decided by a race (but on `simulated`, where virtual time decides).
 
 Payload per instance: activations forward and gradients backward along the edges between ranks, and how large they are
-the data decide; counted as ``cut``. Memory: activations of at most ``max_active_keys`` instances.
+the data decide; counted as ``cut``. Memory: activations of at most ``max_active_keys`` instances, and until a batch is
+over those messages that the transport did not take at once (gloo and mpi; on shared memory what found no room).
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from manyhands.partition.ampnet import wire
 from manyhands.partition.ampnet.graph import Graph, Port, check_samples, rows
 from manyhands.partition.ampnet.learning import Learning, Update
 from manyhands.partition.ampnet.message import Message, State
-from manyhands.partition.ampnet.nodes import Loss, Source, Store, Transform
+from manyhands.partition.ampnet.nodes import Store, Transform
 from manyhands.partition.ampnet.wire import Kind, Parcel
 from manyhands.partition.backward import backward
 
@@ -58,6 +59,7 @@ class _Batch:
     learning: bool
     admitted: int = 0
     active: dict[int, int] = field(default_factory=dict)  # key → messages of it that are not back yet; on rank 0
+    room: bool = True  # for instances, as far as is known: some have ended since others were admitted
     answers: dict[int, Tensor] = field(default_factory=dict)  # where the loss is
     loss: float = 0.0
     finite: bool = True
@@ -99,7 +101,15 @@ class Runtime:
         #: Most instances that were on their way at once; on rank 0.
         self.peak_active = 0
         self._comm, self._update, self._autocast = comm, update, autocast
-        self._loss_at = place[graph.loss]
+        self._loss_node, self._loss_at = graph.loss, place[graph.loss]
+        self._sources = graph.sources
+        self._modules = {name for name, node in graph.nodes.items() if isinstance(node, Transform)}
+        # By edge: the rank, node and port at its end, and those at its start.
+        self._ends = [(place[e.end.node], *e.end) for e in graph.edges]
+        self._starts = [(place[e.start.node], *e.start) for e in graph.edges]
+        # By node and port: the edge.
+        self._out = {name: [graph.leaving[Port(name, i)] for i in range(n.ways_out)] for name, n in graph.nodes.items()}
+        self._in = {name: [graph.coming[Port(name, i)] for i in range(n.ways_in)] for name, n in graph.nodes.items()}
         self._stores: dict[str, Store] = {}
         self._forward: deque[tuple[int, Message]] = deque()
         self._backward: deque[tuple[int, Message]] = deque()
@@ -146,21 +156,13 @@ class Runtime:
         self._stores = {
             name: Store(learning=batch.learning) for name, at in self.place.items() if at == self._comm.rank
         }
-        while not self._over():
-            came = False
-            while wire.arrived(self._comm):
-                self._take()
-                came = True
-            if self._backward:
-                self._go_back(*self._backward.popleft())
-            elif self._forward:
-                self._go_on(*self._forward.popleft())
-            elif self._comm.size == 1:
-                raise Deadlock(f"no message is on its way, and {self._held()}")
-            elif not came:  # else it may have been the word that an instance, or all, are through
-                with self._named():
-                    self._take()
-        with self._named():
+        with self._named(), torch.no_grad():  # what autograd is to see says so
+            while True:
+                if batch.room and self._comm.rank == 0:
+                    self._admit()
+                if self._ended:
+                    break
+                self._turn()
             for work in self._sent:
                 work.wait()
             self._comm.barrier()  # else the next batch's first message might overtake the word that this one is over
@@ -168,30 +170,53 @@ class Runtime:
         left = {name: store.left() for name, store in self._stores.items() if not store.empty}
         assert not left, f"all instances are through, but {left}"
 
-    def _over(self) -> bool:
-        """Whether all instances are through; rank 0 finds out and tells the others."""
-        batch = self._batch
-        if self._comm.rank == 0 and not self._ended:
-            self._admit()
-            if not batch.active and batch.admitted == len(batch.bounds):
-                self._ended = True
-                for p in range(1, self._comm.size):
-                    self._post(p, Parcel(Kind.END, -1, Message((), State(0))))
-        return self._ended
+    def _turn(self) -> None:
+        """Take what has come, and work through one message; wait for one if there is none."""
+        came = False
+        while self._comm.size > 1 and wire.arrived(self._comm):
+            self._take()
+            came = True
+        if self._backward:
+            edge, message = self._backward.popleft()
+            with_it = self._go_back
+            name = self._starts[edge][1]
+        elif self._forward:
+            edge, message = self._forward.popleft()
+            with_it = self._go_on
+            name = self._ends[edge][1]
+        elif self._comm.size == 1:
+            raise Deadlock("no message is on its way")
+        else:
+            if not came:  # else it may have been the word that an instance, or all, are through
+                self._take()
+            return
+        try:
+            with_it(edge, message)
+        except Exception as e:
+            _blame(e, name, message.state)
+            raise
 
     def _admit(self) -> None:
-        """Let instances in, up to the limit."""
+        """Let instances in, up to the limit; when all are through, tell the others. On rank 0."""
         batch = self._batch
+        batch.room = False
         while batch.admitted < len(batch.bounds) and len(batch.active) < self.max_active_keys:
             key = batch.admitted
             batch.admitted += 1
-            sources = self.graph.sources
-            batch.active[key] = len(sources) if batch.learning else 1
+            batch.active[key] = len(self._sources) if batch.learning else 1
             self.peak_active = max(self.peak_active, len(batch.active))
             inputs = rows(batch.inputs, *batch.bounds[key])
-            for name, source in sources.items():
-                with self._blamed(name, State(key)):
-                    self._leave(name, 0, source.begin(key, inputs))
+            for name, source in self._sources.items():
+                try:
+                    message = source.begin(key, inputs)
+                except Exception as e:
+                    _blame(e, name, State(key))
+                    raise
+                self._forth(self._out[name][0], message)
+        if not batch.active:
+            self._ended = True
+            for p in range(1, self._comm.size):
+                self._post(p, Parcel(Kind.END, -1, Message((), State(0))))
 
     def _came_home(self, key: int) -> None:
         """One of an instance's messages is back at its source; in evaluation, its output has been found."""
@@ -199,45 +224,40 @@ class Runtime:
         active[key] -= 1
         if active[key] == 0:
             del active[key]
+            self._batch.room = True
 
     # -- messages ------------------------------------------------------------------------------------------------------
 
     def _go_on(self, edge: int, message: Message) -> None:
         """A message comes in to one of this rank's nodes."""
-        name, port = self.graph.edges[edge].end
+        _, name, port = self._ends[edge]
+        if name == self._loss_node:
+            self._at_loss(edge, message)
+            return
         node, store = self.graph.nodes[name], self._stores[name]
-        with self._blamed(name, message.state), torch.no_grad():
-            if isinstance(node, Loss):
-                self._at_loss(edge, message)
-                return
-            if isinstance(node, Transform):
-                with self._autocast():
-                    sent = node.forward(port, message, store)
-                if store.learning and name in self.learning:
-                    self.learning[name].went(message.state)
-            else:
+        if name in self._modules:
+            with self._autocast():
                 sent = node.forward(port, message, store)
+            if store.learning and name in self.learning:
+                self.learning[name].went(message.state)
+        else:
+            sent = node.forward(port, message, store)
+        ways = self._out[name]
         for way, left in sent:
-            self._leave(name, way, left)
-
-    def _leave(self, name: str, way: int, message: Message) -> None:
-        edge = self.graph.leaving[Port(name, way)]
-        self._to(self.place[self.graph.edges[edge].end.node], Parcel(Kind.FORWARD, edge, message))
+            self._forth(ways[way], left)
 
     def _go_back(self, edge: int, message: Message) -> None:
         """A gradient comes back to one of this rank's nodes."""
-        name, port = self.graph.edges[edge].start
-        node = self.graph.nodes[name]
-        if isinstance(node, Source):
+        _, name, port = self._starts[edge]
+        if name in self._sources:
             self._came_home(message.state.key)
             return
-        with self._blamed(name, message.state), torch.no_grad():
-            back = node.backward(port, message, self._stores[name])
-            if name in self.learning:
-                self._learn(name, message)
-        for port, gradient in back:
-            edge = self.graph.coming[Port(name, port)]
-            self._to(self.place[self.graph.edges[edge].start.node], Parcel(Kind.BACKWARD, edge, gradient))
+        back = self.graph.nodes[name].backward(port, message, self._stores[name])
+        if name in self.learning:
+            self._learn(name, message)
+        ways = self._in[name]
+        for way, gradient in back:
+            self._back(ways[way], gradient)
 
     def _learn(self, name: str, message: Message) -> None:
         wanted = any(g is not None for g in message.payload)
@@ -254,7 +274,10 @@ class Runtime:
         assert output is not None
         if not batch.learning:
             batch.answers[key] = output
-            self._to(0, Parcel(Kind.ANSWERED, -1, Message((), State(key))))
+            if self._comm.rank == 0:
+                self._came_home(key)
+            else:
+                self._post(0, Parcel(Kind.ANSWERED, -1, Message((), State(key))))
             return
         lo, hi = batch.bounds[key]
         leaf = output.detach().requires_grad_(output.requires_grad)
@@ -267,30 +290,38 @@ class Runtime:
             batch.finite = False
         elif objective.requires_grad:
             backward(objective)
-        gradient = Message((leaf.grad,), message.state)
-        self._to(self.place[self.graph.edges[edge].start.node], Parcel(Kind.BACKWARD, edge, gradient))
+        self._back(edge, Message((leaf.grad,), message.state))
 
-    def _to(self, rank: int, parcel: Parcel) -> None:
+    def _forth(self, edge: int, message: Message) -> None:
+        """Along an edge to its end."""
+        rank = self._ends[edge][0]
         if rank == self._comm.rank:
-            self._sort(parcel)
+            self._forward.append((edge, message))
         else:
-            self._post(rank, parcel)
+            self._post(rank, Parcel(Kind.FORWARD, edge, message))
+
+    def _back(self, edge: int, gradient: Message) -> None:
+        """Along an edge to its start."""
+        rank = self._starts[edge][0]
+        if rank == self._comm.rank:
+            self._backward.append((edge, gradient))
+        else:
+            self._post(rank, Parcel(Kind.BACKWARD, edge, gradient))
 
     def _post(self, rank: int, parcel: Parcel) -> None:
         self._sent += [work for work in wire.send(self._comm, rank, parcel) if work is not DONE]
 
     def _take(self) -> None:
-        self._sort(wire.receive(self._comm))
-
-    def _sort(self, parcel: Parcel) -> None:
-        if parcel.kind is Kind.FORWARD:
-            self._forward.append((parcel.edge, parcel.message))
-        elif parcel.kind is Kind.BACKWARD:
-            self._backward.append((parcel.edge, parcel.message))
-        elif parcel.kind is Kind.ANSWERED:
-            self._came_home(parcel.message.state.key)
+        """Receive a message, waiting for it if none is here."""
+        kind, edge, message = wire.receive(self._comm)
+        if kind is Kind.FORWARD:
+            self._forward.append((edge, message))
+        elif kind is Kind.BACKWARD:
+            self._backward.append((edge, message))
+        elif kind is Kind.ANSWERED:
+            self._came_home(message.state.key)
         else:
-            assert parcel.kind is Kind.END, "outputs are received by name"
+            assert kind is Kind.END, "outputs are received by name"
             self._ended = True
 
     # -- where it went wrong -------------------------------------------------------------------------------------------
@@ -312,19 +343,13 @@ class Runtime:
             e.args = (f"{e} (ampnet: on rank {self._comm.rank} {self._held()})",)
             raise
 
-    @contextlib.contextmanager
-    def _blamed(self, name: str, state: State) -> Iterator[None]:
-        """What a node cannot do is told with its name and the instance."""
-        try:
-            yield
-        except BadInput as e:
-            e.args = (f"node {name}: {e}",)
-            raise
-        except CommunicationError:
-            raise
-        except Exception as e:
-            e.add_note(f"in node {name} of an ampnet graph, {state}")
-            raise
+
+def _blame(error: Exception, name: str, state: State) -> None:
+    """What a node cannot do is told with its name and the instance."""
+    if isinstance(error, BadInput):
+        error.args = (f"node {name}: {error}",)
+    elif not isinstance(error, CommunicationError):
+        error.add_note(f"in node {name} of an ampnet graph, {state}")
 
 
 def _mean(result: Any) -> Tensor:

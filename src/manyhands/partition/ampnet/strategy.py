@@ -48,6 +48,7 @@ class AMPNet(Strategy):
         "AMPNet: asynchronous model-parallel training for dynamic neural networks",
         2017,
         "arXiv 1705.09786",
+        survey="V-C",
     )
     bears_cuts: ClassVar[bool] = True
     deterministic: ClassVar[bool] = False
