@@ -6,10 +6,15 @@ import torch
 from torch import Tensor, nn
 
 from manyhands.communication.communicator import Communicator
-from manyhands.errors import BadInput
+from manyhands.communication.topology import Mesh
+from manyhands.contract import Batch
+from manyhands.errors import BadInput, NonFiniteLoss
 from manyhands.partition.pipeline import schedules
+from manyhands.partition.pipeline.replica import keep_stages
 from manyhands.partition.pipeline.runtime import Pipeline
-from manyhands.partition.pipeline.schedule import parse
+from manyhands.partition.pipeline.schedule import Schedule, parse
+from manyhands.partition.pipeline.stashing import StashingReplica
+from manyhands.partition.pipeline.strategy import PipeDream, PipeDreamWorker
 
 WIDTH = 6
 
@@ -116,16 +121,21 @@ def reference(
     return made, objective.item(), 1.0 if count is None else float(count)
 
 
+def written_order(comm: Communicator, rows: str, samples: list[int]) -> list[int]:
+    """The same as below, of a schedule written by hand."""
+    return gradients_are_the_single_process(comm, parse(rows), 0, samples, {})
+
+
 def gradients_are_the_single_process(
     comm: Communicator,
-    schedule: str,
+    schedule: str | Schedule,
     micro_batches: int,
     samples: list[int],
     options: dict,
 ) -> list[int]:
     """Over batches of these sizes; returns the most that was in flight, and payload bytes of the last batch."""
     model, loss = options.get("model", "plain"), options.get("loss", "mean")
-    made = schedules.load(schedule)(comm.size, micro_batches)
+    made = schedules.load(schedule)(comm.size, micro_batches) if isinstance(schedule, str) else schedule
     stages = {s: m for s, m in enumerate(build(model, made.stages)) if s in made.stages_of(comm.rank)}
     shares = options.get("shares", 1)
     is_last = made.stages - 1 in stages
@@ -292,3 +302,158 @@ def a_stage_does_not_come(comm: Communicator) -> str:
     except Exception as e:
         return f"{type(e).__name__}: {e}"
     return "nothing"
+
+
+# -- PipeDream ---------------------------------------------------------------------------------------------------------
+
+OPTIMIZERS = {
+    "sgd": lambda params: torch.optim.SGD(params, lr=0.05),
+    "momentum": lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9, weight_decay=0.01),
+    "adam": lambda params: torch.optim.Adam(params, lr=0.01),
+}
+
+
+def pipedream(
+    comm: Communicator, micro_batches: int, strategy: PipeDream, *, model="plain", opt="sgd", loss="mean", **options
+) -> tuple[nn.Sequential, PipeDreamWorker]:
+    """This rank's stage of as many as the mesh's pipeline axis is long."""
+    group = comm.over(frozenset({"pipeline"}))
+    whole = nn.Sequential(*build(model, group.size))
+    stages = {group.rank: whole[group.rank]}
+    keep_stages(whole, stages)
+    order = schedules.load("pipedream")(group.size, micro_batches, in_flight=strategy.in_flight)
+    optimizer = OPTIMIZERS[opt](whole.parameters())
+    replica = StashingReplica(
+        *(whole, optimizer, LOSSES[loss], comm),
+        common=False,
+        stages=stages,
+        schedule=order,
+        strategy=strategy,
+        **options,
+    )
+    return whole, strategy.start(replica, comm)
+
+
+def one_micro_batch(stages: list[nn.Module], weights: list[dict[str, Tensor]], batches: list, loss: str) -> list:
+    """The gradients of all stages at these weights, of the joined micro-batch of all replicas; and the loss."""
+    total, counts = 0.0, 0.0
+    for x, y in batches:
+        if not len(x):
+            continue
+        for m, w in zip(stages, weights, strict=True):
+            x = torch.func.functional_call(m, w, (x,))
+        result = LOSSES[loss](x, y)
+        value, count = (result * len(y), len(y)) if isinstance(result, Tensor) else result
+        total, counts = total + value, counts + (float(count) if count is not None else 0.0)
+    objective = total / (counts or 1.0)
+    flat = [t for w in weights for t in w.values()]
+    return list(torch.autograd.grad(objective, flat)), objective.item()
+
+
+def delayed_rule(
+    model: str, p: int, m: int, delays: list[int], steps: list[int], replicas: int, opt: str, loss: str
+) -> tuple[list[dict[str, Tensor]], list[float]]:
+    """PipeDream's rule step by step in one process: every version of every stage is kept, and used when it is due."""
+    stages = build(model, p)
+    optimizers = [OPTIMIZERS[opt](s.parameters()) for s in stages]
+    losses = []
+    for seed, n in enumerate(steps):
+        x, y = batch(n, seed)
+        shares = [(r * n // replicas, (r + 1) * n // replicas) for r in range(replicas)]
+        divided = [
+            [(lo + i * (hi - lo) // m, lo + (i + 1) * (hi - lo) // m) for lo, hi in shares] for i in range(m)
+        ]  # by micro-batch: what each replica has of it
+        divided = [parts for parts in divided if any(lo < hi for lo, hi in parts)]
+        history = [[{k: v.detach().clone() for k, v in s.named_parameters()}] for s in stages]
+        found = []
+        for i, parts in enumerate(divided):
+            used = [
+                {k: v.clone().requires_grad_() for k, v in of[max(0, i - d)].items()}
+                for of, d in zip(history, delays, strict=True)
+            ]
+            gradients, value = one_micro_batch(stages, used, [(x[lo:hi], y[lo:hi]) for lo, hi in parts], loss)
+            found.append(value)
+            for stage, optimizer, of in zip(stages, optimizers, history, strict=True):
+                for parameter in stage.parameters():
+                    parameter.grad = gradients.pop(0)
+                optimizer.step()
+                of.append({k: v.detach().clone() for k, v in stage.named_parameters()})
+        losses.append(found)
+    return [dict(s.named_parameters()) for s in stages], losses
+
+
+def pipedream_is_the_delayed_rule(comm: Communicator, m: int, steps: list[int], options: dict) -> list:
+    """Parameters after these steps against the reference; what was logged; the versions that were kept at most."""
+    replicas = options.get("replicas", 1)
+    p = comm.size // replicas
+    comm.mesh = Mesh(data=replicas, pipeline=p)
+    said = {k: options[k] for k in ("in_flight", "vertical_sync") if k in options}
+    how = {k: options[k] for k in ("model", "opt", "loss", "recompute") if k in options}
+    whole, worker = pipedream(comm, m, PipeDream(**said), **how)
+    at = comm.mesh.coordinates(comm.rank)
+    stage, share = at.get("pipeline", 0), at.get("data", 0)
+    d = options.get("in_flight") or p
+    delays = [min(p - 1 if options.get("vertical_sync") else p - 1 - k, d - 1) for k in range(p)]
+    wanted, losses = delayed_rule(
+        options.get("model", "plain"),
+        p,
+        m,
+        delays,
+        steps,
+        replicas,
+        options.get("opt", "sgd"),
+        options.get("loss", "mean"),
+    )
+    log, most = [], 0
+    kept = worker.replica._stash._kept
+    keep = worker.replica._stash.keep
+
+    def counting() -> None:
+        nonlocal most
+        keep()
+        most = max(most, len(kept))
+
+    worker.replica._stash.keep = counting
+    for seed, n in enumerate(steps):
+        lo, hi = share * n // replicas, (share + 1) * n // replicas
+        x, y = (t[lo:hi] for t in batch(n, seed))
+        loss = worker.step(Batch(x, y, hi - lo, n))
+        log.append([list(visit) for visit in worker.replica.log])
+        if replicas == 1 and options.get("loss", "mean") == "mean" and n % m == 0:
+            assert abs(float(loss) - sum(losses[seed]) / m) <= 1e-12
+    for name, value in whole[stage].named_parameters():
+        torch.testing.assert_close(value, wanted[stage][name], rtol=1e-12, atol=1e-12)
+        assert value.data_ptr() >= worker.replica.pieces[0].flat.data_ptr()
+    assert sum(worker.staleness.values()) == sum(map(len, log))
+    assert not any(piece.grad.any() for piece in worker.replica.pieces)
+    return [log, most]
+
+
+def pipedream_not_finite(comm: Communicator, replicas: int) -> list[bool]:
+    """One micro-batch of one replica has an infinite input: whether this rank stopped, and kept what it had."""
+    comm.mesh = Mesh(data=replicas, pipeline=comm.size // replicas)
+    whole, worker = pipedream(comm, 4, PipeDream(), opt="momentum")
+    x, y = batch(8)
+    if comm.rank < comm.size // replicas:
+        x[3] = torch.inf
+    try:
+        worker.step(Batch(x, y, 8, 8 * replicas))
+    except NonFiniteLoss:
+        return [True, all(bool(p.isfinite().all()) for p in whole.parameters())]
+    return [False, False]
+
+
+def pipedream_resumed(comm: Communicator) -> float:
+    """Two steps, and the second in a new worker: how far apart the parameters are."""
+    comm.mesh = Mesh(pipeline=comm.size)
+    whole, worker = pipedream(comm, 4, PipeDream(), opt="adam")
+    worker.step(Batch(*batch(8, 0), 8))
+    other, again = pipedream(comm, 4, PipeDream(), opt="adam")
+    again.load_state_dict(worker.state_dict())
+    again.replica.load_optimizer_state(worker.replica.optimizer_state())
+    for mine, theirs in zip(again.replica.pieces, worker.replica.pieces, strict=True):
+        mine.flat.copy_(theirs.flat)
+    for each in (again, worker):  # what is loaded is read at the first update, before it goes on where it came from
+        each.step(Batch(*batch(8, 1), 8))
+    assert worker.replica.log == again.replica.log
+    return max(float((a - b).detach().abs().max()) for a, b in zip(whole.parameters(), other.parameters(), strict=True))

@@ -73,6 +73,54 @@ class Derived(nn.Sequential):
     """A chain under a name of its own."""
 
 
+class Masked(nn.Module):
+    """torch's encoder as people use it, with a causal mask that is made on the way."""
+
+    def __init__(self, *, padded: bool = False) -> None:
+        super().__init__()
+        self.embedding, self.padded = nn.Embedding(11, 8), padded
+        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 3, norm=nn.LayerNorm(8), enable_nested_tensor=False)
+        self.head = nn.Linear(8, 11)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        mask = nn.Transformer.generate_square_subsequent_mask(tokens.size(1), dtype=torch.float64) < 0
+        padding = tokens == 0 if self.padded else None
+        return self.head(self.encoder(self.embedding(tokens), mask=mask, src_key_padding_mask=padding))
+
+
+class BothWays(nn.Module):
+    """torch's whole transformer: what the encoder makes of the source goes to every layer of the decoder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(11, 8)
+        self.transformer = nn.Transformer(8, 2, 2, 2, 16, dropout=0.0, batch_first=True)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(tokens)
+        return self.transformer(x, x.flip(1))
+
+
+class Stacked(nn.Module):
+    """A list of layers and a loop over them."""
+
+    def __init__(self, *, branching: bool = False) -> None:
+        super().__init__()
+        self.layers, self.branching = nn.ModuleList(nn.Linear(4, 4) for _ in range(3)), branching
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            if not self.branching or x.sum() > 0:
+                x = x + layer(x).tanh()
+        return x
+
+
+def of_torch() -> nn.Sequential:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    return nn.Sequential(nn.Embedding(11, 8), nn.TransformerEncoder(layer, 3), nn.Linear(8, 3))
+
+
 def tokens() -> torch.Tensor:
     return torch.arange(15).view(3, 5) % 11
 
@@ -97,6 +145,19 @@ CASES = {
         Transformerish,
         tokens,
         ["blocks.1", "blocks.0, blocks.2, head", "blocks.1.up", "blocks, blocks.1.norm, blocks.1.down"],
+    ),
+    "torch's encoder": (Masked, tokens, ["encoder.layers.1, encoder.norm", "encoder, encoder.layers.2, head"]),
+    "with padding": (lambda: Masked(padded=True), tokens, ["encoder.layers.1"]),
+    "torch's transformer": (
+        BothWays,
+        tokens,
+        ["transformer.encoder.layers.1, transformer.decoder.layers.1", "transformer.decoder"],
+    ),
+    "an encoder in a chain": (of_torch, tokens, ["1.layers.1", "1, 1.layers.2, 2"]),
+    "a list in a chain": (
+        lambda: nn.Sequential(nn.Linear(4, 4), Stacked(), nn.Linear(4, 2)),
+        lambda: torch.ones(5, 4),
+        ["1.layers.1", "1, 1.layers.2, 2"],
     ),
 }
 
@@ -221,6 +282,18 @@ def test_cut_points_that_do_not_fit_are_refused(at, why):
         cut(chain(), at)
     if at == "9":
         assert isinstance(caught.value, UnknownName)
+
+
+def test_a_cut_within_a_part_names_the_module_the_reason_and_what_works():
+    model = nn.Sequential(nn.Linear(4, 4), Stacked(branching=True), nn.Linear(4, 2))
+    with pytest.raises(BadInput, match=r"before 1\.layers\.1, which lies in 1\. 1 \(Stacked\) is one part") as caught:
+        cut(model, "1.layers.1")
+    assert "control flow" in str(caught.value)
+    assert "make what it cannot trace a module of its own" in str(caught.value)
+    with pytest.raises(BadInput, match=r"has 3 parts .* 1 \(Stacked\) is one part: torch\.fx cannot trace"):
+        cut_points(model, 4, torch.ones(2, 4))
+    with pytest.raises(BadInput, match=r"encoder\.layers\.1 \(TransformerEncoderLayer\) is one part\. Cut before it"):
+        cut(Masked(), "encoder.layers.1.linear1")
 
 
 def test_more_stages_than_parts_are_refused():

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import manyhands as mh
+from manyhands.cli.summary import lines
 from manyhands.errors import BadInput, InvalidPlan, NonFiniteLoss
 from manyhands.training import checkpoint
 
@@ -41,6 +42,16 @@ def test_a_cut_model_is_trained_as_the_whole_one(transport, axis):
     assert str(part.plan.mesh) == f"mesh(data=1, {axis}=2)"
     assert part.plan.micro_batches == (8 if axis == "pipeline" else 1)
     assert part.notes[-1].startswith("cut among 2 workers" if axis == "tensor" else "cut into 2 stages")
+    said = part.summary
+    if axis == "tensor":
+        assert (said.bubble_by_worker, said.bubble_of_schedule, said.bubble_of_flush) == ([], None, None)
+    else:  # 8 micro-batches on two stages
+        assert len(said.bubble_by_worker) == 2
+        assert all(0 < idle < 1 for idle in said.bubble_by_worker)
+        assert said.bubble_of_schedule == pytest.approx(1 / 9)
+        assert said.bubble_of_flush == pytest.approx(1 / 9)
+        line = next(x for x in lines(task(), part) if x.startswith("  bubble"))
+        assert line.endswith("by worker (medians); of the schedule 0.111, (p − 1)/(m + p − 1) = 0.111")
 
 
 @pytest.mark.slow
@@ -130,13 +141,27 @@ def test_a_plan_that_cannot_be_is_refused(plan, says):
         ({"pipeline": "gpipe(cut='hidden2, output')"}, "1 modules to cut before, and 2 are named"),
         ({"pipeline": "sideways"}, "one_f_one_b"),
         ({"pipeline": "gpipe(chunks=2)"}, "chunks"),
-        ({"pipeline": "pipedream"}, "not part of this release"),
+        ({"pipeline": "pipedream"}, "Say strategy=pipedream"),
     ],
 )
 def test_a_cut_that_does_not_fit_is_refused_before_anything_starts(tmp_path, how, says):
     with pytest.raises(BadInput, match=says):
         trained(f"{next(iter(how))}=2", "shared", how=how, out=tmp_path / "run")
     assert not list(tmp_path.glob("run/checkpoints"))
+
+
+@pytest.mark.parametrize("strategy", ["synchronous", "pipedream"])
+def test_what_no_stage_uses_is_kept_as_it_was(strategy):
+    """Also under a weight decay, as torch leaves alone what has no gradient."""
+    how = {"model": "tests.training.factories:partly_used", "steps": 3, "optimizer": "sgd(lr=0.1, weight_decay=0.1)"}
+    plan = {
+        "strategy": strategy,
+        "micro_batches": 1,
+        "pipeline": f"{'pipedream' if strategy != 'synchronous' else 'gpipe'}(cut='b')",
+    }
+    whole, part = trained("data=1", **how), trained("pipeline=2", how=plan, **how)
+    close(whole.model.state_dict(), part.model.state_dict())
+    assert torch.equal(part.model.state_dict()["never"], torch.ones(4))
 
 
 @pytest.mark.parametrize("axis", ["tensor", pytest.param("pipeline", marks=pytest.mark.slow)])

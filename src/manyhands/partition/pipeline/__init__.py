@@ -1,7 +1,8 @@
 """Stages of a network on different workers, micro-batches passing through them (survey §V-C, layer pipelining).
 
 `schedules` is the table of contents: a new schedule is one file with a pure function ``(ranks, micro_batches)`` that
-returns a `schedule.Schedule`, and one line here. `cut` makes the stages, `runtime` runs any schedule on them.
+returns a `schedule.Schedule`, and one line here. `cut` makes the stages, `runtime` runs any schedule on them;
+`strategy` and `stashing` are PipeDream's, whose stages update by themselves.
 """
 
 from manyhands.catalogue import Catalogue
@@ -14,5 +15,6 @@ schedules = Catalogue(
         "interleaved": "manyhands.partition.pipeline.interleaved:interleaved",
         "zero_bubble": "manyhands.partition.pipeline.zero_bubble:zero_bubble",
         "pipedream": "manyhands.partition.pipeline.pipedream:pipedream",
+        "written": "manyhands.partition.pipeline.written:written",
     },
 )

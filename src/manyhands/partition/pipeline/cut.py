@@ -2,9 +2,11 @@
 
 Two kinds of models can be cut without a change:
 
-- a *chain*: an `nn.Sequential`, or a class of one that keeps its forward; nested ones count as their children;
+- a *chain*: an `nn.Sequential`, or a class of one that keeps its forward; nested ones count as their children, and an
+  `nn.TransformerEncoder` as its layers;
 - anything whose forward `torch.fx` can trace. Operations stand in a row there, and a stage hands over whatever later
   ones still need, so residual and longer skip connections may cross stages: what is needed further on passes through.
+  Transformers of torch's are opened (see `opening`); a module that cannot be traced is one part.
 
 The stages hold the model's own modules and parameters, so training them trains the model. Each parameter belongs to one
 stage: where two stages use one (tied weights), its gradient would be in two places, and that is refused.
@@ -13,12 +15,13 @@ stage: where two stages use one (tied weights), its gradient would be in two pla
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import itertools
 import operator
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +30,7 @@ from torch import Tensor, fx, nn
 
 from manyhands.checks import whole
 from manyhands.errors import BadInput, UnknownName
+from manyhands.partition.pipeline.opening import OPENED
 
 _REPEATS = 3  # of a timing; the least counts
 
@@ -58,6 +62,7 @@ def cut(model: nn.Module, at: str | Sequence[str]) -> Cut:
     for name in names:
         start = parts.starts.get(name)
         if start is None:
+            parts.refuse_inside(name)
             raise UnknownName("module to cut before", name, parts.starts, also=_INSIDE)
         if start <= starts[-1]:
             raise BadInput(
@@ -91,6 +96,7 @@ def cut_points(model: nn.Module, stages: int, sample: Any) -> list[str]:
         raise BadInput(
             f"{type(model).__name__} into {stages} stages: it has {len(parts)} parts that can be told apart "
             f"({', '.join(parts.names)}). A stage needs one at least. Ask for {len(parts)} stages or fewer."
+            + "".join(f" {parts.why_one_part(name)}" for name in parts.closed)
         )
     costs = _measure(parts, sample)
     parameters = [sum(p.numel() for p in parts.module(k, k + 1).parameters()) for k in range(len(parts))]
@@ -149,6 +155,7 @@ class _Parts(ABC):
     model: nn.Module
     names: list[str]  # of what each part begins with
     starts: dict[str, int]  # every module that begins a part, also those that contain the first one
+    closed: Mapping[str, str] = {}  # modules that are parts as they are, and why torch.fx does not trace them
 
     def __len__(self) -> int:
         return len(self.names)
@@ -156,6 +163,23 @@ class _Parts(ABC):
     @abstractmethod
     def module(self, lo: int, hi: int) -> nn.Module:
         """Parts ``[lo, hi)`` as one module, a tensor or tuple in and out."""
+
+    def why_one_part(self, name: str) -> str:
+        """What to know of a module that has others and cannot be opened, and what would work."""
+        kind = type(self.model.get_submodule(name)).__name__
+        if name not in self.closed:
+            return f"{name} ({kind}) is one part. Cut before it, or before what comes after it."
+        return (
+            f"{name} ({kind}) is one part: torch.fx cannot trace its forward ({self.closed[name]}). To cut there, make "
+            "what it cannot trace a module of its own."
+        )
+
+    def refuse_inside(self, name: str) -> None:
+        """Raise `BadInput` if the model has a module called so that lies within a part."""
+        parents = list(itertools.accumulate(name.split("."), lambda a, b: f"{a}.{b}"))[:-1]
+        around = [p for p in parents if p in self.names]
+        if around and any(name == own for own, _ in self.model.named_modules()):
+            raise BadInput(f"Cannot cut before {name}, which lies in {around[-1]}. {self.why_one_part(around[-1])}")
 
     def tied(self) -> list[_Tied]:
         """Parameters that more than one part uses."""
@@ -178,7 +202,19 @@ def _refuse_tied(model: nn.Module, tied: Sequence[_Tied]) -> None:
 
 
 def _parts(model: nn.Module) -> _Parts:
-    return _Chain(model) if _is_chain(model) else _Traced(model)
+    if not (_is_chain(model) or type(model) is nn.TransformerEncoder):
+        return _Traced(model)
+    chain = _Chain(model)
+    if any(map(_may_be_opened, chain.modules)):
+        with contextlib.suppress(BadInput):
+            return _Traced(model)
+    return chain
+
+
+def _may_be_opened(module: nn.Module) -> bool:
+    """Whether it is a container of the user's, with a forward of its own."""
+    of_others = type(module).__module__.startswith(("torch.", "manyhands.partition."))
+    return not of_others and next(module.children(), None) is not None
 
 
 def _is_chain(module: nn.Module) -> bool:
@@ -192,7 +228,7 @@ class _Chain(_Parts):
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.names, self.starts = [], {}
-        self._modules: list[nn.Module] = []
+        self.modules: list[nn.Module] = []
         self._walk(model, "")
         if not self.names:
             raise BadInput(f"{type(model).__name__} is empty; there is nothing to cut.")
@@ -202,14 +238,15 @@ class _Chain(_Parts):
             if child is None:
                 continue
             self.starts[prefix + name] = len(self.names)
-            if _is_chain(child) and len(child._modules):
+            layers = isinstance(child, nn.ModuleList) and type(module) is nn.TransformerEncoder
+            if (_is_chain(child) or layers or type(child) is nn.TransformerEncoder) and len(child._modules):
                 self._walk(child, f"{prefix}{name}.")
             else:
                 self.names.append(prefix + name)
-                self._modules.append(child)
+                self.modules.append(child)
 
     def module(self, lo: int, hi: int) -> nn.Module:
-        return _in_mode(nn.Sequential(*self._modules[lo:hi]), self.model)
+        return _in_mode(nn.Sequential(*self.modules[lo:hi]), self.model)
 
 
 class _Traced(_Parts):
@@ -217,7 +254,7 @@ class _Traced(_Parts):
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        graph = _trace(model)
+        graph, self.closed = _trace(model)
         self._nodes = [n for n in graph.nodes if n.op not in ("placeholder", "output")]
         self._input = next(n for n in graph.nodes if n.op == "placeholder")
         self._output = next(n for n in graph.nodes if n.op == "output")
@@ -315,8 +352,8 @@ def _is_derived(node: fx.Node) -> bool:
     )
 
 
-def _trace(model: nn.Module) -> fx.Graph:
-    """The operations of a forward; the same in training and evaluation."""
+def _trace(model: nn.Module) -> tuple[fx.Graph, dict[str, str]]:
+    """The operations of a forward, the same in training and evaluation; and what modules are left whole, and why."""
     name = type(model).__name__
     fixed = {}
     parameters = list(inspect.signature(model.forward).parameters.values())
@@ -325,9 +362,7 @@ def _trace(model: nn.Module) -> fx.Graph:
             raise BadInput(f"{name} cannot be cut: its forward takes {p.name} beside the inputs. {_CURE}")
         if p.default is not p.empty:
             fixed[p.name] = p.default
-    whole: set[str] = (
-        set()
-    )  # modules that cannot be traced, or change between training and evaluation: parts as they are
+    whole: dict[str, str] = {}  # what cannot be traced, or changes between training and evaluation: parts as they are
     while True:
         graphs, training = [], [(m, m.training) for m in model.modules()]
         tracer = _Tracer(whole)
@@ -338,7 +373,7 @@ def _trace(model: nn.Module) -> fx.Graph:
                 graphs.append(_without_checks(tracer.trace(model, concrete_args=fixed or None)))
         except Exception as e:
             if tracer.failed:
-                whole.add(tracer.failed)
+                whole[tracer.failed] = str(e).partition("\n")[0]
                 continue
             reason = str(e).partition("\n")[0]
             raise BadInput(f"{name} cannot be cut: torch.fx cannot trace its forward ({reason}). {_CURE}") from e
@@ -347,13 +382,13 @@ def _trace(model: nn.Module) -> fx.Graph:
                 module.training = mode
         differing = _difference(*graphs)
         if differing is None:
-            return graphs[1]
+            return graphs[1], whole
         if not differing[1]:
             raise BadInput(
                 f"{name} cannot be cut: its forward does something else in training than in evaluation, outside of its "
                 f"modules ({differing[0]}). Use a module for it, such as nn.Dropout for functional.dropout."
             )
-        whole.add(differing[1])
+        whole[differing[1]] = f"it does something else in training than in evaluation: {differing[0]}"
 
 
 class _Tracer(fx.Tracer):
@@ -366,11 +401,14 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """torch's own, the layers of a cut, and what was asked for."""
-        ours = type(m).__module__.startswith("manyhands.partition.")
-        return ours or module_qualified_name in self._whole or super().is_leaf_module(m, module_qualified_name)
+        if module_qualified_name in self._whole or type(m) in OPENED:
+            return module_qualified_name in self._whole
+        return type(m).__module__.startswith("manyhands.partition.") or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        """As torch does it; the innermost module that fails is the one to blame."""
+        """As torch does it, but that its containers are opened; the innermost module that fails is the one to blame."""
+        if type(m) in OPENED:
+            forward = functools.partial(OPENED[type(m)], m)
         try:
             return super().call_module(m, forward, args, kwargs)
         except Exception:

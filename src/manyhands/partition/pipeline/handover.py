@@ -119,6 +119,7 @@ class _Order:
     """What follows from the order of all ranks' actions in a batch."""
 
     def __init__(self, schedule: Schedule) -> None:
+        self.schedule = schedule
         self.lengths = [len(row) for row in schedule.rows]
         #: How many actions its rank has done when this one is over.
         self.position = {a: at + 1 for row in schedule.rows for at, a in enumerate(row)}
@@ -155,7 +156,7 @@ class Handover:
         self._slots: dict[int, _Slots] = {}
         self._board: Board | None = None  # how many actions each rank has done since there are slots
         self._done = [0] * comm.size  # the same, before this batch
-        self._orders: dict[int, _Order] = {}  # by how many actions are left
+        self._orders: dict[int, _Order] = {}  # by the schedule's identity
         self._order = _Order(schedule)
         self._here: dict[tuple[int, int], list[Tensor]] = {}  # between two stages of this rank
         self._works: list[tuple[Work, Tensor]] = []
@@ -165,10 +166,10 @@ class Handover:
 
     def begin(self, schedule: Schedule) -> None:
         """A batch begins in this order: the schedule, or less where micro-batches have no samples."""
-        left = sum(map(len, schedule.rows))
-        if left not in self._orders:
-            self._orders[left] = _Order(schedule)
-        self._order = self._orders[left]
+        if schedule is not self._order.schedule:
+            if id(schedule) not in self._orders:
+                self._orders[id(schedule)] = _Order(schedule)
+            self._order = self._orders[id(schedule)]
 
     def did(self, actions: int) -> None:
         """So many actions of this batch are done here, and their outputs are where they belong."""
@@ -206,8 +207,8 @@ class Handover:
             self._told.add((stage, samples))
             said = torch.tensor(form.numbers())
             with self._comm.counting("control"):
-                self._post(torch.tensor([said.numel()]), peer, tag)
-                self._post(said, peer, tag)
+                self._post(torch.tensor([said.numel()]), peer, self._tag_of_form(stage, samples))
+                self._post(said, peer, self._tag_of_form(stage, samples))
         slots = self._slots_for(stage, form)
         if slots is None:
             for t in tensors:
@@ -224,8 +225,9 @@ class Handover:
             return _leaves(self._here.pop((tag, 0)), form), form
         known = self._forms.get((boundary, samples))
         if known is None:
-            length = self._take(torch.empty(1, dtype=torch.int64), peer, tag)
-            said = self._take(torch.empty(int(length), dtype=torch.int64), peer, tag)
+            of_form = self._tag_of_form(boundary, samples)
+            length = self._take(torch.empty(1, dtype=torch.int64), peer, of_form)
+            said = self._take(torch.empty(int(length), dtype=torch.int64), peer, of_form)
             known = self._forms[boundary, samples] = Form.read(said.tolist())
         slots = self._slots_for(boundary, known)
         if slots is None:
@@ -318,6 +320,10 @@ class Handover:
     def _tag(self, boundary: int, i: int) -> int:
         """Of what goes forward over a boundary; the next one is that of the gradients."""
         return 2 * (boundary * self._schedule.micro_batches + i)
+
+    def _tag_of_form(self, boundary: int, samples: int) -> int:
+        """Not that of a micro-batch: the next stage may take them up in another order than they are sent in."""
+        return 2 * self._schedule.stages * self._schedule.micro_batches + samples * self._schedule.stages + boundary
 
 
 def _needed(tensors: Sequence[Tensor], form: Form) -> list[Tensor]:

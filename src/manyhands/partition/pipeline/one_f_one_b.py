@@ -18,10 +18,11 @@ from manyhands.partition.pipeline.schedule import Action, Schedule, schedule, si
 def one_f_one_b(ranks: int, micro_batches: int) -> Schedule:
     """1F1B on ``ranks`` stages."""
     sizes("one_f_one_b", ranks, micro_batches)
-    return schedule([_stage(k, min(ranks - 1 - k, micro_batches), micro_batches) for k in range(ranks)])
+    return schedule([alternating(k, min(ranks - 1 - k, micro_batches), micro_batches) for k in range(ranks)])
 
 
-def _stage(k: int, ahead: int, micro_batches: int) -> list[Action]:
+def alternating(k: int, ahead: int, micro_batches: int) -> list[Action]:
+    """What stage ``k`` does that goes ``ahead`` by so many forwards."""
     row = [Action("F", k, i) for i in range(ahead)]
     for i in range(micro_batches):
         if ahead + i < micro_batches:

@@ -10,6 +10,8 @@ Guarantee: loss and gradients are those of one worker with the same micro-batche
 
 from __future__ import annotations
 
+import time
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -24,12 +26,15 @@ from manyhands.partition.pipeline.runtime import Pipeline
 from manyhands.partition.pipeline.schedule import Schedule
 
 
-def keep_stages(model: nn.Module, stages: dict[int, nn.Module]) -> None:
+def keep_stages(model: nn.Module, stages: dict[int, nn.Module], every: Sequence[nn.Module] = ()) -> None:
     """Take from ``model`` the parameters and buffers that none of ``stages``, which hold its modules, uses.
 
-    Raises `BadInput` if there is nothing to train in them.
+    What none of ``every`` stage there is uses goes with the first, so that somebody has it for checkpoints. Raises
+    `BadInput` if there is nothing to train in them.
     """
-    used = {id(x) for stage in stages.values() for x in (*stage.parameters(), *stage.buffers())}
+    used = _tensors_of(stages.values())
+    if 0 in stages and every:
+        used |= _tensors_of([model]) - _tensors_of(every)
     for module in model.modules():
         for place in (module._parameters, module._buffers):
             for name, tensor in place.items():
@@ -40,6 +45,10 @@ def keep_stages(model: nn.Module, stages: dict[int, nn.Module]) -> None:
             f"pipeline: stage {', '.join(map(str, stages))} has no trainable parameters, so its worker would have "
             "nothing to learn. Cut elsewhere, e.g. pipeline=\"one_f_one_b(cut='module')\", or into fewer stages."
         )
+
+
+def _tensors_of(modules: Iterable[nn.Module]) -> set[int]:
+    return {id(x) for module in modules for x in (*module.parameters(), *module.buffers())}
 
 
 class PipelineReplica(DataReplica):
@@ -73,15 +82,23 @@ class PipelineReplica(DataReplica):
         self.answering = Passing(model, stages, schedule, self._group)
 
     def _passes(self, batch: Batch, last_pass: LastPass) -> tuple[Tensor, float]:
+        loss, count, divisor = self._through(batch)
+        if divisor != 1:
+            for piece in self.pieces:
+                piece.grad.div_(divisor)
+        return torch.tensor(loss), count
+
+    def _through(self, batch: Batch, others: Collection[int] = ()) -> tuple[float, float, float]:
+        """Loss, count and divisor of a batch that has passed all stages, on every rank. Collective."""
+        t0 = time.perf_counter()
         with self._group.counting("cut"):
-            outcome = self.pipeline.run(batch.inputs, batch.target, batch.count)
+            outcome = self.pipeline.run(batch.inputs, batch.target, batch.count, others)
         told = torch.zeros(3, dtype=torch.float64)
         if outcome is not None:
             told.copy_(torch.tensor([float(outcome.loss), outcome.count, outcome.divisor], dtype=torch.float64))
         with self._group.counting("control"):
             self._group.broadcast(told, self._source).wait()
+        # What is not forward or backward of its own stages is no compute of this rank's.
+        self.compute_s -= time.perf_counter() - t0 - self.pipeline.times.compute_s
         loss, count, divisor = told.tolist()
-        if divisor != 1:
-            for piece in self.pieces:
-                piece.grad.div_(divisor)
-        return torch.tensor(loss), count
+        return loss, count, divisor

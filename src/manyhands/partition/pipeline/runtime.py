@@ -15,17 +15,17 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from manyhands.communication.communicator import Communicator
 from manyhands.errors import BadInput, CommunicationError
-from manyhands.partition.backward import backward
+from manyhands.partition.backward import backward, backward_from
 from manyhands.partition.pipeline.handover import DTYPES, Form, Handover
 from manyhands.partition.pipeline.later import Later, inputs_first
 from manyhands.partition.pipeline.schedule import Action, Schedule
@@ -54,6 +54,19 @@ class Times:
     batch_s: float = 0.0
     compute_s: float = 0.0  # in forwards and backwards
     wait_s: float = 0.0  # for other stages
+
+
+class Apart(Protocol):
+    """Micro-batches that are batches of their own, such as PipeDream's: each with its mean and its update."""
+
+    def begin(self, order: Schedule) -> None:
+        """A batch begins, in this order."""
+
+    def around(self, action: Action) -> AbstractContextManager[None]:
+        """Entered before an action of this rank, left when what it has made is where it belongs."""
+
+    def objective(self, micro_batch: int, mean: Tensor, weight: float) -> Tensor:
+        """What is differentiated, of a micro-batch's own mean and its weight: samples, or what the loss counted."""
 
 
 def measured_bubble(times: Sequence[Times]) -> float:
@@ -96,6 +109,8 @@ class Pipeline:
     ) -> None:
         _check(stages, schedule, comm, loss)
         self.stages, self.schedule, self.loss = dict(stages), schedule.validate(), loss
+        #: None: gradients of all micro-batches add up to that of the batch.
+        self.apart: Apart | None = None
         self.times = Times()
         #: Most (stage, micro-batch) that were held at once so far.
         self.peak_in_flight = 0
@@ -103,48 +118,65 @@ class Pipeline:
         self._handover = Handover(comm, schedule, keeps=schedule.splits_backward)
         self._last = schedule.stages - 1
         self._held: dict[tuple[int, int], _Held] = {}
-        self._orders: dict[int, Schedule] = {}  # by how many micro-batches have no samples
+        self._orders: dict[frozenset[int], Schedule] = {}  # by the micro-batches that have no samples
         self._at_once = _followed_at_once(schedule.rows[comm.rank])
         # A module that overwrites its input would overwrite a leaf, or what is to be done again.
         self._overwrites = {s for s, m in self.stages.items() if any(getattr(x, "inplace", False) for x in m.modules())}
         self._batch = _Batch(None, None, [], 0)
 
-    def run(self, inputs: Any, target: Any, count: int) -> Outcome | None:
+    def run(self, inputs: Any, target: Any, count: int, others: Collection[int] = ()) -> Outcome | None:
         """Forward and backward over one batch; the outcome where the last stage is, None elsewhere.
 
         ``inputs`` are looked at where the first stage is and ``target`` where the last is: pytrees of tensors whose
         leading dim is the sample, elsewhere None. ``count``, the number of samples, is the same on all ranks; 0 is
         allowed. The first batch with samples is collective over the group; every other rank must come for each.
+        ``others``: how many samples other replicas have; only what is empty for all is left out, so that all do the
+        same actions.
         """
         t0, waited = time.perf_counter(), self._comm.counters.wait_s
         self.times = Times()
         self._batch = _Batch(inputs, target, _divide(count, self.schedule.micro_batches), count)
         do = {"F": self._forward, "B": self._backward, "I": self._input_gradients, "W": self._weight_gradients}
-        order = self._ordered()
+        order = self._ordered({count, *others})
         self._handover.begin(order)
-        for done, action in enumerate(order.rows[self._comm.rank], 1):
-            with self._named(action):
-                do[action.kind](action.stage, action.micro_batch)
-                self._handover.did(done)
-        with self._named(None):
+        if self.apart is not None:
+            self.apart.begin(order)
+        action: Action | None = None
+        try:
+            for done, action in enumerate(order.rows[self._comm.rank], 1):
+                if self.apart is None:
+                    do[action.kind](action.stage, action.micro_batch)
+                    self._handover.did(done)
+                    continue
+                with self.apart.around(action):
+                    do[action.kind](action.stage, action.micro_batch)
+                    self._handover.did(done)
+            action = None
             self._handover.finish(count)
+        except CommunicationError as e:  # which stage and micro-batch it has met
+            e.args = (f"{e} (pipeline: {_where(action)})",)
+            raise
         assert not self._held, "a validated schedule holds nothing at its end"
         self.times.wait_s = self._comm.counters.wait_s - waited
         self.times.batch_s = time.perf_counter() - t0
         return self._batch.outcome() if self._last in self.stages else None
 
-    def _ordered(self) -> Schedule:
-        """The schedule without actions on micro-batches that have no samples."""
-        empty = [i for i, (lo, hi) in enumerate(self._batch.bounds) if lo == hi]
-        key = len(empty)  # with equally many samples the same ones are empty; see `_divide`
-        if key not in self._orders:
-            self._orders[key] = self.schedule.without(empty)
-        return self._orders[key]
+    def _ordered(self, counts: set[int]) -> Schedule:
+        """The schedule without actions on micro-batches that have no samples, however many there are of ``counts``."""
+        m = self.schedule.micro_batches
+        if max(counts) >= m:
+            return self.schedule
+        empty = frozenset.intersection(*(_empty(count, m) for count in counts))
+        if empty not in self._orders:
+            self._orders[empty] = self.schedule.of([i for i in range(m) if i not in empty])
+        return self._orders[empty]
 
     # -- actions -------------------------------------------------------------------------------------------------------
 
     def _forward(self, stage: int, i: int) -> None:
         lo, hi = self._batch.bounds[i]
+        if lo == hi:  # another replica has some
+            return
         if stage == 0:
             held = _Held(_rows(self._batch.inputs, lo, hi), [], None)
         else:
@@ -207,7 +239,7 @@ class Pipeline:
             objective = result * ((hi - lo) / batch.count)
             if first:
                 batch.loss, batch.weight = batch.loss + objective.detach(), batch.weight + hi - lo
-            return objective
+            return objective if self.apart is None else self.apart.objective(i, result, hi - lo)
         total: Tensor = result[0]
         if result[1] is None:
             if getattr(self.loss, "reduction", "mean") != "sum":
@@ -215,22 +247,26 @@ class Pipeline:
                     "the loss returned (total, None), a sum over samples, but it has no reduction='sum'. Give it that "
                     "attribute (my_loss.reduction = 'sum'), or return a mean or (total, count)."
                 )
+            objective = total * self._shares
             if first:
-                batch.loss, batch.weight = batch.loss + total.detach() * self._shares, 1.0
-            return total * self._shares
+                batch.loss, batch.weight = batch.loss + objective.detach(), 1.0
+            return objective if self.apart is None else self.apart.objective(i, objective, 1.0)
+        counted = float(result[1])
         if first:
             batch.counts_itself = True
-            batch.loss, batch.weight = batch.loss + total.detach(), batch.weight + float(result[1])
-        return total
+            batch.loss, batch.weight = batch.loss + total.detach(), batch.weight + counted
+        return total if self.apart is None else self.apart.objective(i, total / (counted or 1.0), counted)
 
     def _backward(self, stage: int, i: int) -> None:
+        if (stage, i) not in self._held:
+            return
         held, gradients = self._before_backward(stage, i)
         t0 = time.perf_counter()
         if held.outputs:
             if stage == self._last:
                 backward(held.outputs[0])
             else:
-                torch.autograd.backward(held.outputs, gradients)
+                backward_from(tuple(held.outputs), tuple(gradients))
         held.outputs = []  # the graph ends here
         self.times.compute_s += time.perf_counter() - t0
         del self._held[stage, i]
@@ -285,21 +321,6 @@ class Pipeline:
         held.rng = None
         return outputs
 
-    # -- where it went wrong -------------------------------------------------------------------------------------------
-
-    @contextlib.contextmanager
-    def _named(self, action: Action | None) -> Iterator[None]:
-        """Errors between ranks say which stage and micro-batch they met."""
-        try:
-            yield
-        except CommunicationError as e:
-            if action is None:
-                where = "at the end of a batch"
-            else:
-                where = f"in the {_DOING[action.kind]} of stage {action.stage}, micro-batch {action.micro_batch}"
-            e.args = (f"{e} (pipeline: {where})",)
-            raise
-
 
 @dataclass
 class _Batch:
@@ -339,9 +360,19 @@ def _check(
         )
 
 
+def _where(action: Action | None) -> str:
+    if action is None:
+        return "at the end of a batch"
+    return f"in the {_DOING[action.kind]} of stage {action.stage}, micro-batch {action.micro_batch}"
+
+
 def _divide(count: int, micro_batches: int) -> list[tuple[int, int]]:
-    """Contiguous shares that differ by at most one sample; the first ones are empty where there are too few samples."""
+    """Contiguous shares that differ by at most one sample; some are empty where there are too few samples."""
     return [(k * count // micro_batches, (k + 1) * count // micro_batches) for k in range(micro_batches)]
+
+
+def _empty(count: int, micro_batches: int) -> frozenset[int]:
+    return frozenset(k for k, (lo, hi) in enumerate(_divide(count, micro_batches)) if lo == hi)
 
 
 def _followed_at_once(row: Sequence[Action]) -> set[tuple[int, int]]:
@@ -368,4 +399,6 @@ def _device(near: Any) -> torch.device:
 
 
 def _rows(tree: Any, lo: int, hi: int) -> Any:
+    if isinstance(tree, Tensor):
+        return tree[lo:hi]
     return torch.utils._pytree.tree_map(lambda t: t[lo:hi] if isinstance(t, Tensor) else t, tree)

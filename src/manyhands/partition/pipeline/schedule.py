@@ -105,6 +105,13 @@ class Schedule:
         """The same order with these micro-batches left out; what was valid stays so."""
         return Schedule(tuple(tuple(a for a in row if a.micro_batch not in micro_batches) for row in self.rows))
 
+    def of(self, micro_batches: Sequence[int]) -> Schedule:
+        """The same order for these alone, as if there were no others: the n-th of them is where micro-batch n was."""
+        left = self.without(range(len(micro_batches), self.micro_batches))
+        return Schedule(
+            tuple(tuple(a._replace(micro_batch=micro_batches[a.micro_batch]) for a in row) for row in left.rows)
+        )
+
     def __str__(self) -> str:
         times, stuck = simulate(self, UNIT)
         if stuck:
