@@ -9,29 +9,52 @@ free heap back to the kernel (malloc_trim), so that what counts is what is held,
 
 Gradients are each worker's own by design. Beside it, for comparison, the same over gloo, where every worker has all.
 
+And what the largest worker holds at most while it trains a model that is cut in two, against one worker: its resident
+set at the peak, from before the model is built to the end of two steps, less what the process had. gpt with 59 million
+parameters, 4 samples of 32 characters, Adam. Buffers that go with a cut are stated and allowed for: of sharding three
+units (one gathered, two of gradients), of which the largest is a 16th of the model.
+
     python benchmarks/memory.py [--quick] [--json FILE]
 """
 
 from __future__ import annotations
 
 import ctypes
+import gc
 from pathlib import Path
+from typing import Any
 
 import _measure as measure
 import torch
 from _measure import Report, Spread, Target
 
-from manyhands import models
+import manyhands as mh
+from manyhands import models, verbs
 from manyhands.consistency.synchronous import Synchronous
 from manyhands.contract import Batch
 from manyhands.models import losses
+from manyhands.partition.buckets import BUCKET_B
 from manyhands.partition.data import DataReplica
+from manyhands.partition.sharded.units import PARTS
+from manyhands.plan import Plan
+from manyhands.task import Task, from_table
+from manyhands.training import memory
 from manyhands.training.member import Member
+from manyhands.training.preparation import prepare
+from manyhands.training.run import Options
 from manyhands.training.team import team
 
 SAMPLES = 4  # per worker: activations are not what is measured
 #: Kernels' work space and the heap's own book-keeping come to some megabytes a worker.
 TARGET = 1.1
+
+#: A plan of two workers by whom the model is cut, and of how much more than half a worker's peak may be.
+CUTS: dict[str, dict[str, Any]] = {
+    "tensor=2": {"mesh": "tensor=2", "transport": "shared"},
+    "pipeline=2": {"mesh": "pipeline=2", "pipeline": "one_f_one_b(cut='block7')", "transport": "shared"},
+    "data=2, shard=3": {"mesh": "data=2", "shard": 3, "transport": "gloo"},
+}
+HALF = 0.55
 
 
 def held(member: Member, hidden: int, update: str) -> dict[str, int]:
@@ -62,6 +85,57 @@ def _trained(member: Member, hidden: int, update: str) -> DataReplica:
     return replica
 
 
+def peak(member: Member, tasks: list[dict[str, Any]], plan: dict[str, Any]) -> dict[str, int]:
+    """A job: the most that this worker holds of the last of ``tasks``; those before load what is used once."""
+    found = {}
+    for task in tasks:
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        member.comm.barrier()
+        before_B = _resident()
+        run = prepare(member, from_table(Task, task, "[task]"), from_table(Plan, plan, "[plan]"), Options())
+        built_B = memory.peak_B()
+        shares = run.sampler.batches(run.cursor, epochs=1)
+        for _ in range(2):
+            share = next(shares)
+            inputs, target = run.splits.train.rows(share.indices)
+            run.worker.step(Batch(inputs, target, len(share.indices), share.global_count))
+        found = {"built_B": built_B - before_B, "peak_B": memory.peak_B() - before_B, "parameters": run.parameters}
+        del run
+        member.comm.barrier()
+    return found
+
+
+def _resident() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(x.split()[1]) * 1024 for x in lines if x.startswith("VmRSS:"))
+
+
+def of_cuts(report: Report, width: int) -> None:
+    """One worker, and the largest of two that divide the model."""
+    tasks = [
+        mh.Task(model=f"gpt(layers=12, width={w}, heads=4)", data="markov(length=32)", batch_size=4, optimizer="adam")
+        for w in (12, width)
+    ]
+    report.heading(f"gpt(layers=12, width={width}) with adam: most memory that the largest worker adds, MB")
+    print(f"  {'plan':<18}{'built':>8}{'peak':>8}{'of one':>8}")
+    whole_B = 0
+    for name, how in {"one worker": {"mesh": "data=1", "transport": "single"}, **CUTS}.items():
+        plan = verbs.outlined(tasks[1], mh.Plan(threads=1, **how)).plan
+        assert plan.workers is not None
+        with team("gloo" if plan.workers == 1 else plan.transport, plan.workers, threads=1) as crew:
+            ranks = crew.run("memory:peak", [task.as_table() for task in tasks], plan.as_table(), deadline_s=600.0)
+        most = max(ranks, key=lambda r: r["peak_B"])
+        whole_B = whole_B or most["peak_B"]
+        ratio = most["peak_B"] / whole_B
+        print(f"  {name:<18}{most['built_B'] / 1e6:>8.0f}{most['peak_B'] / 1e6:>8.0f}{ratio:>8.2f}")
+        report.rows.append({"plan": name, "ratio": ratio, "ranks": ranks})
+        if plan.workers > 1:
+            buffers_B = 3 * max(BUCKET_B, 4 * most["parameters"] // PARTS) if plan.shard else 0
+            allowed = round(HALF + buffers_B / whole_B, 2)
+            report.ask(name, [Target(f"{name}: of one worker's peak", Spread(ratio, ratio, ratio), "≤", allowed)])
+
+
 def _once(hidden: int) -> None:
     module = models.build(f"perceptron(hidden={hidden})", inputs=(1, 28, 28), classes=10)
     module(torch.rand(SAMPLES, 1, 28, 28)).sum().backward()
@@ -77,7 +151,7 @@ def _pss() -> dict[str, int]:
 
 
 def main() -> None:
-    """Two and four workers on shared memory, two over gloo."""
+    """Copies held by two and four workers on shared memory and two over gloo; peaks where the model is cut."""
     options = measure.arguments(__doc__ or "")
     report = Report("memory")
     hidden = 2_000 if options.quick else 20_000
@@ -101,6 +175,7 @@ def main() -> None:
         if transport == "shared":
             once = Spread(copies, copies, copies)
             report.ask(f"{workers} workers", [Target(f"{workers} shared workers: copies held", once, "≤", TARGET)])
+    of_cuts(report, 256 if options.quick else 640)
     report.finish(options.json)
 
 

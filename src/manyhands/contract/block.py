@@ -1,7 +1,8 @@
 """Which part of one of the user's tensors a worker holds, where the model is cut (survey §V).
 
 A cut takes, of some dims, ranges of indices, and lays them one after the other: half the rows of a matrix, or of each
-of the three matrices that lie stacked in a fused projection. Checkpoints, exports and optimizer state are in terms of
+of the three matrices that lie stacked in a fused projection. Or it takes a run of the elements, wherever rows begin and
+end (sharded data parallelism), and is flat. Checkpoints, exports and optimizer state are in terms of
 whole tensors, so that none of them depends on the mesh.
 
 A worker may hold *copies* besides, of what is another's or is here already: trained like the first of them, so that
@@ -19,10 +20,16 @@ from torch import Tensor
 
 Ranges = tuple[tuple[int, int], ...]
 
+#: In the place of a dim: ranges of all elements in memory order, seen as one dim.
+FLAT = -1
+
 
 @dataclass(frozen=True)
 class Block:
     """Of a tensor of ``shape``: the ranges ``[lo, hi)`` of each dim in ``ranges``; other dims are whole.
+
+    Ranges of the dim `FLAT` are of all elements, and then the only ones; such a part has one dim, or none where it is
+    all of a tensor that has none.
 
     What ``copies`` names in the same way lies behind it, both then flat; alone, where ``ranges`` name nothing. Ranks
     along ``axis`` of the mesh hold other parts. ``order``: the whole's dims from slowest to fastest in memory, where
@@ -40,6 +47,11 @@ class Block:
         """Ranges of one dim."""
         return cls(tuple(whole.shape), ((dim, tuple((lo, hi) for lo, hi in ranges)),), order=_order(whole))
 
+    @classmethod
+    def run(cls, whole: Tensor, lo: int, hi: int, *, axis: str) -> Block:
+        """Elements ``[lo, hi)`` in memory order."""
+        return cls(tuple(whole.shape), ((FLAT, ((lo, hi),)),), axis=axis, order=_order(whole))
+
     @property
     def own(self) -> int:
         """How many elements it has that are no copies: the first ones."""
@@ -51,11 +63,15 @@ class Block:
         return self.own + (self._count(self.copies) if self.copies else 0)
 
     def _count(self, among: tuple[tuple[int, Ranges], ...]) -> int:
-        lengths = dict(enumerate(self.shape)) | {d: sum(hi - lo for lo, hi in ranges) for d, ranges in among}
-        return math.prod(lengths.values())
+        taken = {d: sum(hi - lo for lo, hi in ranges) for d, ranges in among}
+        return taken[FLAT] if FLAT in taken else math.prod((dict(enumerate(self.shape)) | taken).values())
 
     def take(self, whole: Tensor) -> Tensor:
         """The part, contiguous, as memory of its own."""
+        if self.ranges and self.ranges[0][0] == FLAT:
+            ((lo, hi),) = self.ranges[0][1]
+            part = (whole.permute(self.order) if self.order else whole).reshape(-1)[lo:hi].clone()
+            return part.view(()) if not self.shape and hi > lo else part
         if not self.copies:
             return _taken(whole, self.ranges)
         copies = _taken(whole, self.copies)

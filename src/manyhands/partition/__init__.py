@@ -15,4 +15,10 @@ partitions = Catalogue(
     },
 )
 
-cut_strategies = Catalogue("strategy", {"ampnet": "manyhands.partition.ampnet.strategy:AMPNet"})
+cut_strategies = Catalogue(
+    "strategy",
+    {
+        "pipedream": "manyhands.partition.pipeline.strategy:PipeDream",
+        "ampnet": "manyhands.partition.ampnet.strategy:AMPNet",
+    },
+)

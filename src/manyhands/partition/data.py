@@ -154,7 +154,8 @@ class DataReplica:
             self._index[id(flat)] = len(self.pieces)
             self._unsettled.add(len(self.pieces))
             name, bounds = f"group{g}.{str(dtype)[6:]}", [(s.start, s.stop) for s in spans]
-            piece = Piece(flat, grad, axes, name=name, group=g, spans=bounds)
+            shapes = [tuple(p.shape) for p in parameters]
+            piece = Piece(flat, grad, axes, name=name, group=g, spans=bounds, shapes=shapes)
             if table:
                 piece.width = parameters[0].shape[1]
                 self._tables[len(self.pieces)] = sparse[table]

@@ -43,7 +43,7 @@ from manyhands.communication.topology import shares
 from manyhands.contract import Batch, Block, Piece
 from manyhands.errors import BadInput, UnknownName
 from manyhands.partition.backward import backward
-from manyhands.partition.conjugate import TAG, gathered, join, sum_part
+from manyhands.partition.conjugate import TAG, gathered, join, sum_part, told
 from manyhands.partition.data import DataReplica, LastPass, rows_of
 from manyhands.partition.pipeline.cut import cut as cut_into_stages
 from manyhands.partition.tensor.chain import elementwise, sequence
@@ -184,15 +184,6 @@ def _turned(x: Tensor, group: Communicator, dim: int, lengths: Sequence[int], ot
     return torch.cat(got, 1 - dim)
 
 
-def _told(values: Sequence[float], group: Communicator) -> Tensor:
-    """Every rank's ``values``: ``(ranks, values)``."""
-    told = torch.zeros(group.size, len(values), dtype=torch.float64)
-    told[group.rank] = torch.tensor(values, dtype=torch.float64)
-    with group.counting("control"):
-        group.all_gather(told, [(p * len(values), (p + 1) * len(values)) for p in range(group.size)]).wait()
-    return told
-
-
 class Rows:
     """How many rows each rank has in the pass at hand. Where nobody has said, ranks tell each other: in evaluation."""
 
@@ -218,7 +209,7 @@ class Rows:
                 "Put an nn.Flatten before it."
             )
         if not self._said:
-            self.lengths = [int(n) for n in _told([len(x)], self.group)[:, 0]]
+            self.lengths = [int(n) for n in told([len(x)], self.group)[:, 0]]
         return _Brought.apply(x, self.group, self.lengths)  # type: ignore[no-untyped-call, no-any-return]
 
     def leave(self, y: Tensor, columns: Sequence[int]) -> Tensor:
@@ -404,7 +395,7 @@ class HybridReplica(DataReplica):
         if batch.count:
             with self._autocast():
                 features = self._cut.convolutions(batch.inputs).to(features.dtype)
-        counts = [int(n) for n in _told([batch.count], self._group)[:, 0]]
+        counts = [int(n) for n in told([batch.count], self._group)[:, 0]]
         mine, grads = torch.zeros(2, dtype=torch.float64), [self._nothing]
         for rows in passes(self._cut.scheme, counts):
             lo, hi = rows[rank]
@@ -415,7 +406,7 @@ class HybridReplica(DataReplica):
                 grads.append(part.grad)
             if self._each and not self._update_dense(found):
                 break
-        total, counted = _told(mine.tolist(), self._group).sum(0).tolist()
+        total, counted = told(mine.tolist(), self._group).sum(0).tolist()
         sums, own = self._sums(), float(mine[1])
         # A mean over workers comes of all this, and a sum is to be the sum of them.
         count, weight = (1.0, 1.0 / self._group.size) if sums else (own, own or 1.0)
@@ -452,7 +443,7 @@ class HybridReplica(DataReplica):
 
     def _update_dense(self, found: Tensor) -> bool:
         """Update the dense layers on the mean over a pass; False, and nothing, if its loss is not finite."""
-        total, counted = _told(found.tolist(), self._group).sum(0).tolist()
+        total, counted = told(found.tolist(), self._group).sum(0).tolist()
         if not math.isfinite(total):
             return False
         before, self._updating = self.update_s, True

@@ -32,3 +32,9 @@ def tune() -> bool:
     if not hasattr(libc, "mallopt") or not hasattr(libc, "gnu_get_libc_version"):
         return False
     return all(libc.mallopt(name, value) == 1 for name, value in _SETTINGS)
+
+
+def give_back() -> None:
+    """Hand free memory back to the kernel once: what it took to build a model is not needed to train it."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)

@@ -22,6 +22,9 @@ from manyhands.partition.pipeline import description as pipeline
 from manyhands.partition.pipeline.cut import cut as cut_into_stages
 from manyhands.partition.pipeline.replica import PipelineReplica, keep_stages
 from manyhands.partition.pipeline.schedule import Schedule
+from manyhands.partition.pipeline.stashing import StashingReplica
+from manyhands.partition.pipeline.strategy import PipeDream
+from manyhands.partition.sharded.replica import ShardedReplica
 from manyhands.partition.tensor import axis_of
 from manyhands.partition.tensor.cut import Cut
 from manyhands.partition.tensor.rehearsal import rehearsed
@@ -47,12 +50,17 @@ def divide(model: torch.nn.Module, plan: Plan, splits: Splits, comm: Communicato
     pipelining = cut_stages(model, dataclasses.replace(plan, pipeline=from_first(comm, plan.pipeline)), comm)
     if pipelining is not None:
         stages, schedule = pipelining
+        makes: MakesReplica = PipelineReplica
+        if isinstance(strategy, PipeDream):
+            makes = functools.partial(StashingReplica, strategy=strategy)
         return functools.partial(
-            PipelineReplica, stages=stages, schedule=schedule, recompute=plan.recompute, blocks=layers.blocks
+            makes, stages=stages, schedule=schedule, recompute=plan.recompute, blocks=layers.blocks
         )
     if isinstance(layers, HybridCut):
         return functools.partial(HybridReplica, cut=layers, blocks=layers.blocks)
     assert plan.micro_batches is not None
+    if shares_out(plan, comm):
+        return sharing_out(plan, splits)
     return functools.partial(
         DataReplica, micro_batches=plan.micro_batches, sparse=strategy.sparse, blocks=layers.blocks
     )
@@ -60,7 +68,20 @@ def divide(model: torch.nn.Module, plan: Plan, splits: Splits, comm: Communicato
 
 def is_cut(plan: Plan, comm: Communicator) -> bool:
     """Whether some worker does not keep the whole model."""
-    return replicas(comm).size < comm.size or axis_of(plan.tensor) == "data"
+    return replicas(comm).size < comm.size or axis_of(plan.tensor) == "data" or shares_out(plan, comm)
+
+
+def sharing_out(plan: Plan, splits: Splits) -> Callable[..., ShardedReplica]:
+    """What makes a replica of a whole model that keeps a slice of each of its parameters."""
+    assert plan.shard is not None
+    assert plan.micro_batches is not None
+    sample = splits.train.rows(torch.tensor([0]))
+    return functools.partial(ShardedReplica, stage=plan.shard, sample=sample, micro_batches=plan.micro_batches)
+
+
+def shares_out(plan: Plan, comm: Communicator) -> bool:
+    """Whether gradients, or parameters too, are divided among the workers of the data axis."""
+    return (plan.shard or 0) > 1 and replicas(comm).size > 1
 
 
 def start_alike(model: torch.nn.Module, plan: Plan, comm: Communicator) -> None:
@@ -79,11 +100,14 @@ def cut_stages(
 ) -> tuple[dict[int, torch.nn.Module], Schedule] | None:
     """This rank's stages, the only ones that ``model`` keeps, and the schedule; None where there is no pipeline."""
     group = comm.over(frozenset({"pipeline"}))
-    if group.size == 1:
+    if group.size == 1 and not isinstance(plan.strategy, PipeDream):
         return None
     assert plan.micro_batches is not None
-    said = pipeline.parse(plan.pipeline)
+    assert isinstance(plan.strategy, Strategy)
+    said = pipeline.parse(plan.pipeline, plan.strategy)
     schedule = said.made(group.size, plan.micro_batches)
+    if group.size == 1:
+        return {0: model}, schedule
     assert said.cut is not None, "decided when the model was at hand"
     with comm.counting("control"):
         comm.barrier()
@@ -92,7 +116,7 @@ def cut_stages(
     with comm.counting("control"):
         comm.barrier()
     mine = {s: every[s] for s in schedule.stages_of(group.rank)}
-    keep_stages(model, mine)
+    keep_stages(model, mine, every)
     return mine, schedule
 
 

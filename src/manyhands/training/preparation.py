@@ -20,7 +20,7 @@ from manyhands.models import losses, optimizers, schedules
 from manyhands.models.factory import settle
 from manyhands.plan import Plan
 from manyhands.task import Task, described
-from manyhands.training import memory
+from manyhands.training import allocator, memory
 from manyhands.training.division import divide, is_cut
 from manyhands.training.gather import from_first
 from manyhands.training.keeping import resume
@@ -39,6 +39,7 @@ def prepare(member: Member, task: Task, plan: Plan, options: Options) -> Run:
     comm.mesh = plan.mesh if isinstance(plan.mesh, Mesh) else Mesh(data=comm.size)
     strategy = plan.strategy
     assert isinstance(strategy, Strategy)
+    check_same_strategy(strategy, comm)
     splits = data_sets.load(task.data, folder=Path(options.data_dir) if options.data_dir else None)
     check_same_data(splits, options.data, comm)
     model = build_model(task, splits, comm, alike=strategy.whole_batch, cut=is_cut(plan, comm))
@@ -62,6 +63,7 @@ def prepare(member: Member, task: Task, plan: Plan, options: Options) -> Run:
         precision=plan.precision,
         shares=sampler.workers,
     )
+    allocator.give_back()
     with comm.counting("control"):
         worker = strategy.start(replica, replicas(comm) if strategy.bears_stages else comm)
     since = Since(sums=losses.reduction(loss) == "sum")
@@ -123,6 +125,16 @@ def build_model(
     if not any(p.requires_grad for p in model.parameters()):
         raise BadInput(f"model {described(task.model)} has no trainable parameters; there is nothing to learn.")
     return model.train()
+
+
+def check_same_strategy(strategy: Strategy, comm: Communicator) -> None:
+    """Refuse a worker that a launcher has started with other settings than the first. Collective."""
+    mine, first = str(strategy), from_first(comm, str(strategy))
+    if mine != first:
+        raise BadInput(
+            f"the workers were started with other settings:\n  worker 0: {first}\n  worker {comm.rank}: {mine}\n"
+            "What one sends the others have to understand: start all with the same --strategy and --compress."
+        )
 
 
 def signature(splits: Splits) -> list[Any]:

@@ -37,7 +37,9 @@ def together(
             if name not in result:
                 result[name] = torch.zeros(theirs[name][0], dtype=value.dtype)
             block_of(theirs[name]).put(value, result[name])
-    return {name: result[name] for name in whole}
+    # A parameter under several names has one block under all of them, and is one tensor again.
+    first_of = {id(block): name for name, block in reversed(list(blocks.items()))}
+    return {name: result[first_of[id(blocks[name])] if name in blocks else name] for name in whole}
 
 
 def differs(name: str, blocks: Mapping[str, Block]) -> bool:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from manyhands.catalogue import Reference
 from manyhands.communication.communicator import Communicator
 from manyhands.communication.topology import shares
 from manyhands.contract import Block
@@ -66,6 +67,15 @@ def cut(model: nn.Module, rules: Mapping[str, Rule], group: Communicator) -> Cut
             parent, _, name = path.rpartition(".")
             setattr(model.get_submodule(parent), name, made)
     return result
+
+
+vars(cut)["paper"] = Reference(
+    "M. Shoeybi, M. Patwary, R. Puri, P. LeGresley, J. Casper, B. Catanzaro",
+    "Megatron-LM: training multi-billion parameter language models using model parallelism",
+    2019,
+    "arXiv 1909.08053",
+    survey="V-B",
+)
 
 
 def _has_heads(module: nn.Module, path: str, rules: Mapping[str, Rule]) -> bool:

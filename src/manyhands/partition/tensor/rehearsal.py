@@ -292,11 +292,11 @@ def _fits(
 
     Where the ranks do not draw ``alike`` anyway, no dropout needs anything.
     """
-    shapes, _, output = _forwarded(copy.deepcopy(model), inputs)
+    shapes, _, output = _forwarded(_double(model), inputs)
     ends: list[Tensor] = []
     first: dict[str, str] = {}
     for rank in (0, size - 1):
-        mine = copy.deepcopy(model)
+        mine = _double(model)
         done = way(mine, Rehearsal(rank, size)).done
         first = done if rank == 0 else first
         own, _, own_output = _forwarded(mine, inputs)
@@ -314,6 +314,12 @@ def _fits(
             "parts of equal size, or no dropout."
         )
     return parts, first
+
+
+def _double(model: nn.Module) -> nn.Module:
+    """The same model in the same memory of its parameters, which nobody writes to; of a large one two are too many."""
+    same: dict[int, Any] = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in model.parameters()}
+    return copy.deepcopy(model, same)
 
 
 def _draws(model: nn.Module, path: str, parts: Sequence[str], inputs: Any) -> bool:
