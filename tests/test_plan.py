@@ -54,7 +54,7 @@ plans = st.fixed_dictionaries(
     optional={
         "strategy": any_strategy,
         "mesh": axes,
-        "shard": st.sampled_from([0, 1]),
+        "shard": st.sampled_from([0, 1, 2, 3]),
         "micro_batches": st.integers(1, 9),
         "buffers": st.sampled_from(BUFFER_POLICIES),
         "precision": st.sampled_from(PRECISIONS),
@@ -189,6 +189,7 @@ def test_synchronous_shares_the_update_where_memory_is_shared_and_the_optimizer_
 def test_shard_says_the_same_as_update():
     assert decided(Plan(workers=2, shard=1)).strategy == Synchronous(update="sharded")
     assert decided(Plan(workers=2, shard=0)).strategy == Synchronous(update="replicated")
+    assert decided(Plan(workers=2, shard=3)).strategy == Synchronous(update="sharded")
 
 
 # -- notes -------------------------------------------------------------------------------------------------------------
@@ -258,11 +259,27 @@ PROBLEMS = [
     (Plan(buffers="mean"), {}, "buffers='mean'"),
     (Plan(precision="float8"), {}, "precision='float8'"),
     (Plan(allocator="fast"), {}, "allocator='fast'"),
-    (Plan(compress="top_k"), {}, "compress='top_k'"),
+    (Plan(compress="auto"), {}, "compress=auto"),
+    (Plan(compress="top_k", strategy="gossip"), {}, "compress=top_k with gossip"),
+    (Plan(compress="top_k", strategy="synchronous(compress='int8')"), {}, "compress=top_k with synchronous"),
+    (Plan(compress="top_k", strategy="synchronous(aggregate='median')"), {}, "compress=top_k with aggregate=median"),
+    (Plan(compress="top_k", shard=1), {}, "compress=top_k with update='sharded'"),
+    (Plan(compress="top_k", device="cuda"), {"gpus": 1}, "compress=top_k on cuda"),
+    (Plan(compress="dgc"), {"stateless": False}, "compress=dgc with an optimizer that keeps state"),
     (Plan(tensor="rows"), {}, "tensor='rows'"),
     (Plan(pipeline="gpipe"), {}, "pipeline='gpipe'"),
     (Plan(recompute=True), {}, "recompute=True"),
-    (Plan(shard=3), {}, "shard=3"),
+    (Plan(shard=4), {}, "shard=4"),
+    (Plan(shard=2, strategy="gossip"), {}, "shard=2 with gossip"),
+    (Plan(shard=3, strategy="slice_update"), {}, "shard=3 with slice_update"),
+    (Plan(shard=3, strategy=Synchronous(update="replicated")), {}, "shard=3 with synchronous(update='replicated')"),
+    (Plan(shard=3, strategy=Synchronous(aggregate="median"), workers=3), {}, "update='sharded' with aggregate=median"),
+    (Plan(shard=3, workers=2), {"elementwise": False}, "looks at whole tensors"),
+    (Plan(shard=2, compress="top_k"), {}, "compress=top_k with update='sharded'"),
+    (Plan(shard=3, mesh="data=2,tensor=2"), {}, "shard=3 on mesh(data=2, tensor=2)"),
+    (Plan(shard=2, mesh="pipeline=2"), {}, "shard=2 on mesh(pipeline=2)"),
+    (Plan(shard=3, mesh="data=2", tensor="one_weird_trick"), {}, "shard=3 with tensor=one_weird_trick"),
+    (Plan(shard=2, workers=2), {"nodes": 1}, "shard=2 in virtual time"),
     (Plan(shard=True), {}, "shard=True"),
     (Plan(shard="1"), {}, "shard='1'"),
     (Plan(shard=1, strategy="slice_update"), {}, "shard=1 with slice_update"),
@@ -301,7 +318,7 @@ def test_all_problems_are_listed_at_once():
         buffers="mean",
         precision="float8",
         allocator="fast",
-        compress="top_k",
+        compress="auto",
         tensor="rows",
         pipeline="gpipe",
         recompute=True,

@@ -411,7 +411,7 @@ def train(comm: Communicator, strategy_text: str, spec: dict[str, Any]) -> dict[
     result["final"] = vector(p.flat for p in replica.pieces)
     result["traffic"] = [
         [[t.sent_B_in(1, after=step), t.messages_in(1, after=step)] for step in range(len(result["sent_B"]))]
-        for t in (strategy.traffic(p.flat.numel(), comm.size, p.flat.element_size()) for p in replica.pieces)
+        for t in (strategy.traffic_of(p.shapes, comm.size, p.flat.element_size()) for p in replica.pieces)
     ]
     result["buffers"] = [b.clone() for b in model.buffers()]
     result["agreed"] = buffer_policy.agree(replica.buffers, comm, spec["buffers"])

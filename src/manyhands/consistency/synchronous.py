@@ -14,24 +14,32 @@
 ``aggregate`` may put a rule of `robust` in the mean's place: ``synchronous(aggregate=krum(f=1))`` bears one worker that
 sends anything. Everybody then gathers all gradients and updates everything; see `robust.worker`.
 
+``compress`` sends something shorter than the gradient: ``synchronous(compress=top_k(ratio=0.01))``, which is also what
+a plan's ``compress`` comes to; see `compressed`.
+
 Micro-batches (gradient accumulation, *bunch mode* in Färber & Asanović 1997) are the replica's business: one exchange
 per step however many.
 
-Payload per rank and step: 2(P−1)/P · n elements either way; (P−1) · n under a robust rule.
+Payload per rank and step: 2(P−1)/P · n elements either way; (P−1) · n under a robust rule; compressed, what the
+compressor says, and at most that where it depends on the values.
 Guarantee: N workers equal one worker on the joined batch up to summation order (under a robust rule: an approximation,
-each worker counting alike); replicas bit-identical.
+each worker counting alike; compressed: an approximation unless nothing is lost); replicas bit-identical.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from manyhands.communication.communicator import Communicator, Work, reference_B
+from manyhands.communication.compression.compressor import Compressor, Layout, Shape, compressor_from
 from manyhands.consistency.agreement import agree_on_unused, weight_of
 from manyhands.consistency.clipping import clip_
+from manyhands.consistency.compressed import CompressedWorker
 from manyhands.consistency.robust.aggregation import Aggregation, aggregation_from, too_few
 from manyhands.consistency.robust.worker import RobustWorker
 from manyhands.contract import Batch, Reference, Replica, Setting, Strategy, Traffic, Worker
@@ -40,7 +48,9 @@ from manyhands.errors import NonFiniteLoss, Problem, Vetoed
 
 @dataclass(frozen=True)
 class Synchronous(Strategy):
-    """All workers exchange gradients at every step; ``update`` says who applies them, ``aggregate`` what joins them."""
+    """All workers exchange gradients at every step; ``update`` says who applies them, ``aggregate`` what joins them,
+    ``compress`` what is sent in their place.
+    """
 
     name: ClassVar[str] = "synchronous"
     paper: ClassVar[Reference] = Reference(
@@ -54,12 +64,15 @@ class Synchronous(Strategy):
 
     update: Literal["auto", "sharded", "replicated"] = "auto"
     aggregate: str = "mean"
+    compress: str = "none"
 
     def __post_init__(self) -> None:
         if self.update not in ("auto", "sharded", "replicated"):
             raise ValueError(f"update={self.update!r}: it is auto, sharded or replicated")
         if self.aggregate != "mean":
             object.__setattr__(self, "aggregate", str(self.rule))  # equal rules, equal text
+        if self.compress != "none":
+            object.__setattr__(self, "compress", str(self.compressor))
 
     @property
     def bears_cuts(self) -> bool:  # type: ignore[override]
@@ -72,12 +85,37 @@ class Synchronous(Strategy):
         return aggregation_from(self.aggregate)
 
     @property
+    def compressor(self) -> Compressor:
+        """What ``compress`` says."""
+        return compressor_from(self.compress)
+
+    @property
+    def plain_alone(self) -> bool:  # type: ignore[override]
+        """Alone nothing is sent, so nothing is compressed; some schemes have a momentum of their own."""
+        return not self.compressor.replaces_optimizer
+
+    @property
+    def sends_at_most(self) -> bool:
+        """Where a payload's length depends on the values."""
+        return self.compressor.variable
+
+    @property
     def parameters(self) -> Literal["common", "own"]:
         """One copy serves all when each element is updated by one worker."""
-        return "own" if self.update == "replicated" or self.aggregate != "mean" else "common"
+        alone = self.update == "replicated" or self.aggregate != "mean" or self.compress != "none"
+        return "own" if alone else "common"
+
+    def traffic_of(self, shapes: Sequence[Shape], size: int, itemsize: int = 4) -> Traffic:
+        """See `traffic`; compressed, what the compressor sends for tensors of these shapes."""
+        if self.compress == "none":
+            return super().traffic_of(shapes, size, itemsize)
+        cost = self.compressor.cost(Layout(shapes, torch.float64 if itemsize == 8 else torch.float32), size)
+        return Traffic(cost.sent_B, cost.messages)
 
     def traffic(self, numel: int, size: int, itemsize: int = 4) -> Traffic:
         """2(P−1)/P · n elements, as reduce-scatter and all-gather or as all-reduce; (P−1) · n under a robust rule."""
+        if self.compress != "none":
+            return self.traffic_of(((numel,),), size, itemsize)
         n_B = numel * itemsize
         if self.aggregate != "mean":
             return Traffic(reference_B("all_gather", size * n_B, size), size - 1)
@@ -86,11 +124,15 @@ class Synchronous(Strategy):
         return Traffic(reference_B("reduce_scatter", n_B, size) + reference_B("all_gather", n_B, size), 2 * (size - 1))
 
     def exact(self, setting: Setting) -> bool:
-        """The mean always; a robust rule of one vector is that vector."""
-        return self.aggregate == "mean" or setting.workers == 1
+        """The mean always; a robust rule of one vector is that vector, and what is alone sends nothing."""
+        if setting.workers == 1:
+            return self.plain_alone
+        return self.aggregate == "mean" and self.compressor.lossless
 
     def problems(self, setting: Setting) -> list[Problem]:
         """A whole-tensor optimizer cannot be asked for a slice, nor a few workers for a vote."""
+        if self.compress != "none":
+            return self._problems_of_compressor(setting)
         if self.aggregate != "mean":
             return self._problems_of_rule(setting)
         if self.update == "sharded" and not setting.elementwise and setting.workers > 1:
@@ -102,6 +144,42 @@ class Synchronous(Strategy):
                 )
             ]
         return []
+
+    def _problems_of_compressor(self, setting: Setting) -> list[Problem]:
+        found, said = [], f"compress={self.compress}"
+        if self.aggregate != "mean":
+            found.append(
+                Problem(
+                    f"{said} with aggregate={self.aggregate}",
+                    "a rule compares workers' gradients, and of those only something shorter would be there.",
+                    "Leave one of them out.",
+                )
+            )
+        if self.update == "sharded":
+            found.append(
+                Problem(
+                    f"{said} with update='sharded'",
+                    "what is sent stands for whole gradients, so everybody updates everything.",
+                    "Leave update (and shard) out, or compress.",
+                )
+            )
+        if self.compressor.replaces_optimizer and not setting.stateless:
+            found.append(
+                Problem(
+                    f"{said} with an optimizer that keeps state",
+                    "momentum is part of the scheme, so the optimizer has none of its own.",
+                    "Use plain SGD, e.g. optimizer=sgd(lr=0.1), and the scheme's momentum=.",
+                )
+            )
+        if setting.transport == "nccl":
+            found.append(
+                Problem(
+                    f"{said} on transport=nccl",
+                    "payloads are packed in the host's memory.",
+                    "Leave compress out; links between GPUs of a machine seldom gain by it.",
+                )
+            )
+        return found
 
     def _problems_of_rule(self, setting: Setting) -> list[Problem]:
         rule, workers = self.rule, setting.workers
@@ -122,13 +200,16 @@ class Synchronous(Strategy):
         """Sharded where memory is shared and the optimizer allows it; replicated elsewhere (it can overlap)."""
         if self.update != "auto":
             return self
-        sharded = setting.elementwise and setting.shares_memory and self.aggregate == "mean"
+        plain = self.aggregate == "mean" and self.compress == "none"
+        sharded = setting.elementwise and setting.shares_memory and plain
         return replace(self, update="sharded" if sharded else "replicated")
 
     def start(self, replica: Replica, comm: Communicator) -> Worker:
         """This rank's worker."""
         if self.aggregate != "mean":
             return RobustWorker(replica, comm, self.rule)
+        if self.compress != "none":
+            return CompressedWorker(replica, comm, self.compressor)
         return ShardedWorker(replica, comm) if self.update == "sharded" else ReplicatedWorker(replica, comm)
 
 

@@ -66,6 +66,12 @@ class Measurement:
     #: By how many updates of others (under ssp: steps) the parameters of a gradient were behind; None: nobody counts.
     staleness_mean: float | None = None
     staleness_max: int | None = None
+    #: Of a pipeline: of a step's time the part in which a worker computed nothing, neither forward nor backward nor
+    #: update, its median over the steps, in rank order; the same of the schedule with stages of equal cost; and
+    #: (p − 1)/(m + p − 1).
+    bubble_by_worker: list[float] = field(default_factory=list)
+    bubble_of_schedule: float | None = None
+    bubble_of_flush: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values only, ready for JSON."""

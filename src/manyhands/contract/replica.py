@@ -34,9 +34,10 @@ class Batch:
 class Piece:
     """Some of the parameters, laid end to end. Every parameter lies in exactly one piece.
 
-    There is one piece per (parameter group, axes, dtype). ``flat`` and ``grad`` have one dim and equal length.
+    There is one piece per (parameter group, axes, dtype), or several where parts of the model come and go. ``flat`` and
+    ``grad`` have one dim and equal length.
     A strategy aggregates ``grad`` only over the mesh axes in ``replicated_over``. ``group`` is that of the optimizer
-    whose hyper-parameters update it; ``spans`` are the bounds of the single parameters.
+    whose hyper-parameters update it; ``spans`` are the bounds of the single parameters, ``shapes`` their shapes.
 
     A *sparse* piece is a table whose rows have ``width`` elements: ``rows`` names those that the last backward touched,
     each once and in order, and ``grad`` holds their gradients alone. Only strategies that ask for them get any.
@@ -50,6 +51,7 @@ class Piece:
     group: int = 0
     spans: Sequence[tuple[int, int]] = ()
     width: int = 0  # 0: dense
+    shapes: Sequence[tuple[int, ...]] = ()
 
 
 @dataclass(frozen=True)

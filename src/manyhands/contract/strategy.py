@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -123,6 +124,10 @@ class Strategy(ABC):
     @abstractmethod
     def traffic(self, numel: int, size: int, itemsize: int = 4) -> Traffic:
         """Payload per rank and step for one piece of ``numel`` elements; pure."""
+
+    def traffic_of(self, shapes: Sequence[tuple[int, ...]], size: int, itemsize: int = 4) -> Traffic:
+        """`traffic` for a piece of tensors of these ``shapes``, where more than their number of elements matters."""
+        return self.traffic(sum(map(math.prod, shapes)), size, itemsize)
 
     @abstractmethod
     def start(self, replica: Replica, comm: Communicator) -> Worker:

@@ -14,6 +14,7 @@ from manyhands.errors import Problem, UnknownName
 from manyhands.partition import cut_strategies
 from manyhands.partition.pipeline.description import MICRO_BATCHES
 from manyhands.partition.pipeline.description import parse as parse_pipeline
+from manyhands.partition.pipeline.strategy import PipeDream
 from manyhands.partition.tensor import axis_of, check_known, scheme_of
 from manyhands.plan.description import Plan
 from manyhands.plan.facts import Facts
@@ -24,14 +25,22 @@ def micro_batches(plan: Plan, mesh: Mesh) -> int:
     assert isinstance(plan.strategy, Strategy)
     if plan.micro_batches is not None:
         return plan.micro_batches
-    if plan.strategy.name in cut_strategies:
+    if _has_no_schedule(plan.strategy) or mesh["pipeline"] == 1:
         return 1
-    return MICRO_BATCHES * mesh["pipeline"] if mesh["pipeline"] > 1 else 1
+    said = parse_pipeline(plan.pipeline, plan.strategy).micro_batches
+    return MICRO_BATCHES * mesh["pipeline"] if said is None else said
+
+
+def _has_no_schedule(strategy: Strategy) -> bool:
+    """Whether it cuts the network and things go as they come."""
+    return strategy.name in cut_strategies and not isinstance(strategy, PipeDream)
 
 
 def check_cuts(plan: Plan, mesh: Mesh, facts: Facts, strategy: Strategy, found: list[Problem]) -> None:
     """What does not go with a model that is cut."""
     cut = {axis: mesh[axis] for axis in mesh if axis != "data" and mesh[axis] > 1}
+    if is_whole(plan.shard, 2):
+        _shared_out(plan, cut, facts, found)
     if axis_of(plan.tensor) == "data":
         _hybrid(plan, mesh, facts, strategy, cut, found)
     elif plan.tensor is not None and "tensor" not in cut:
@@ -51,8 +60,10 @@ def check_cuts(plan: Plan, mesh: Mesh, facts: Facts, strategy: Strategy, found: 
                     f"Say so, e.g. mesh=pipeline=2 (--mesh pipeline=2), or leave {name} out.",
                 )
             )
-    if strategy.name in cut_strategies:
+    if _has_no_schedule(strategy):
         _cuts_itself(plan, cut, strategy, found)
+    if "pipeline" in cut or isinstance(strategy, PipeDream):
+        parse_pipeline(plan.pipeline, strategy).made(mesh["pipeline"], micro_batches(plan, mesh))
     if not cut:
         return
     scheme = scheme_of(plan.tensor)
@@ -68,8 +79,6 @@ def check_cuts(plan: Plan, mesh: Mesh, facts: Facts, strategy: Strategy, found: 
                 "Leave the pipeline axis out, or cut stages by rules, e.g. tensor=auto.",
             )
         )
-    if "pipeline" in cut:
-        parse_pipeline(plan.pipeline).made(mesh["pipeline"], micro_batches(plan, mesh))
     by_stage = strategy.bears_stages and set(cut) == {"pipeline"} and plan.transport not in ("gloo", "nccl")
     if not (strategy.bears_cuts or by_stage):
         found.append(
@@ -150,6 +159,35 @@ def _hybrid(
         )
 
 
+def _shared_out(plan: Plan, cut: Mapping[str, int], facts: Facts, found: list[Problem]) -> None:
+    """What does not go with gradients, or parameters too, that are divided along the data axis."""
+    said = f"shard={plan.shard}"
+    if cut:
+        found.append(
+            Problem(
+                f"{said} on {plan.mesh}",
+                "it divides whole tensors along the data axis, and here they are cut along another already.",
+                "Use mesh data alone with shard=2 or 3, or shard=1, which goes with every mesh.",
+            )
+        )
+    elif axis_of(plan.tensor) == "data":
+        found.append(
+            Problem(
+                f"{said} with tensor={plan.tensor}",
+                "both divide tensors along the data axis.",
+                "Say one of them; shard=1 goes with it.",
+            )
+        )
+    if facts.nodes is not None:
+        found.append(
+            Problem(
+                f"{said} in virtual time",
+                "what is exchanged within forward and backward has no price there yet.",
+                "Simulate shard=0 or 1; `manyhands plan` tells what shard=2 and 3 hold and send.",
+            )
+        )
+
+
 def _of_whole_tensors(what: str) -> Problem:
     return Problem(
         f"{what} with an optimizer that looks at whole tensors",
@@ -164,10 +202,9 @@ def sharded(plan: Plan, found: list[Problem]) -> Strategy:
     assert isinstance(strategy, Strategy)
     if plan.shard is None:
         return strategy
-    if not is_whole(plan.shard, 0) or plan.shard > 1:
-        found.append(
-            Problem(f"shard={plan.shard!r}", "0 (nothing shared) and 1 (optimizer state shared) exist.", "Use shard=1.")
-        )
+    if not is_whole(plan.shard, 0) or plan.shard > 3:
+        rule = "0 shares nothing, 1 optimizer state, 2 gradients too, 3 parameters too."
+        found.append(Problem(f"shard={plan.shard!r}", rule, "Use shard=1, 2 or 3."))
         return strategy
     if isinstance(strategy, import_object(strategies["synchronous"])):
         update = "sharded" if plan.shard else "replicated"
@@ -183,8 +220,10 @@ def sharded(plan: Plan, found: list[Problem]) -> Strategy:
     elif plan.shard:
         found.append(
             Problem(
-                f"shard=1 with {strategy}",
-                "sharing optimizer state is part of synchronous.",
+                f"shard={plan.shard} with {strategy}",
+                "sharing optimizer state is part of synchronous."
+                if plan.shard == 1
+                else "workers that share out gradients or parameters need each other in every step.",
                 "Use strategy=synchronous.",
             )
         )

@@ -12,6 +12,7 @@ from typing import Any
 
 from manyhands.calling import call
 from manyhands.catalogue import Catalogue
+from manyhands.communication.compression.compressor import compressor_from
 from manyhands.communication.topology import Mesh, parse_mesh
 from manyhands.consistency import strategies
 from manyhands.contract import Strategy
@@ -56,11 +57,13 @@ class Plan:
     ``workers=None``: as many as the launcher started, else one per core; never counted are the ranks that some
     strategies want beside them as servers where no memory is shared. ``micro_batches`` cuts each worker's share
     into passes whose gradients add up (gradient accumulation, bunch mode); by default one, in a pipeline four a stage.
-    ``shard=1`` shares optimizer state over workers (ZeRO stage 1). ``threads`` are per worker, 0 = cores / workers.
+    ``shard=1`` shares optimizer state over workers (ZeRO stage 1), 2 gradients too and 3 parameters too, see
+    `partition.sharded`. ``threads`` are per worker, 0 = cores / workers.
     ``allocator='plain'`` leaves glibc's malloc as it is. ``tensor`` says which modules are cut along the mesh's tensor
     axis (see `partition.tensor.rules`; default auto) or which scheme cuts the network (`partition.tensor.schemes`),
     ``pipeline`` the schedule of its pipeline axis and where stages begin (`partition.pipeline.description`), and
-    ``recompute`` that a stage computes activations anew before a backward. ``compress`` is not built yet and refused.
+    ``recompute`` that a stage computes activations anew before a backward. ``compress`` names what is sent instead of
+    dense vectors (`communication.compression`); it is an option of the strategy, said here for whichever has it.
 
         Plan(strategy="synchronous", workers=2)
     """
@@ -84,6 +87,8 @@ class Plan:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "strategy", strategy_from(self.strategy))
+        if self.compress is not None and self.compress != "auto":
+            object.__setattr__(self, "compress", str(compressor_from(self.compress)))
         if isinstance(self.mesh, str):
             object.__setattr__(self, "mesh", _mesh_from(self.mesh))
         elif self.mesh is not None and not isinstance(self.mesh, Mesh):

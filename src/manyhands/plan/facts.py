@@ -37,3 +37,4 @@ class Facts:
     served: bool = True  # a parameter server can apply the optimizer
     batch_size: int = 1
     memory_B: int | None = None  # of the machine, where that is known
+    nodes: int | None = None  # of the cluster on which it is simulated; None: it is for real workers

@@ -80,6 +80,8 @@ def server_ranks(plan: Plan) -> int:
 
 def device_for(plan: Plan, facts: Facts, workers: int, found: list[Problem], notes: list[str]) -> str:
     """NCCL, with a GPU for every worker, and a worker that is alone compute on GPUs unasked; others when told to."""
+    if facts.nodes is not None:  # numbers of a simulation are computed where memory is
+        return "cpu"
     if plan.device == "cuda" and not facts.gpus:
         found.append(
             Problem(
@@ -107,6 +109,16 @@ def device_for(plan: Plan, facts: Facts, workers: int, found: list[Problem], not
 def transport_for(plan: Plan, facts: Facts, workers: int, device: str, found: list[Problem], notes: list[str]) -> str:
     """The fastest that works here, or what was asked for if it does."""
     asked = plan.transport
+    if facts.nodes is not None:
+        if asked not in ("auto", "simulated"):
+            found.append(
+                Problem(
+                    f"transport={asked} in a simulation",
+                    "what moves there are prices, by the links of the cluster.",
+                    "Leave transport out, and choose a cluster.",
+                )
+            )
+        return "simulated"
     if asked == "simulated":
         found.append(
             Problem(

@@ -9,6 +9,7 @@ from manyhands.checks import is_positive, is_whole
 from manyhands.communication import transports
 from manyhands.contract import Setting
 from manyhands.errors import InvalidPlan, Problem, UnknownName
+from manyhands.plan.compressing import compressed
 from manyhands.plan.cuts import check_cuts, micro_batches, sharded
 from manyhands.plan.description import Plan
 from manyhands.plan.facts import ALLOCATORS, BUFFER_POLICIES, DEVICES, ONE_SIDED, PRECISIONS, SHARE_MEMORY, Facts
@@ -34,21 +35,20 @@ def resolve(plan: Plan, facts: Facts) -> Resolved:
     transport = transport_for(plan, facts, workers, device, found, notes)
     mesh = mesh_for(plan, workers, found)
     _numbers(plan, found)
-    _not_built(plan, found)
     if facts.optimizer_problem is not None:
         found.append(facts.optimizer_problem)
     replicas = mesh["data"]
     setting = Setting(
         workers=replicas,
         transport=transport,
-        shares_memory=transport in SHARE_MEMORY,
+        shares_memory=transport in SHARE_MEMORY and facts.nodes in (None, 1),
         elementwise=facts.elementwise,
         stateless=facts.stateless,
         clip=facts.clip,
         served=facts.served,
-        one_sided=transport in ONE_SIDED,
+        one_sided=transport in ONE_SIDED or facts.nodes is not None,
     )
-    strategy = sharded(plan, found)
+    strategy = compressed(plan, sharded(plan, found), device, found)
     found.extend(strategy.problems(setting))
     check_cuts(plan, mesh, facts, strategy, found)
     if len(found) == len(unknown) == 1:
@@ -72,7 +72,7 @@ def resolve(plan: Plan, facts: Facts) -> Resolved:
             "are weighted"
         )
     threads = plan.threads or max(1, facts.cores // workers)
-    if workers * threads > facts.cores and facts.launched is None:
+    if workers * threads > facts.cores and facts.launched is None and facts.nodes is None:
         notes.append(f"{workers} workers × {threads} threads on {facts.cores} cores: right, but not faster")
     if transport == "threads" and workers > 1:
         notes.append(
@@ -125,10 +125,3 @@ def _numbers(plan: Plan, found: list[Problem]) -> None:
             found.append(
                 Problem(f"{name}={value!r}", f"{name} is one of {', '.join(choices)}.", f"E.g. {name}={choices[0]!r}.")
             )
-
-
-def _not_built(plan: Plan, found: list[Problem]) -> None:
-    for name in ("compress",):
-        value = getattr(plan, name)
-        if value:
-            found.append(Problem(f"{name}={value!r}", f"{name} is not part of this release.", f"Leave {name} out."))

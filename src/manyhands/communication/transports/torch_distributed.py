@@ -475,10 +475,15 @@ class GlooCommunicator(TorchCommunicator):
     def _connect(self) -> Any:
         gloo = dist.ProcessGroupGloo
         options = gloo._Options()
-        # Elsewhere gloo takes the interface of the host's name, or the one that GLOO_SOCKET_IFNAME tells it.
-        options._devices = [
-            gloo.create_device(hostname="127.0.0.1") if self._one_host else gloo.create_default_device()
-        ]
+        # Elsewhere the interface of the host's name, or those that GLOO_SOCKET_IFNAME tells: with devices given, gloo
+        # does not look for itself.
+        told = os.environ.get("GLOO_SOCKET_IFNAME", "")
+        if self._one_host:
+            options._devices = [gloo.create_device(hostname="127.0.0.1")]
+        elif told:
+            options._devices = [gloo.create_device(interface=name) for name in told.split(",")]
+        else:
+            options._devices = [gloo.create_default_device()]
         options._timeout = timedelta(seconds=self.timeout_s)
         return gloo(self._store, self.rank, self.size, options)
 

@@ -1,0 +1,81 @@
+"""1-bit SGD: of every value its sign; what the signs stand for is told per column (Seide et al. 2014).
+
+    q_i = mean of the x_j ≥ 0 of its column  if x_i ≥ 0,  else mean of the x_j < 0
+
+A column holds the weights into one unit of a layer; a vector (a bias) is one column. With more than two workers slices
+are quantized for their owner, and the owner's mean once more, each with a residual of its own (the paper's two feedback
+loops); two workers gather, which is as many bytes and one loss less.
+
+Payload: n/8 bytes and two values a column, each way.
+Guarantee: a contraction (q is a projection of x), if a weak one; with feedback sent and residuals add up to the
+gradients.
+
+F. Seide, H. Fu, J. Droppo, G. Li & D. Yu (2014), 1-bit stochastic gradient descent and its application to data-parallel
+distributed training of speech DNNs, Interspeech.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from manyhands.catalogue import Reference
+from manyhands.communication.compression.bits import chosen
+from manyhands.communication.compression.compressor import Layout, OneShot, State, check_length, check_numbers
+
+
+def levels(x: NDArray[Any], positive: NDArray[np.bool_], starts: NDArray[np.int64]) -> NDArray[Any]:
+    """Of each run that begins at ``starts``, the means of what is ``positive`` and of what is not: ``(2, runs)``."""
+    counts = np.add.reduceat(positive.view(np.uint8), starts, dtype=np.int64)
+    others = np.diff(starts, append=x.size) - counts
+    total = np.add.reduceat(x, starts, dtype=np.float64)
+    magnitude = np.add.reduceat(np.abs(x), starts, dtype=np.float64)
+    above, below = np.where(counts, magnitude + total, 0), np.where(others, total - magnitude, 0)
+    return np.stack([above / np.maximum(2 * counts, 1), below / np.maximum(2 * others, 1)]).astype(x.dtype)
+
+
+@dataclass(frozen=True)
+class OneBit(OneShot):
+    """Signs, and per column of weights the mean of its positive and that of its negative values."""
+
+    name: ClassVar[str] = "one_bit"
+    paper: ClassVar[Reference] = Reference(
+        "Seide, Fu, Droppo, Li & Yu",
+        "1-bit stochastic gradient descent and its application to data-parallel distributed training of speech DNNs",
+        2014,
+        "Interspeech",
+        survey="VI-B",
+    )
+    scatters: ClassVar[bool] = True
+
+    def contraction(self, numel: int) -> float:
+        """1/n: of a vector with one large value that is what is left."""
+        return 1 / numel
+
+    def payload_B(self, layout: Layout) -> int:
+        """A bit each, and two values a column."""
+        return 2 * layout.itemsize * len(layout.columns) + -(-layout.numel // 8)
+
+    def encode(self, x: Tensor, state: State) -> Tensor:
+        """See `OneShot.encode`."""
+        values = x.numpy()
+        positive = values >= 0
+        means = levels(values, positive, state.layout.columns)
+        return torch.from_numpy(np.concatenate([means.view(np.uint8).ravel(), np.packbits(positive)]))
+
+    def add_(self, out: Tensor, payload: Tensor, state: State, sign: int = 1) -> None:
+        """See `OneShot.add_`."""
+        layout, values, coded = state.layout, out.numpy(), payload.numpy()
+        check_length(coded, self.payload_B(layout), self.name)
+        head = 2 * layout.itemsize * len(layout.columns)
+        above, below = coded[:head].view(values.dtype).reshape(2, -1)
+        check_numbers(coded[:head].view(values.dtype), self.name)
+        lengths = layout.lengths(layout.columns)
+        positive = np.unpackbits(coded[head:], count=layout.numel)
+        decoded = chosen(positive, np.repeat(above, lengths), np.repeat(below, lengths))
+        np.add(values, decoded, out=values) if sign > 0 else np.subtract(values, decoded, out=values)
