@@ -22,6 +22,7 @@ PERCEPTRON, IMAGES = "perceptron(hidden=(24, 16))", "cnn"
 #: What a picture is called, its model, and its plan.
 CUTS = (
     ("data", PERCEPTRON, {"mesh": "data=2"}),
+    ("sharded", PERCEPTRON, {"mesh": "data=2", "shard": 3}),
     ("tensor", PERCEPTRON, {"mesh": "tensor=2"}),
     ("pipeline", PERCEPTRON, {"mesh": "pipeline=2", "pipeline": "one_f_one_b(cut='hidden2')", "micro_batches": 4}),
     (
@@ -29,6 +30,7 @@ CUTS = (
         PERCEPTRON,
         {"mesh": "pipeline=3", "pipeline": "zero_bubble(cut='hidden2, output')", "micro_batches": 6},
     ),
+    ("ampnet", PERCEPTRON, {"mesh": "pipeline=2", "strategy": "ampnet(samples=12)"}),
     (
         "mesh",
         PERCEPTRON,
@@ -58,7 +60,8 @@ def main() -> None:
         whole = sum(math.prod(shape) for shape in found.whole.values())
         cells = [
             f"[{name}](#{name})",
-            " ".join(f"`{value}`" for value in plan.values() if isinstance(value, str)),
+            " ".join(f"`{value}`" for value in plan.values() if isinstance(value, str))
+            + (f" `shard={plan['shard']}`" if "shard" in plan else ""),
             f"{most.parameters / whole:.2f}",
             in_bytes(most.sent_B),
             in_bytes(max(part.cut_B for part in found.parts)),

@@ -16,11 +16,14 @@ from manyhands.contract import Strategy
 #: Which package keeps its table of contents under which name.
 CATALOGUES = {
     "manyhands.communication.transports": "transports",
+    "manyhands.cluster": "clusters",
+    "manyhands.communication.compression": "compressors",
     "manyhands.models": "models",
     "manyhands.data": "datasets",
     "manyhands.consistency": "strategies",
     "manyhands.consistency.robust": "aggregations",
     "manyhands.partition": "partitions",
+    "manyhands.modelling.published": "formulas",
 }
 MODULES = [m.name for m in pkgutil.walk_packages(manyhands.__path__, "manyhands.")]
 PACKAGES = [m.name for m in pkgutil.walk_packages(manyhands.__path__, "manyhands.") if m.ispkg]

@@ -21,12 +21,14 @@ if TYPE_CHECKING:
     from manyhands.plan import Plan as Plan
     from manyhands.task import Task as Task
     from manyhands.verbs import Result as Result
+    from manyhands.verbs import simulate as simulate
     from manyhands.verbs import train as train
 
 _WHERE = {
     "Task": "manyhands.task",
     "Plan": "manyhands.plan",
     "train": "manyhands.verbs",
+    "simulate": "manyhands.verbs",
     "Result": "manyhands.verbs",
     "Mesh": "manyhands.communication.topology",
     "Measurement": "manyhands.contract",

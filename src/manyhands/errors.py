@@ -11,6 +11,7 @@
     ├── NonFiniteLoss            every worker stopped at the same step, last good state named (exit 1)
     └── CommunicationError
         ├── PeerLost             another rank died or reported failure while we waited for it
+        ├── DamagedPayload       a compressed vector does not fit the vector it is for; nothing was written
         ├── Vetoed               a rank gave a weight that is not finite: it refuses this exchange for everybody
         ├── DeadlineExceeded     a wait outlasted its deadline; names who waits for whom
         └── Deadlock             nothing can run any more (simulated: found at once)
@@ -138,6 +139,10 @@ class Vetoed(CommunicationError):
     def __init__(self, rank: int | None = None) -> None:
         self.rank = rank
         super().__init__("this exchange was vetoed" + (f" by rank {rank}" if rank is not None else ""))
+
+
+class DamagedPayload(CommunicationError):
+    """A compressed vector has another length, or other indices and codes, than the vector it is for can have."""
 
 
 class PeerLost(CommunicationError):

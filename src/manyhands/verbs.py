@@ -1,6 +1,6 @@
 """The four verbs. Each decides every ``auto``, checks the plan against task and machine, and calls down.
 
-`train` is here; `simulate`, `predict` and `search` follow the same form: they take the same task and plan.
+`train` and `simulate` are here; `predict` and `search` follow the same form: they take the same task and plan.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,7 @@ from manyhands.models.factory import settle
 from manyhands.models.update_rules import served
 from manyhands.partition.ampnet.place import fitted
 from manyhands.partition.ampnet.strategy import AMPNet
+from manyhands.partition.pipeline.strategy import PipeDream
 from manyhands.plan import Facts, Plan, Resolved, resolve, server_ranks
 from manyhands.task import Task, described
 from manyhands.training import environment
@@ -41,11 +42,17 @@ from manyhands.training.run import Options
 from manyhands.training.team import team
 
 if TYPE_CHECKING:
+    from manyhands.cluster import Cluster
+    from manyhands.simulation.failures import Failures
+    from manyhands.simulation.running import Simulation
+    from manyhands.simulation.stragglers import Stragglers
     from manyhands.training.outline import Outline
 
 log = logging.getLogger(__name__)
 
 JOB = "manyhands.training.loop:work"
+#: What is simulated on when nobody says: servers of 16 cores, as many as one asks for.
+DEFAULT_CLUSTER = "ethernet_10g"
 
 
 @dataclass(frozen=True)
@@ -96,10 +103,13 @@ def _the_users(what: str, spec: object) -> Iterator[None]:
         raise FactoryFailed(f"{what} {described(spec)}", f"{type(e).__name__}: {e}", own_traceback(e)) from e
 
 
-def resolved(task: Task, plan: Plan) -> Resolved:
-    """The plan with every ``auto`` decided for this machine; raises `InvalidPlan` with all problems of both."""
+def resolved(task: Task, plan: Plan, *, nodes: int | None = None) -> Resolved:
+    """The plan with every ``auto`` decided for this machine; raises `InvalidPlan` with all problems of both.
+
+    ``nodes``: for a simulated cluster of so many instead.
+    """
     task.check()
-    started = environment.launched()
+    started = environment.launched() if nodes is None else None
     with _the_users("loss", task.loss):
         losses.build(task.loss)
     with _the_users("optimizer", task.optimizer):
@@ -118,7 +128,8 @@ def resolved(task: Task, plan: Plan) -> Resolved:
         clip=task.clip is not None,
         served=served(trial),
         batch_size=task.batch_size,
-        memory_B=environment.memory_B(),
+        memory_B=environment.memory_B() if nodes is None else None,
+        nodes=nodes,
     )
     return resolve(plan, facts)
 
@@ -185,6 +196,69 @@ def train(
     return _result(decided, folder, model, outcome)
 
 
+def simulate(
+    task: Task,
+    plan: Plan | None = None,
+    cluster: Cluster | str | os.PathLike[str] = DEFAULT_CLUSTER,
+    *,
+    stragglers: Sequence[Stragglers | str] | Stragglers | str | None = None,
+    failures: Failures | str | None = None,
+    compute_s: float | None = None,
+    update_s: float | None = None,
+    sizes: bool = False,
+    evaluate: str | int = "epoch",
+    trace: str | os.PathLike[str] | None = None,
+    data_dir: str | os.PathLike[str] | None = None,
+) -> Simulation:
+    """Train ``task`` by ``plan`` in virtual time, in this process, on a cluster one need not have.
+
+        trace = mh.simulate(mh.Task(data="digits"), mh.Plan(strategy="ssp", workers=64), "ethernet_1g",
+                            stragglers="lognormal(sigma=0.3)")
+        trace.summary.step_s.median, trace.history[-1]["test_accuracy"]
+
+    The strategy's own code runs, on real gradients; or, with ``sizes``, on replicas that have no numbers, which is for
+    thousands of workers and tells times and traffic only. ``cluster`` is a ready one's name, a file or a `Cluster`.
+    A step of a worker takes ``compute_s`` and its optimizer ``update_s``, else what it takes here, measured for a
+    quarter of a second. ``stragglers`` stretch that (`simulation.stragglers`), ``failures`` interrupt it
+    (`simulation.failures`). ``trace`` writes who did what when, for Perfetto. Deterministic: the same seed and the same
+    given costs, the same result bit for bit.
+
+    Raises `BadInput` before anything is computed, and what training raises.
+    """
+    from manyhands.cluster import Cluster, load
+    from manyhands.simulation import running
+    from manyhands.simulation.failures import failures_from
+
+    options = running.Options(
+        running.kinds(stragglers),
+        None if failures is None else failures_from(failures),
+        compute_s,
+        update_s,
+        sizes,
+        evaluate,
+        trace is not None,
+    )
+    options.check()
+    on = cluster if isinstance(cluster, Cluster) else load(cluster)
+    asked = plan or Plan()
+    alone = resolved(task, asked, nodes=1).plan
+    assert alone.workers is not None
+    decided = resolved(task, asked, nodes=on.nodes_for(alone.workers))
+    model, splits = _built(task, None if data_dir is None else Path(data_dir))
+    for note in decided.notes:
+        log.warning("%s", note)
+    if sizes and (task.seconds is not None or task.target_accuracy is not None):
+        raise BadInput(
+            "sizes only with seconds or target_accuracy: without numbers a run has the length that it is given. Say "
+            "steps or epochs."
+        )
+    done = running.simulated(task, decided.plan, on, options, model, splits)
+    if trace is not None:
+        assert done.trace is not None
+        done.trace.write(Path(trace))
+    return done
+
+
 def outlined(task: Task, plan: Plan | None = None, *, data_dir: str | os.PathLike[str] | None = None) -> Outline:
     """The plan with everything decided, and what each worker would hold and send; nothing is started.
 
@@ -231,6 +305,8 @@ def _rehearsed(decided: Resolved, model: torch.nn.Module, task: Task, train: Dat
     """Refuse a cut that does not fit the model, before anything is started; with a note of what is cut and how."""
     from manyhands.partition.pipeline import cut as stages
     from manyhands.partition.pipeline import description as pipeline
+    from manyhands.partition.sharded.replica import given
+    from manyhands.partition.sharded.units import units_of
     from manyhands.partition.tensor import axis_of
     from manyhands.partition.tensor.rehearsal import rehearsed
 
@@ -246,12 +322,19 @@ def _rehearsed(decided: Resolved, model: torch.nn.Module, task: Task, train: Dat
         each = [", ".join(name for name, at in place.items() if at == rank) for rank in range(ranks)]
         notes.append("; ".join(f"nodes of worker {rank}: {names}" for rank, names in enumerate(each)))
         return dataclasses.replace(decided, notes=tuple(notes))
+    if task.loss is None and (ranks > 1 or isinstance(plan.strategy, PipeDream)):
+        raise BadInput(
+            f"{plan.strategy} on {mesh} with loss=None: the last stage hands outputs to a loss. Give the loss to the "
+            "task and let the model return outputs."
+        )
     if axis_of(plan.tensor) == "data":
         if task.loss is None:
             raise BadInput(
                 f"tensor={plan.tensor}: the outputs go to a loss of the task's, and loss=None leaves it to the model."
             )
         tensor = mesh["data"]
+    if (plan.shard or 0) > 1 and mesh["data"] > 1:
+        notes.append(f"shard={plan.shard}: {units_of(model, given(train.rows(torch.tensor([0])), task.loss))}")
     if tensor > 1:
         sample, _ = train.rows(torch.tensor([0]))
         how = rehearsed(model, plan.tensor, tensor, sample, checked=True)
@@ -260,7 +343,7 @@ def _rehearsed(decided: Resolved, model: torch.nn.Module, task: Task, train: Dat
             plan = dataclasses.replace(plan, tensor=how.said)
     if ranks > 1:
         notes += _of_micro_batches(task, plan, model, len(train))
-        said = pipeline.parse(plan.pipeline)
+        said = pipeline.parse(plan.pipeline, plan.strategy)
         schedule = said.made(ranks, micro_batches)
         if said.cut is None:
             rows = min(len(train), -(-task.batch_size // (mesh["data"] * micro_batches)))
@@ -404,6 +487,13 @@ def _result(decided: Resolved, folder: Path | None, model: torch.nn.Module, outc
     values = outcome["model"]
     model.load_state_dict(values)
     result = Result(model, decided.plan, Measurement(**summary), outcome["history"], folder, decided.notes, values)
+    if outcome["found_finished"]:
+        log.warning(
+            "the run in %s was at its end (step %d): nothing was left to do. More epochs= (--epochs) or steps= "
+            "(--steps) would take it further",
+            folder,
+            summary["steps"],
+        )
     if outcome["unsaved"]:
         raise LastCheckpointNotWritten(outcome["unsaved"], result)
     return result

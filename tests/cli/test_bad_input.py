@@ -68,8 +68,11 @@ SAID = {
     (*SMALL, "--buffers", "mean"): "average, rank0, local",
     (*SMALL, "--precision", "float16"): "float32, bfloat16",
     (*SMALL, "--allocator", "jemalloc"): "tuned, plain",
-    (*SMALL, "--shard", "2"): "shard=2",
-    (*SMALL, "--compress", "strom(threshold=1e-3)"): "not part of this release",
+    (*SMALL, "--shard", "4"): "shard=4",
+    (*SMALL, "--compress", "auto"): "not part of this release",
+    (*SMALL, "--compress", "strom(threshold=-1.0)"): "it is above 0",
+    (*SMALL, "--compress", "storm"): "Did you mean 'strom'?",
+    (*SMALL, "--compress", "top_k", "--strategy", "ssp"): "is not compressed in this release",
     (*SMALL, "--mesh", "data=3", "--workers", "2"): "mesh(data=3) needs 3 ranks; there are 2",
     (*SMALL, "--mesh", "data=1,expert=2", "--workers", "2"): "the axes that exist are data",
     (*SMALL, "--mesh", "data:2"): "the form is axis=extent",
@@ -91,6 +94,19 @@ SAID = {
     (*SMALL, "--resume"): "resume without out",
     (*SMALL, "--out", "/dev/null/run"): "/dev/null/run cannot be written",
     ("train", "--config", "no_such.toml"): "no_such.toml cannot be read",
+    ("simulate", "--cluser", "wan"): "Did you mean '--cluster'?",
+    ("simulate", "--data", "digits", "--cluster", "ethernet_1"): "Did you mean 'ethernet_1g'?",
+    ("simulate", "--data", "digits", "--cluster", "no_such.toml"): "no_such.toml: it cannot be read",
+    ("simulate", "--data", "digits", "--stragglers", "lognorml"): "Did you mean 'lognormal'?",
+    ("simulate", "--data", "digits", "--failures", "failures(mtbf=1)"): "Did you mean 'mtbf_s'?",
+    ("simulate", "--data", "digits", "--compute-s", "-1"): "compute_s=-1.0",
+    ("simulate", "--data", "digits", "--update-s", "1"): "Give compute_s",
+    ("simulate", "--data", "digits", "--transport", "gloo"): "choose a cluster",
+    ("simulate", "--data", "digits", "--batch-per-worker", "5"): "--workers 64",
+    ("simulate", "--data", "digits", "--evaluate", "end"): "epoch, never, or every",
+    ("simulate", "--data", "digits", "--sizes", "--seconds", "3", "--workers", "2"): "the length that it is given",
+    ("simulate", "--data", "digits", "--workers", "32", "--strategy", "hogwild"): "hogwild on transport=simulated",
+    ("simulate", "--data", "digits", "--compute-s", "1", "--trace", "no/t.json", "--steps", "1"): "no/t.json cannot be",
     ("verify", "--transport", "gluu"): "Did you mean 'gloo'?",
     ("verify", "--workers", "0"): "workers=0",
     ("verify", "--strategy", "synch"): "no strategy named 'synch'",
@@ -110,6 +126,15 @@ def test_a_mistake_is_answered_in_one_message(run, typed, message, tmp_path, mon
     if typed:  # without a command, the help stands above the message
         assert len(said) == 1
         assert said[0].startswith("manyhands: ")
+
+
+def test_a_bad_schedule_written_by_hand_is_shown_with_an_arrow_at_the_fault(run, tmp_path):
+    (tmp_path / "mine.txt").write_text("F0 F1 B0 B1\nB0 F0 F1 B1\n")
+    for said in ("written(rows='F0 F1 B0 B1 / B0 F0 F1 B1')", f"written(file={str(tmp_path / 'mine.txt')!r})"):
+        status, out, err = run(*SMALL, "--mesh", "pipeline=2", "--pipeline", said)
+        assert (status, out) == (2, "")
+        assert err.splitlines()[-2:] == ["rank 0  F0  F1  B0  B1", "rank 1  ⇒B0 F0  F1  B1"]
+        assert "Traceback" not in err
 
 
 def test_all_problems_of_a_plan_are_said_at_once(run):

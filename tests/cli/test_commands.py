@@ -72,6 +72,7 @@ def test_a_strategy_is_listed_with_guarantee_paper_and_survey(run):
     assert entries["synchronous"]["parameters"] == [
         {"name": "update", "default": "auto"},
         {"name": "aggregate", "default": "mean"},
+        {"name": "compress", "default": "none"},
     ]
     assert entries["synchronous"]["facts"]["guarantee"].startswith("exact")
     assert entries["slice_own_batch"]["facts"]["guarantee"] == "an approximation"

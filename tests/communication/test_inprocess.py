@@ -43,16 +43,17 @@ def test_operations_are_priced_by_their_record():
             comm.send(torch.zeros(5), 0)
         if comm.rank == 0:
             comm.recv(torch.zeros(5))
-        comm.barrier()
+        with comm.counting("consensus"):
+            comm.barrier()
 
     SimulatedWorld(4, lambda operation: seen.append(operation) or 0.0).run(rank)
     everyone = (0, 1, 2, 3)
     assert set(seen) == {
-        ("all_gather", 16, 4, everyone, None, None, True),
-        ("broadcast", 80, 2, (0, 1), 1, None, False),
-        ("broadcast", 80, 2, (2, 3), 3, None, False),
-        ("send", 20, 2, (3, 0), 3, 0, False),
-        ("barrier", 0, 4, everyone, None, None, False),
+        ("all_gather", 16, 4, everyone, None, None, True, "step"),
+        ("broadcast", 80, 2, (0, 1), 1, None, False, "step"),
+        ("broadcast", 80, 2, (2, 3), 3, None, False, "step"),
+        ("send", 20, 2, (3, 0), 3, 0, False, "step"),
+        ("barrier", 0, 4, everyone, None, None, False, "consensus"),
     }
 
 

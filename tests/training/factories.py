@@ -283,3 +283,19 @@ class LateBuffer(nn.Module):
         if self.calls == 1:
             self.register_buffer("seen", torch.zeros(1))
         return self.linear(x) * (float("nan") if self.calls == 3 else 1.0)
+
+
+class PartlyUsed(nn.Module):
+    """Has a parameter and a layer that its forward never comes to."""
+
+    def __init__(self, inputs: Any, classes: int) -> None:
+        super().__init__()
+        self.a, self.aside, self.b = nn.Linear(64, 12), nn.Linear(12, 3), nn.Linear(12, classes)
+        self.never = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(self.a(x.flatten(1)).tanh())
+
+
+def partly_used(inputs: Any, classes: int) -> nn.Module:
+    return PartlyUsed(inputs, classes)

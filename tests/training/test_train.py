@@ -384,6 +384,7 @@ SUMMARY = {
     *("seed", "train_loss", "test_accuracy", "samples_per_s", "step_s", "step_parts_s", "sent_B_per_step"),
     "moved_B_per_step",
     *("peak_memory_B", "wall_s", "versions", "wait_s_by_worker", "staleness_mean", "staleness_max"),
+    *("bubble_by_worker", "bubble_of_schedule", "bubble_of_flush"),
 }
 
 

@@ -51,6 +51,19 @@ def train(said: argparse.Namespace) -> Answer:
     return Answer(result.summary.as_dict(), functools.partial(summary.lines, task, result), status)
 
 
+def simulate(said: argparse.Namespace) -> Answer:
+    """One plan in virtual time."""
+    from manyhands import verbs
+    from manyhands.cli import simulation
+    from manyhands.cli.request import requested
+
+    task, split, run = requested(said)
+    run = {"evaluate": run["evaluate"]} if "evaluate" in run else {}
+    names = ("compute_s", "update_s", "stragglers", "failures", "sizes", "trace", "evaluate", "data_dir", "cluster")
+    found = verbs.simulate(task, split, **run | _given(said, *names))
+    return Answer(found.as_dict(), functools.partial(simulation.lines, task, found))
+
+
 def plan(said: argparse.Namespace) -> Answer:
     """A plan decided and laid out; nothing is started."""
     from manyhands import verbs
@@ -137,6 +150,7 @@ def doctor(said: argparse.Namespace) -> Answer:
 
 COMMANDS = {
     "train": train,
+    "simulate": simulate,
     "plan": plan,
     "study": study,
     "report": report,

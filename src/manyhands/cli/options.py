@@ -18,14 +18,29 @@ from typing import Any, NoReturn
 from manyhands.errors import BadInput, UnknownName
 
 #: The kinds that ``manyhands list`` knows.
-KINDS = ("strategies", "aggregations", "transports", "models", "data", "losses", "optimizers", "schedules", "schemes")
+KINDS = (
+    "strategies",
+    "aggregations",
+    "compressors",
+    "transports",
+    "models",
+    "data",
+    "losses",
+    "optimizers",
+    "schedules",
+    "partitions",
+    "schemes",
+    "pipelines",
+    "clusters",
+    "formulas",
+)
 #: Of a task, what can be said to a study.
 STUDY_TASK = (
     *("model", "data", "loss", "optimizer", "schedule", "clip", "batch_size", "batch_per_worker"),
     *("epochs", "steps", "seconds", "target_accuracy", "seed"),
 )
 #: Verbs of the design that this release does not have.
-LATER = ("predict", "search", "simulate", "calibrate")
+LATER = ("predict", "search", "calibrate")
 
 EPILOG = """\
 Text such as perceptron(hidden=50) is a name with options; your own model, data, loss, optimizer or strategy is
@@ -87,6 +102,7 @@ def declare() -> tuple[Parser, dict[str, Parser]]:
     made = {}
     for name, declared, says in (
         ("train", _train, "one plan on real processes"),
+        ("simulate", _simulate, "one plan in virtual time, on a cluster one need not have; starts no process"),
         ("plan", _plan, "what a plan comes to: decided, and what each worker would hold and send; nothing is started"),
         ("study", _study, "a grid of plans side by side; without a name, the small default study of this machine"),
         ("report", _report, "(re)draw the report of a study's folder"),
@@ -147,6 +163,38 @@ def _train(parser: Parser) -> None:
     _quiet(run)
 
 
+def _simulate(parser: Parser) -> None:
+    _task_and_plan(parser)
+    cost = parser.add_argument_group("what takes how long")
+    cost.add_argument(
+        "--cluster", metavar="NAME|FILE", help="a ready one's name or a TOML file (default: ethernet_10g)"
+    )
+    cost.add_argument(
+        "--compute-s", type=_number, metavar="S", help="a worker's forward and backward (default: measured here)"
+    )
+    cost.add_argument(
+        "--update-s", type=_number, metavar="S", help="its optimizer, with --compute-s (default: 0; measured with it)"
+    )
+    cost.add_argument(
+        "--stragglers",
+        action="append",
+        metavar="KIND",
+        help='"lognormal(sigma=0.3)", exponential, "pareto(alpha=2.5)" or "slow(workers=1, factor=3)"; may be repeated',
+    )
+    cost.add_argument(
+        "--failures",
+        metavar="F",
+        help='"failures(mtbf_s=2.6e6, checkpoint_s=30, restart_s=120)", of one worker; every_s: between checkpoints',
+    )
+    run = parser.add_argument_group("the run")
+    run.add_argument("--sizes", action="store_true", help="no numbers: times and traffic only, of thousands of workers")
+    run.add_argument("--trace", type=Path, metavar="FILE.json", help="who did what when, for Perfetto")
+    run.add_argument(
+        "--evaluate", type=_when, metavar="WHEN", help="epoch, never, or every so many steps (default: epoch)"
+    )
+    _file_and_data(run)
+
+
 def _plan(parser: Parser) -> None:
     _task_and_plan(parser)
     shown = parser.add_argument_group("the outline")
@@ -179,13 +227,19 @@ def _task_and_plan(parser: Parser) -> None:
     plan.add_argument(
         "--recompute", action="store_true", help="of a pipeline: activations anew before a backward (default: False)"
     )
-    plan.add_argument("--compress", metavar="COMPRESSOR", help="not part of this release")
+    plan.add_argument(
+        "--compress",
+        metavar="COMPRESSOR",
+        help="what is sent instead of dense gradients, e.g. 'top_k(ratio=0.01)' (see: list compressors)",
+    )
     plan.add_argument(
         "--micro-batches", type=_whole, metavar="N", help="passes of a step (default: 1, of a pipeline 4 a stage)"
     )
     plan.add_argument("--buffers", metavar="POLICY", help="average, rank0 or local: BatchNorm's (default: average)")
     plan.add_argument("--precision", metavar="P", help="float32 or bfloat16 autocast (default: float32)")
-    plan.add_argument("--shard", type=_whole, metavar="STAGE", help="1: share optimizer state (default: as it pays)")
+    plan.add_argument(
+        "--shard", type=_whole, metavar="STAGE", help="share out 1: optimizer state, 2: gradients, 3: parameters"
+    )
     plan.add_argument("--transport", metavar="T", help="auto, single, threads, shared, gloo, nccl, mpi (default: auto)")
     plan.add_argument("--device", metavar="D", help="auto, cpu or cuda (default: auto)")
     plan.add_argument("--threads", type=_whole, metavar="N", help="per worker (default: 0, cores / workers)")

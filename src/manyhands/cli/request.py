@@ -51,7 +51,12 @@ def requested(said: argparse.Namespace) -> tuple[Task, Plan, dict[str, Any]]:
     if each is not None:
         if each < 1:
             raise BadInput(f"--batch-per-worker {each}: it is a whole number from 1, e.g. --batch-per-worker 50.")
-        workers = verbs.resolved(made, split).plan.workers
+        # What is simulated need not fit this machine.
+        workers = split.workers if said.command == "simulate" else verbs.resolved(made, split).plan.workers
+        if workers is None or workers < 1:
+            raise BadInput(
+                "--batch-per-worker without --workers: say how many workers are simulated, e.g. --workers 64."
+            )
         made = dataclasses.replace(made, batch_size=each * workers)
     return made, split, run
 

@@ -51,10 +51,21 @@ def _of_workers(said: Measurement) -> list[tuple[str, str]]:
         least, most = min(said.wait_s_by_worker), max(said.wait_s_by_worker)
         who = said.wait_s_by_worker.index(most)
         rows.append(("waiting", f"{seconds(least)} to {seconds(most)} a step (most: worker {who})"))
+    if said.bubble_by_worker:
+        rows.append(("bubble", _bubble(said)))
     if said.staleness_mean is not None:
         text = f"{said.staleness_mean:.2f} updates of others on average, {said.staleness_max} at most"
         rows.append(("staleness", text))
     return rows
+
+
+def _bubble(said: Measurement) -> str:
+    """What was idle of a step, beside what would be if stages cost the same and nothing else cost anything."""
+    each = said.bubble_by_worker
+    text = f"{min(each):.3f} to {max(each):.3f} of a step, by worker (medians)"
+    if said.bubble_of_schedule is None or said.bubble_of_flush is None:
+        return text
+    return f"{text}; of the schedule {said.bubble_of_schedule:.3f}, (p − 1)/(m + p − 1) = {said.bubble_of_flush:.3f}"
 
 
 def _shares(batch: int, workers: int) -> str:

@@ -254,14 +254,15 @@ class Communicator(ABC):
         """A new board of counters, all 0. Collective; only where `shares_memory` or `one_sided`."""
         raise BadInput(f"transport={self.transport} has no memory that its workers share, so there is no board in it.")
 
-    def access(self, operation: str, x: Tensor) -> None:
+    def access(self, operation: str, x: Tensor, *, at: int = 0) -> None:
         """Count ``x`` as payload that comes from (``pull``) or goes to (``push``) memory which stands for a server.
 
-        Called before the memory is touched. In virtual time its price passes, and ranks that are earlier go first.
+        Called before the memory is touched. In virtual time its price passes, ranks that are earlier go first, and
+        those that want something of one place, number ``at`` (modulo the ranks), come one after the other.
         """
         self._count(operation, x, 1)
         if self.size > 1:
-            self._access(operation, x)
+            self._access(operation, x, at)
 
     def mark(self) -> int:
         """This moment, for `release`. Collective; of the communicator of all ranks only."""
@@ -505,7 +506,7 @@ class Communicator(ABC):
 
     # -- what a transport fills in: x is contiguous and flat, size > 1 --------------------------------------------
 
-    def _access(self, operation: str, x: Tensor) -> None:
+    def _access(self, operation: str, x: Tensor, at: int) -> None:
         return
 
     def _allocate(self, numel: int, dtype: torch.dtype, common: bool) -> Tensor:

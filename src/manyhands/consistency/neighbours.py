@@ -78,7 +78,7 @@ class OverGraph(Strategy):
 
     def rounds(self, size: int) -> Graph:
         """The graph over ``size`` ranks."""
-        return graphs.build(self.graph, size, self.degree, self.seed)
+        return _built(self.graph, size, self.degree, self.seed)
 
     def traffic(self, numel: int, size: int, itemsize: int = 4) -> Traffic:
         """d · n elements in d messages at every exchange, where d is how many ranks one sends to."""
@@ -95,6 +95,10 @@ class OverGraph(Strategy):
         """A graph that there is not for so many workers."""
         why = graphs.objection(self.graph, setting.workers, self.degree)
         return [] if why is None else [Problem(f"{self} with workers={setting.workers}", *why)]
+
+
+#: Ranks of one process have one graph.
+_built = functools.lru_cache(maxsize=16)(graphs.build)
 
 
 def _check_whole(name: str, value: Any, least: int, what: str) -> None:
@@ -170,7 +174,7 @@ class NeighbourWorker(IndependentWorker):
         arrived = {}
         for p, parcel in zip(senders, inbox, strict=False):
             if p not in self.broken[i]:
-                due, loss, weight_of_p = parcel.head.tolist()
+                due, loss, weight_of_p = parcel.news()
                 self._due, self._loss = min(self._due, due), self._loss or bool(loss)
                 arrived[p] = parcel.body, weight_of_p
         return arrived
@@ -198,7 +202,7 @@ class _Parcel:
 
     def __init__(self, like: Tensor) -> None:
         head_B = 3 * torch.float64.itemsize
-        self.whole = torch.empty(head_B + like.nbytes, dtype=torch.uint8, device=like.device)
+        self.whole = like.new_empty(head_B + like.nbytes, dtype=torch.uint8)
         self.head = self.whole[:head_B].view(torch.float64)
         self.body = self.whole[head_B:].view(like.dtype)
 
@@ -206,3 +210,10 @@ class _Parcel:
         """Put it in."""
         self.head.copy_(torch.tensor([due, loss, weight], dtype=torch.float64))
         self.body.copy_(vector)
+
+    def news(self) -> tuple[float, float, float]:
+        """What `pack` was told beside the vector; of a parcel that has a size only, that there are none."""
+        if self.whole.is_meta:
+            return math.inf, 0.0, 1.0
+        due, loss, weight = self.head.tolist()
+        return due, loss, weight

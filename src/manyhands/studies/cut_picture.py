@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from itertools import groupby
 
 from manyhands.communication.topology import Mesh
-from manyhands.contract.block import Block, Ranges
+from manyhands.contract.block import FLAT, Block, Ranges
 from manyhands.partition.pipeline.schedule import UNIT, Schedule, makespan, simulate
 from manyhands.studies.report.canvas import SIZE, Canvas, settings
 from manyhands.studies.report.lettering import shortened, text_width
@@ -127,6 +127,9 @@ def _rectangles(
     if not among:
         return []
     ranges = dict(among)
+    if FLAT in ranges:  # whole rows, nearly
+        numel = math.prod(block.shape) or 1
+        return [((lo / numel, hi / numel), (0.0, 1.0)) for lo, hi in ranges[FLAT] if lo < hi]
     rows = [(lo / block.shape[0], hi / block.shape[0]) for lo, hi in ranges.get(0, ((0, block.shape[0]),))]
     columns = [(lo / block.shape[1], hi / block.shape[1]) for lo, hi in ranges.get(1, ((0, block.shape[1]),))]
     return [(row, column) for row in rows for column in columns]

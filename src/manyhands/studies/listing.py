@@ -7,39 +7,57 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from manyhands.catalogue import Catalogue
+from manyhands.cluster import Cluster, clusters
+from manyhands.communication.compression import compressors
 from manyhands.communication.transports import transports
 from manyhands.consistency import strategies
 from manyhands.consistency.robust import aggregations
 from manyhands.data import datasets
 from manyhands.errors import UnknownName
 from manyhands.grammar import format_value
+from manyhands.modelling.published import formulas
 from manyhands.models import loss_functions, models, optimizer_classes, schedule_classes
+from manyhands.partition import cut_strategies, partitions
+from manyhands.partition.pipeline import schedules as pipelines
 from manyhands.partition.tensor import schemes
 
 KINDS: Mapping[str, Catalogue] = {
-    "strategies": strategies,
+    "strategies": Catalogue("strategy", {**strategies, **cut_strategies}),
     "aggregations": aggregations,
+    "compressors": compressors,
     "transports": transports,
     "models": models,
     "data": datasets,
     "losses": loss_functions,
     "optimizers": optimizer_classes,
     "schedules": schedule_classes,
+    "partitions": partitions,
     "schemes": schemes,
+    "pipelines": pipelines,
+    "clusters": clusters,
+    "formulas": formulas,
 }
 
 #: Parameters that are filled in and that nobody writes: from the data set, the run or the command line.
-FILLED = ("params", "optimizer", "folder", "last_epoch", "model", "group")
+FILLED = ("params", "optimizer", "folder", "last_epoch", "model", "group", "ranks", "micro_batches")
 NOTES = {
     "strategies": "n: the number of parameters. What is sent is the payload of one worker, a mean over many steps.",
+    "compressors": "What --compress sends, e.g. --compress 'top_k(ratio=0.01)', an option of synchronous. n: the "
+    "number of parameters; what is sent is told for one layer of 1024 × 1024 in float32, as the payload of one worker.",
     "aggregations": "An option of synchronous and backup_workers, e.g. aggregate=krum(f=1). n: workers waited for.",
+    "partitions": "The axes of --mesh, e.g. --mesh data=2,tensor=2; docs/partitioning.md draws them.",
+    "pipelines": "The order of micro-batches, e.g. --mesh pipeline=2 --pipeline \"gpipe(cut='block2')\"; each takes "
+    "cut=, the modules with which stages begin. pipedream goes with --strategy pipedream.",
     "schemes": "How a network is cut along the mesh's tensor axis, e.g. --mesh tensor=4 --tensor cannon; "
     "one_weird_trick: along its data axis.",
+    "clusters": "Bandwidths are of one direction and a device, all of a node sending at once. Your own is a TOML file.",
+    "formulas": "What published models say of a plan, as functions in SI units: manyhands.modelling.published.",
     "schedules": "These move at every step: where torch's text says epoch, read step.",
 }
 
@@ -108,16 +126,19 @@ def _entry(kind: str, name: str, made: Any) -> Entry:
     return Entry(
         name,
         _about(kind, name, made),
-        {} if kind == "transports" else _parameters(made),
-        _facts(kind, made),
+        {} if kind in ("transports", "partitions", "formulas") else _parameters(made),
+        _facts(kind, name, made),
         str(paper) if paper is not None else "",
         paper.survey if paper is not None else "",
     )
 
 
 def _about(kind: str, name: str, made: Any) -> str:
-    # A transport's file says what its workers are; its class, what one end of it is. Two engines share a file.
-    own_file = kind == "transports" and made.__module__.rpartition(".")[2] == name
+    # A transport's file says what its workers are; its class, what one end of it is. Two engines share a file. A
+    # partition's file says what is cut, its class what a strategy sees; a schedule's file says what it is for.
+    own_file = kind in ("partitions", "pipelines") or (
+        kind in ("transports", "formulas") and made.__module__.rpartition(".")[2] == name
+    )
     text = inspect.getdoc(inspect.getmodule(made) if own_file else made) or ""
     return " ".join(text.split("\n\n")[0].split()).replace("``", "`")
 
@@ -131,17 +152,21 @@ def _parameters(made: Any) -> dict[str, Any]:
     return found
 
 
-def _facts(kind: str, made: Any) -> dict[str, Any]:
+def _facts(kind: str, name: str, made: Any) -> dict[str, Any]:
     if kind == "strategies":
         return {
             **_guarantees(made),
             "replicas": "bit-identical" if made.identical else "may differ",
             "results": "repeat bit for bit" if made.deterministic else "differ from run to run",
-            "sends": _sends(made()),
+            "sends": "what passes between its nodes or stages" if name in cut_strategies else _sends(made()),
         }
+    if kind == "pipelines":
+        return _of_pipeline(name, made)
     if kind == "aggregations":
         rule = made()
         return {"needs": rule.needs, "bears": f"{rule.bears(5)} of 5 workers by default"}
+    if kind == "compressors":
+        return _compression(made())
     if kind == "transports":
         return {
             "shares memory": _yes(made.shares_memory),
@@ -152,9 +177,62 @@ def _facts(kind: str, made: Any) -> dict[str, Any]:
         from manyhands.models.optimizers import ELEMENTWISE
 
         return {"element by element": _yes(made in ELEMENTWISE) + ("" if made in ELEMENTWISE else ", never sharded")}
+    if kind == "clusters":
+        return _hardware(made())
     if kind == "losses":
         return {"over workers": "added" if made.reduction == "sum" else "averaged"}
     return {}
+
+
+def _compression(made: Any) -> dict[str, Any]:
+    from manyhands.communication.compression.compressor import Layout
+
+    n = 2**20
+    layout = Layout(((1024, 1024),))
+    sent = []
+    for workers in (2, 8):
+        cost = made.cost(layout, workers)
+        sent.append(f"{cost.sent_B / n:.3g} n bytes with {workers} workers ({cost.route})")
+    kept, varies = made.contraction(n), made.variance(n)
+    promises = [
+        "lossless" if made.lossless else "",
+        "unbiased" if made.unbiased and not made.lossless and not made.feedback else "",
+        f"‖x − C(x)‖² ≤ {1 - kept:.3g} ‖x‖²" if 1e-3 < kept < 1 else "",
+        f"E ‖x − C(x)‖² ≤ {varies:.3g} ‖x‖²" if 0 < varies < math.inf else "",
+        "sent and residual add up to the gradients" if made.feedback else "",
+    ]
+    return {
+        "sends": ("at most " if made.variable else "") + ", ".join(sent) + "; dense 4 n, 7 n",
+        "payloads": "added by an all-reduce" if made.summable else "decoded by everybody",
+        "promises": "; ".join(filter(None, promises)) or "none of a single step",
+    }
+
+
+def _hardware(cluster: Cluster) -> dict[str, Any]:
+    device, users = cluster.device, cluster.devices_per_node
+    peaks = ", ".join(f"{dtype} {peak}" for dtype, peak in device.peak.items())
+    links = {
+        f"link {level}": f"{link.kind}, {link.bandwidth_Bps(users) / 1e9:.3g} GB/s, {link.latency}"
+        for level, link in cluster.links.items()
+    }
+    return {
+        "a node": f"{users} × {device.name}, {device.memory}, {device.memory_bandwidth}",
+        "peak": peaks,
+        **links,
+    }
+
+
+def _of_pipeline(name: str, made: Any) -> dict[str, Any]:
+    """For four ranks and eight micro-batches, with stages of equal cost."""
+    from manyhands.partition.pipeline.schedule import bubble, in_flight
+
+    if name == "written":
+        return {}
+    order = made(4, 8)
+    return {
+        "bubble": f"{bubble(order):.3f} with 4 ranks and 8 micro-batches",
+        "in flight": f"{', '.join(map(str, in_flight(order)))} there, by rank",
+    }
 
 
 def _yes(value: bool) -> str:
@@ -174,7 +252,7 @@ def _sends(strategy: Any) -> str:
 def _guarantees(cls: Any) -> dict[str, str]:
     from manyhands.studies.parity import variants
 
-    each = {str(s): guarantee(s) for s in variants([cls.name])}
+    each = {str(s): guarantee(s) for s in ([cls()] if cls.name in cut_strategies else variants([cls.name]))}
     first, *others = dict.fromkeys(each.values())
     return {f"guarantee of {text}": said for text, said in each.items()} if others else {"guarantee": first}
 

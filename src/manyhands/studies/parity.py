@@ -228,8 +228,7 @@ def check(comm: Communicator, strategy: Strategy, optimizer: str) -> Row:
         worker.step(Batch(inputs[mine], target[mine], hi - lo, BATCH))
     counted_B = (comm.counters.sent_B("step") - before_B) / STEPS
     declared = [
-        decided.traffic(p.flat.numel(), comm.over(p.replicated_over).size, p.flat.element_size())
-        for p in replica.pieces
+        decided.traffic_of(p.shapes, comm.over(p.replicated_over).size, p.flat.element_size()) for p in replica.pieces
     ]
     declared_B = sum(traffic.sent_B_in(STEPS) for traffic in declared) / STEPS
     worker.meet()

@@ -13,6 +13,9 @@ import torch
 
 from manyhands.consistency import buffers as buffer_policy
 from manyhands.contract import Measurement
+from manyhands.partition.data import DataReplica
+from manyhands.partition.pipeline import gpipe, schedule
+from manyhands.partition.pipeline.replica import PipelineReplica
 from manyhands.task import described
 from manyhands.training import memory
 from manyhands.training.evaluation import evaluate
@@ -69,7 +72,7 @@ def conclude(run: Run, measured: dict[str, Any], metrics: MetricsLog, member: Me
     if run.options.evaluate == "end" and run.splits.test is not None:
         model, test = run.replica.answering, run.splits.test
         accuracy, _ = evaluate(model, run.loss, test, replicas(comm), device=device_of(run.plan, comm))
-    measured |= _of_all_workers(run, measured["step_parts_s"].wait)
+    measured |= _of_all_workers(run, measured["step_parts_s"].wait, measured["bubble_by_worker"])
     values = together(run.model.state_dict(), run.replica.blocks, run.whole, comm)
     if comm.rank != 0:
         return {}
@@ -84,6 +87,7 @@ def conclude(run: Run, measured: dict[str, Any], metrics: MetricsLog, member: Me
         "allocator": member.allocator,
         "source": run.splits.source,
         "unsaved": run.unsaved,
+        "found_finished": run.resumed is not None and run.cursor.step == run.resumed["step"],
     }
 
 
@@ -120,23 +124,36 @@ def _kept_summary(run: Run) -> dict[str, Any] | None:
     return {name: kept[name] for name in names}
 
 
-def _of_all_workers(run: Run, wait_s: float) -> dict[str, Any]:
+def _of_all_workers(run: Run, wait_s: float, bubble: list[float]) -> dict[str, Any]:
     """What the summary says of all workers together. Collective.
 
     ``peak_memory_B`` is the largest resident set of any worker during the run; memory of a GPU is not in it.
     """
     comm, staleness = run.comm, run.worker.staleness
     updates, late = sum(staleness.values()), sum(by * times for by, times in staleness.items())
-    mine = [float(memory.peak_B()), wait_s, float(updates), float(late), float(max(staleness, default=0))]
+    mine = [float(memory.peak_B()), wait_s, float(updates), float(late), float(max(staleness, default=0)), *bubble]
     told = torch.tensor([mine] * comm.size, dtype=torch.float64)
     with comm.counting("consensus"):
         comm.all_gather(told, [(p * len(mine), (p + 1) * len(mine)) for p in range(comm.size)]).wait()
-    memory_B, waits, all_updates, all_late, latest = told.T.tolist()
+    memory_B, waits, all_updates, all_late, latest, *bubbles = told.T.tolist()
     return {
         "peak_memory_B": int(max(memory_B)),
         "wait_s_by_worker": waits,
         "staleness_mean": sum(all_late) / sum(all_updates) if sum(all_updates) else None,
         "staleness_max": int(max(latest)) if sum(all_updates) else None,
+        "bubble_by_worker": bubbles[0] if bubbles else [],
+        **_of_schedule(run.replica),
+    }
+
+
+def _of_schedule(replica: DataReplica) -> dict[str, Any]:
+    """What the bubble would be if stages cost the same and nothing else cost anything."""
+    if not isinstance(replica, PipelineReplica):
+        return {}
+    order = replica.pipeline.schedule
+    return {
+        "bubble_of_schedule": schedule.bubble(order),
+        "bubble_of_flush": gpipe.bubble(order.ranks, order.micro_batches),
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -28,6 +29,8 @@ class Cost:
     parts_before: tuple[float, ...]
     parts_from: int = 0  # steps before the parts count
     times: list[float] = field(default_factory=list)
+    idle: list[float] = field(default_factory=list)  # in a pipeline: of each step the part without compute or update
+    busy_before_s: float = 0.0
     seen: int = 0  # samples, of all ranks
     moved_B: int = 0
 
@@ -35,12 +38,16 @@ class Cost:
     def begun(cls, run: Run) -> Cost:
         """Now."""
         sent_B = _sent_B(run)
-        return cls(run.cursor.step, time.perf_counter(), run.trained_s, sent_B, _spent(run))
+        return cls(run.cursor.step, time.perf_counter(), run.trained_s, sent_B, _spent(run), busy_before_s=_busy_s(run))
 
     def took(self, run: Run, step_s: float) -> None:
         """One more step; parts count from the end of the warm-up, as times do."""
         if len(self.times) < STEP_TIMES:
             self.times.append(step_s)
+            if run.comm.mesh["pipeline"] > 1:
+                busy_s = _busy_s(run)
+                self.idle.append(1 - (busy_s - self.busy_before_s) / step_s)
+                self.busy_before_s = busy_s
             if len(self.times) == WARM_UP:
                 self.parts_before, self.parts_from = _spent(run), WARM_UP
 
@@ -51,6 +58,7 @@ class Cost:
         yield
         spent = (now - then for now, then in zip(_spent(run), before, strict=True))
         self.parts_before = tuple(x + s for x, s in zip(self.parts_before, spent, strict=True))
+        self.busy_before_s = _busy_s(run)
 
     def measured(self, run: Run, wall_s: float) -> dict[str, Any]:
         """The figures of the summary that are about cost."""
@@ -64,7 +72,18 @@ class Cost:
             "sent_B_per_step": sent_B / steps if steps else 0.0,
             "moved_B_per_step": self.moved_B / steps if steps and run.comm.counts_moved else None,
             "wall_s": wall_s,
+            "bubble_by_worker": self._bubble(),
         }
+
+    def _bubble(self) -> list[float]:
+        """This rank's, of a step's time; nothing where there is no pipeline."""
+        idle = self.idle[self.parts_from :] or self.idle
+        return [statistics.median(idle)] if idle else []
+
+
+def _busy_s(run: Run) -> float:
+    """What this rank has computed and updated so far."""
+    return run.replica.compute_s + run.replica.update_s
 
 
 def _sent_B(run: Run) -> int:

@@ -81,13 +81,6 @@ def resume(run: Run) -> None:
         run.cut_short = False
     run.since.begin(*since)
     run.resumed = {"step": cursor.step, "path": str(found.path), "skipped": skipped}
-    if run.finished and comm.rank == 0:
-        log.warning(
-            "the run in %s is at its end (step %d) and nothing was left to do; more epochs= (--epochs) or steps= "
-            "(--steps) would take it further",
-            run.options.out,
-            cursor.step,
-        )
     comm.barrier()
 
 

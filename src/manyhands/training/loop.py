@@ -112,7 +112,7 @@ def train(run: Run, metrics: MetricsLog, member: Member) -> dict[str, Any]:
             except NonFiniteLoss as e:
                 raise stopped(run, e, share.before, good, metrics, saved_step=saved_step) from None
             if run.schedule is not None:
-                _advance(run.schedule)
+                advance(run.schedule)
             cost.moved_B += counters.moved_B - moved_before
             t1 = clock()
             run.trained_s += t1 - t0
@@ -213,7 +213,8 @@ def stopped(
     return NonFiniteLoss(step, kept or "", what=e.what, spoilt=spoilt, rank=e.rank, steadier=steadier)
 
 
-def _advance(schedule: Any) -> None:
+def advance(schedule: Any) -> None:
+    """The learning rate's next step."""
     # torch warns when a schedule moves before optimizer.step(); the update was done on slices, by clones of it.
     schedule.optimizer._opt_called = True
     schedule.step()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,17 +19,27 @@ from torch import Tensor, nn
 from manyhands.communication.topology import Mesh, shares
 from manyhands.contract import Block, Strategy
 from manyhands.data import Splits
-from manyhands.models import optimizers
+from manyhands.models import losses, optimizers
+from manyhands.partition.ampnet.chain import graph_of
+from manyhands.partition.ampnet.graph import rows as sample_rows
+from manyhands.partition.ampnet.place import fitted
+from manyhands.partition.ampnet.place import sent_B as nodes_send_B
+from manyhands.partition.ampnet.replica import keep_nodes
+from manyhands.partition.ampnet.strategy import AMPNet
 from manyhands.partition.hybrid import HybridCut
 from manyhands.partition.pipeline import description as pipeline
 from manyhands.partition.pipeline import schedule as schedules
 from manyhands.partition.pipeline.cut import cut as cut_into_stages
 from manyhands.partition.pipeline.schedule import Schedule
+from manyhands.partition.pipeline.strategy import PipeDream
 from manyhands.partition.tensor import axis_of
 from manyhands.partition.tensor.rehearsal import Rehearsal
 from manyhands.plan import Plan
 from manyhands.task import Task
-from manyhands.training.division import cut_layers, cut_stages
+from manyhands.training.division import cut_layers, cut_stages, shares_out, sharing_out
+
+#: Of samples that each have a graph of their own so many tell what the others send.
+FEW = 64
 
 
 @dataclass(frozen=True)
@@ -45,13 +55,14 @@ class Part:
     optimizer_B: int
     sent_B: float  # payload of the strategy a step, on average
     cut_B: int = 0  # payload of the cut a step
+    nodes: tuple[str, ...] = ()  # of an AMPNet graph those that are here
     #: Of the user's parameters those that are here: whole (None), or which part.
     holds: dict[str, Block | None] = field(default_factory=dict, repr=False)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values."""
         shown = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "holds"}
-        return {**shown, "stages": list(self.stages)}
+        return {**shown, "stages": list(self.stages), "nodes": list(self.nodes)}
 
 
 @dataclass(frozen=True)
@@ -84,6 +95,8 @@ def outline(task: Task, plan: Plan, notes: Sequence[str], model: nn.Module, spli
     mesh = plan.mesh
     assert isinstance(mesh, Mesh)
     rows = min(len(splits.train), shares(task.batch_size, mesh["data"])[0][1])
+    if isinstance(plan.strategy, AMPNet):
+        return _of_nodes(task, plan, notes, model, splits, rows)
     sent = {} if axis_of(plan.tensor) == "data" else _cut_B(plan, mesh, model, splits, max(rows, 1))
     slots, parts, schedule = _slots(task), [], None
     for rank in range(mesh.size):
@@ -101,10 +114,47 @@ def outline(task: Task, plan: Plan, notes: Sequence[str], model: nn.Module, spli
             cut_B = layers.sent_B([hi - lo for lo, hi in shares(images, mesh.size)], rank)
         else:
             cut_B = sum(sent[comm.over(frozenset({"tensor"})).rank, stage] for stage in stages) if sent else 0
-        holds = {name: layers.blocks.get(name) for name, _ in mine.named_parameters()}
-        parts.append(Part(rank, where, stages, *_memory_and_payload(plan, mesh, mine, holds, slots), cut_B, holds))
+        if isinstance(plan.strategy, PipeDream):
+            assert plan.micro_batches is not None
+            learnt_B = sum(p.nbytes for p in mine.parameters() if p.requires_grad)
+            cut_B += plan.strategy.averaged_B(learnt_B, mesh["data"], min(plan.micro_batches, max(rows, 1)))
+        blocks: Mapping[str, Block] = layers.blocks
+        if shares_out(plan, comm):
+            optimizer, loss = optimizers.build(task.optimizer, mine.parameters()), losses.build(task.loss)
+            replica = sharing_out(plan, splits)(mine, optimizer, loss, comm, common=True)
+            blocks, cut_B = replica.blocks, replica.sent_B()
+        holds = {name: blocks.get(name) for name, _ in mine.named_parameters()}
+        part = Part(rank, where, stages, *_memory_and_payload(plan, mesh, mine, holds, slots), cut_B, holds=holds)
+        if plan.shard == 2:  # its parts are of gradients and optimizer state
+            held, held_B = sum(p.numel() for p in model.parameters()), sum(p.nbytes for p in model.parameters())
+            part = dataclasses.replace(part, parameters=held, parameters_B=held_B, holds=dict.fromkeys(holds))
+        parts.append(part)
     whole = {name: tuple(p.shape) for name, p in model.named_parameters()}
     return Outline(plan, tuple(notes), whole, parts, schedule)
+
+
+def _of_nodes(task: Task, plan: Plan, notes: Sequence[str], model: nn.Module, splits: Splits, rows: int) -> Outline:
+    """Of a graph whose nodes lie on ranks. What the graph of each sample sends is a mean over the first ones."""
+    mesh, strategy = plan.mesh, plan.strategy
+    assert isinstance(mesh, Mesh)
+    assert isinstance(strategy, AMPNet)
+    first = splits.train.rows(torch.arange(rows))[0]
+    graph, place = fitted(model, strategy, mesh.size, sample_rows(first, 0, 1))
+    few = rows if graph.batched else min(rows, FEW)
+    bounds = [(0, few)] if graph.batched else [(i, i + 1) for i in range(few)]
+    sent = [nodes_send_B(graph, place, mesh.size, sample_rows(first, lo, hi)) for lo, hi in bounds]
+    slots, parts = _slots(task), []
+    for rank in range(mesh.size):
+        mine = copy.deepcopy(model)
+        keep_nodes(mine, graph_of(mine), place, rank)
+        holds: dict[str, Block | None] = {name: None for name, _ in mine.named_parameters()}
+        where = {axis: at for axis, at in mesh.coordinates(rank).items() if mesh[axis] > 1}
+        cut_B = sum(each[rank] for each in sent) * rows // max(few, 1)
+        nodes = tuple(name for name, at in place.items() if at == rank)
+        held = _memory_and_payload(plan, mesh, mine, holds, slots)
+        parts.append(Part(rank, where, (0,), *held, cut_B, nodes, holds))
+    whole = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    return Outline(plan, tuple(notes), whole, parts, None)
 
 
 def _memory_and_payload(
@@ -113,19 +163,20 @@ def _memory_and_payload(
     """Elements; bytes of parameters, gradients and optimizer state; payload a step."""
     strategy = plan.strategy
     assert isinstance(strategy, Strategy)
-    pieces: dict[tuple[frozenset[str], int], int] = {}  # by axes along which others have the same, and bytes an element
+    # The shapes, by axes along which others have the same, and bytes an element.
+    pieces: dict[tuple[frozenset[str], int], list[tuple[int, ...]]] = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
             block = holds[name]
             cut = ({block.axis} if block is not None else set()) | {"pipeline"}
             key = frozenset(axis for axis in mesh if axis not in cut), p.element_size()
-            pieces[key] = pieces.get(key, 0) + p.numel()
+            pieces.setdefault(key, []).append(tuple(p.shape))
     shared = strategy.parameters == "common" and strategy.lockstep  # each element is updated by one of its holders
     state, sent = 0.0, 0.0
-    for (axes, itemsize), numel in pieces.items():
+    for (axes, itemsize), shapes in pieces.items():
         holders = math.prod(mesh[axis] for axis in axes)
-        state += slots * numel * itemsize / (holders if shared else 1)
-        sent += strategy.traffic(numel, holders if strategy.lockstep else mesh["data"], itemsize).sent_B_per_step
+        state += slots * sum(map(math.prod, shapes)) * itemsize / (holders if shared else 1)
+        sent += strategy.traffic_of(shapes, holders if strategy.lockstep else mesh["data"], itemsize).sent_B_per_step
     held_B = sum(p.nbytes for p in model.parameters())
     learnt_B = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     return sum(p.numel() for p in model.parameters()), held_B, learnt_B, math.ceil(state), sent
@@ -153,7 +204,7 @@ def _cut_B(plan: Plan, mesh: Mesh, model: nn.Module, splits: Splits, rows: int) 
         cut_layers(mine, plan, splits, comm)
         stages: Sequence[nn.Module] = [mine]
         if mesh["pipeline"] > 1:
-            stages = cut_into_stages(mine, pipeline.parse(plan.pipeline).cut or ()).stages
+            stages = cut_into_stages(mine, pipeline.parse(plan.pipeline, plan.strategy).cut or ()).stages
         # What is sent grows by the sample, so a few tell the rest: so many that nothing is rounded among the ranks.
         few = mesh["tensor"]
         some, twice = (

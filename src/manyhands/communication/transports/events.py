@@ -28,8 +28,9 @@ class Operation(NamedTuple):
     size: int  # how many ranks take part
     ranks: tuple[int, ...]  # who they are; of a send, source and destination
     source: int | None = None  # sender or root
-    destination: int | None = None  # receiver of a send
+    destination: int | None = None  # receiver of a send; whose place a pull or a push is about
     common: bool = False  # the tensor is memory that all these ranks see as one copy
+    purpose: str = "step"  # what it is counted as
 
 
 class Event(Protocol):
@@ -184,40 +185,79 @@ class Turn:
 
 
 class Counters:
-    """A board: every rank's counter, and when it reached which value."""
+    """A board: every rank's counter, when it reached which value, and when the least and the most of them did."""
 
     def __init__(self, size: int) -> None:
         self.values = [0] * size
-        self.reached = [deque([(0, 0.0)], maxlen=REMEMBERED) for _ in range(size)]
+        self.reached = [_history() for _ in range(size)]
+        self.least, self.most = _history(), _history()
+        self._at = {0: size}  # how many counters stand at a value
+        #: Waits under way for which a change of neither least nor most is enough.
+        self.careful = 0
 
-    def post(self, index: int, value: int, at: float) -> None:
-        """Set one of them."""
-        self.values[index] = value
+    def post(self, index: int, value: int, at: float) -> bool:
+        """Set one of them; whether some wait may be over by it."""
+        before, self.values[index] = self.values[index], value
         self.reached[index].append((value, at))
+        self._at[value] = self._at.get(value, 0) + 1
+        self._at[before] -= 1
+        changed = self.careful > 0
+        if not self._at[before]:
+            del self._at[before]
+            if before == self.least[-1][0]:  # the one that was behind all others
+                self.least.append((min(self._at), at))
+                changed = True
+        if value > self.most[-1][0]:
+            self.most.append((value, at))
+            changed = True
+        return changed
+
+
+def _history() -> deque[tuple[int, float]]:
+    return deque([(0, 0.0)], maxlen=REMEMBERED)
+
+
+def _when(history: Sequence[tuple[int, float]], least: int) -> float | None:
+    """When it came to ``least``, as far back as it is remembered; None while it has not."""
+    found = None
+    for value, at in reversed(history):
+        if value < least:
+            break
+        found = at
+    return found
 
 
 class FarEnough:
-    """A rank waiting until the counters ``among`` those of a board are at least ``least``."""
+    """A rank waiting until all counters of a board are at least ``least``, but that of ``me``; or that of ``only``.
+
+    Whoever waits has as a rule come so far itself; then it is the least of all counters that decides, and neither
+    asking nor posting takes longer the more ranks there are.
+    """
 
     cost_s = 0.0
 
     def __init__(
-        self, counters: Counters, members: Sequence[int], among: Sequence[int], least: int, doing: str
+        self, counters: Counters, members: Sequence[int], least: int, doing: str, *, me: int, only: int | None = None
     ) -> None:
-        self.counters, self.members, self.among, self.least, self.doing = counters, members, among, least, doing
+        self.counters, self.members, self.least, self.doing = counters, members, least, doing
+        self._me, self._only = me, only
+        self.careful = only is not None or counters.values[me] < least
 
     def __str__(self) -> str:
         return self.doing
 
+    @property
+    def among(self) -> Sequence[int]:
+        """Whose counters are waited for."""
+        return [p for p in range(len(self.members)) if p != self._me] if self._only is None else [self._only]
+
     def due(self) -> float | None:
         """When the last of them came so far."""
-        times = self._times()
-        return max(times, default=0.0) if len(times) == len(self.among) else None
-
-    def _times(self) -> list[float]:
-        """When those came so far that have."""
-        come = [i for i in self.among if self.counters.values[i] >= self.least]
-        return [next(at for value, at in self.counters.reached[i] if value >= self.least) for i in come]
+        if not self.careful:
+            return _when(self.counters.least, self.least)
+        times = [_when(self.counters.reached[i], self.least) for i in self.among]
+        come = [at for at in times if at is not None]
+        return max(come, default=0.0) if len(come) == len(times) else None
 
     def missing(self) -> str:
         """Who is behind."""
@@ -230,9 +270,18 @@ class FarEnough:
 class OneFarEnough(FarEnough):
     """A rank waiting until one of these counters is."""
 
+    def __init__(self, counters: Counters, members: Sequence[int], least: int, doing: str, *, me: int) -> None:
+        super().__init__(counters, members, least, doing, me=me)
+        self.careful = False
+
+    @property
+    def among(self) -> Sequence[int]:
+        """All."""
+        return range(len(self.members))
+
     def due(self) -> float | None:
         """When the first of them came so far."""
-        return min(self._times(), default=None)
+        return _when(self.counters.most, self.least)
 
 
 class Group:

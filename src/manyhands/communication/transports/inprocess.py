@@ -13,14 +13,13 @@ so that the three transports share every line that touches data.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import queue
 import threading
 import time
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
@@ -64,6 +63,10 @@ class World(ABC):
     def join(self, group: Group, index: int) -> InProcessCommunicator:
         """Rank ``index``'s end of ``group``."""
 
+    def zeros(self, numel: int, dtype: torch.dtype) -> Tensor:
+        """Symmetric memory for one rank, or for all that share it."""
+        return torch.zeros(numel, dtype=dtype)
+
     @abstractmethod
     def exclusive(self) -> AbstractContextManager[object]:
         """Inside, no other rank changes meetings and mailboxes."""
@@ -71,6 +74,10 @@ class World(ABC):
     @abstractmethod
     def now(self, rank: int) -> float:
         """Seconds on the clock by which this world accounts the time of ``rank``."""
+
+    def settle(self, comm: InProcessCommunicator) -> None:
+        """``comm``'s rank is about to do what others may see."""
+        return
 
     @abstractmethod
     def charge(self, operation: Operation, ranks: Sequence[int]) -> tuple[float, float]:
@@ -196,8 +203,8 @@ class InProcessCommunicator(Communicator):
 
         def make(offers: list[None]) -> list[Tensor]:
             if not common:
-                return [torch.zeros(numel, dtype=dtype) for _ in offers]
-            one = torch.zeros(numel, dtype=dtype)
+                return [world.zeros(numel, dtype) for _ in offers]
+            one = world.zeros(numel, dtype)
             world.common[_address(one)] = one, frozenset(self.group.members)
             return [one for _ in offers]
 
@@ -274,13 +281,15 @@ class InProcessCommunicator(Communicator):
 
         return InProcessBoard(self, self._meet("allocate", None, None, make, "board"))
 
-    def _access(self, operation: str, x: Tensor) -> None:
+    def _access(self, operation: str, x: Tensor, at: int) -> None:
         world, me = self.world, self.world_rank
-        priced = Operation(operation, x.nbytes, 2, (me,), me, None, common=True)
+        priced = Operation(
+            operation, x.nbytes, 2, (me,), me, self.group.members[at % self.size], True, self.context.purpose
+        )
         with self._timed(operation):
             with world.exclusive():
-                at, cost_s = world.charge(priced, (me,))
-            world.wait(self, Elapsed(at, operation, cost_s))
+                ends, cost_s = world.charge(priced, (me,))
+            world.wait(self, Elapsed(ends, operation, cost_s))
         self.counters.moved_B += x.nbytes
 
     # -- messages --------------------------------------------------------------------------------------------------
@@ -289,7 +298,7 @@ class InProcessCommunicator(Communicator):
         world, group = self.world, self.group
         destination = group.members[to]
         ranks = self.world_rank, destination
-        operation = Operation("send", x.nbytes, 2, ranks, *ranks, common=self.is_common(x))
+        operation = Operation("send", x.nbytes, 2, ranks, *ranks, self.is_common(x), self.context.purpose)
         with self._timed(f"send(to rank {destination}, tag {tag})"):
             copy = x.detach().clone()
             with world.exclusive():
@@ -341,7 +350,7 @@ class InProcessCommunicator(Communicator):
         else:
             numel, dtype, payload_B, common = x.numel(), x.dtype, x.nbytes, self.is_common(x)
         source = None if root is None else group.members[root]
-        operation = Operation(name, payload_B, self.size, group.members, source, None, common)
+        operation = Operation(name, payload_B, self.size, group.members, source, None, common, self.context.purpose)
         with self._timed(name):
             with world.exclusive():
                 meeting = group.join(self.rank, operation, (name, numel, dtype, detail), offer)
@@ -372,17 +381,30 @@ class InProcessCommunicator(Communicator):
             group.meeting = None
             world.wake(group.members)
 
-    @contextlib.contextmanager
-    def _timed(self, doing: str) -> Iterator[None]:
+    def _timed(self, doing: str) -> _Timed:
         """Account the time inside as communicating, waiting excluded; refuse to begin in an aborted world."""
-        world, me, counters = self.world, self.world_rank, self.counters
-        if world.failure is not None:
-            raise world.lost(self, doing)
-        begun, waited = world.now(me), counters.wait_s
-        try:
-            yield
-        finally:
-            counters.communicate_s += world.now(me) - begun - (counters.wait_s - waited)
+        return _Timed(self, doing)
+
+
+class _Timed:
+    """See `InProcessCommunicator._timed`; a class, because a generator takes twice as long."""
+
+    __slots__ = ("_begun", "_comm", "_doing", "_waited")
+
+    def __init__(self, comm: InProcessCommunicator, doing: str) -> None:
+        self._comm, self._doing = comm, doing
+
+    def __enter__(self) -> None:
+        comm = self._comm
+        if comm.world.failure is not None:
+            raise comm.world.lost(comm, self._doing)
+        comm.world.settle(comm)
+        self._begun, self._waited = comm.world.now(comm.world_rank), comm.context.counters.wait_s
+
+    def __exit__(self, *_: object) -> None:
+        comm = self._comm
+        counters = comm.context.counters
+        counters.communicate_s += comm.world.now(comm.world_rank) - self._begun - (counters.wait_s - self._waited)
 
 
 class InProcessBoard:
@@ -394,9 +416,10 @@ class InProcessBoard:
     def post(self, value: int) -> None:
         """Set this rank's counter."""
         comm = self._comm
+        comm.world.settle(comm)
         with comm.world.exclusive():
-            self._counters.post(comm.rank, value, comm.world.now(comm.world_rank))
-            comm.world.wake(comm.group.members)
+            if self._counters.post(comm.rank, value, comm.world.now(comm.world_rank)):
+                comm.world.wake(comm.group.members)
 
     def read(self) -> list[int]:
         """All counters, in rank order."""
@@ -405,16 +428,23 @@ class InProcessBoard:
     def wait(self, least: int, doing: str, *, rank: int | None = None) -> list[int]:
         """All counters, once those of the other ranks (or that of ``rank``) are at least ``least``."""
         comm = self._comm
-        among = [p for p in range(comm.size) if p != comm.rank] if rank is None else [rank]
-        with comm._timed(doing):
-            comm.world.wait(comm, FarEnough(self._counters, comm.group.members, among, least, doing))
-        return self.read()
+        return self._until(FarEnough(self._counters, comm.group.members, least, doing, me=comm.rank, only=rank))
 
     def wait_for_one(self, least: int, doing: str) -> list[int]:
         """All counters, once one of them is at least ``least``."""
         comm = self._comm
-        with comm._timed(doing):
-            comm.world.wait(comm, OneFarEnough(self._counters, comm.group.members, range(comm.size), least, doing))
+        return self._until(OneFarEnough(self._counters, comm.group.members, least, doing, me=comm.rank))
+
+    def _until(self, event: FarEnough) -> list[int]:
+        comm, counters = self._comm, self._counters
+        with comm._timed(event.doing):
+            with comm.world.exclusive():
+                counters.careful += event.careful
+            try:
+                comm.world.wait(comm, event)
+            finally:
+                with comm.world.exclusive():
+                    counters.careful -= event.careful
         return self.read()
 
 
@@ -427,18 +457,22 @@ class InProcessLock:
         self.lost: list[int] = []  # a thread's death ends the world
 
     def __enter__(self) -> None:
-        comm = self._comm
-        with comm._timed(str(self._turns)):
-            with comm.world.exclusive():
-                self._turns.queue.append(self._turn.me)
-            comm.world.wait(comm, self._turn)
+        comm, turns = self._comm, self._turns
+        comm.world.settle(comm)
+        with comm.world.exclusive():
+            turns.queue.append(self._turn.me)
+            free = len(turns.queue) == 1 and turns.free_at <= comm.world.now(comm.world_rank)
+        if not free or comm.world.failure is not None:
+            with comm._timed(turns.label):
+                comm.world.wait(comm, self._turn)
 
     def __exit__(self, *_: object) -> None:
         world, turns = self._comm.world, self._turns
         with world.exclusive():
             turns.queue.popleft()
             turns.free_at = world.now(self._comm.world_rank)
-            world.wake([rank for _, rank in list(turns.queue)[:1]])
+            if turns.queue:
+                world.wake([turns.queue[0][1]])
 
 
 def _columns(move: Callable[[list[Tensor], list[float | None]], None]) -> Callable[[list[Any]], None]:

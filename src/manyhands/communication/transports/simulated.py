@@ -14,7 +14,9 @@ lowest rank) and changes hands only inside an operation or `elapse`. From this f
 
 A collective ends ``price(operation)`` after its last rank has come. A send occupies its sender for the price and
 arrives then, so that a rank's messages follow each other on its link and nothing overlaps computing (`overlaps` is
-False). Allocation and splitting are set-up and cost nothing. `wait_s` and `communicate_s` count virtual seconds.
+False). What ``queue`` gives one name (a server, a link) is served one after the other in the order of asking; who comes
+while it is busy waits. Allocation and splitting are set-up and cost nothing. `wait_s` and `communicate_s` count virtual
+seconds. ``observe`` is told of every wait that is over.
 
 Random numbers: every rank starts with a copy of the caller's generator state and goes on with a stream of its own,
 swapped with the turn; the caller's state is untouched by a run.
@@ -25,7 +27,7 @@ from __future__ import annotations
 import contextlib
 import heapq
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -34,6 +36,8 @@ from torch import Tensor
 from manyhands.communication.transports.events import Elapsed, Event, Group, Operation, Receive, name_ranks
 from manyhands.communication.transports.inprocess import InProcessCommunicator, World
 from manyhands.errors import BadInput, CommunicationError, Deadlock
+
+Observer = Callable[[InProcessCommunicator, Event, float, float], None]
 
 #: Set-up, not part of a step.
 FREE = frozenset({"allocate", "split"})
@@ -50,27 +54,53 @@ class SimulatedCommunicator(InProcessCommunicator):
         """This rank's virtual clock, in seconds."""
         return self.world.clocks[self.world_rank]
 
-    def elapse(self, seconds: float) -> None:
+    def elapse(self, seconds: float, doing: str = "compute") -> None:
         """Let virtual time pass on this rank: how computing is priced. Ranks that are then earlier run first."""
         if not seconds >= 0:
             raise BadInput(f"elapse({seconds}): virtual time passes forward only; give seconds from 0.")
         if self.world.failure is not None:
-            raise self.world.lost(self, "elapse")
-        self.world.wait(self, Elapsed(self.now + seconds, f"elapse({seconds})", seconds))
+            raise self.world.lost(self, doing)
+        self.world.wait(self, Elapsed(self.now + seconds, doing, seconds))
+
+    def _access(self, operation: str, x: Tensor, at: int) -> None:
+        world, me = self.world, self.world_rank
+        if world.failure is not None:
+            raise world.lost(self, operation)
+        world.settle(self)
+        place = self.group.members[at % self.size]
+        asked = Operation(operation, x.nbytes, 2, (me,), me, place, True, self.context.purpose)
+        ends, cost_s = world.charge(asked, (me,))
+        world.wait(self, Elapsed(ends, operation, cost_s))
+        counters = self.counters
+        counters.communicate_s += cost_s
+        counters.moved_B += x.nbytes
 
     def _arrived(self, tag: int) -> bool:
         """By this rank's clock: no other that has the turn later sends anything that is here by now."""
+        self.world.settle(self)
         at = Receive(self.group, self.rank, None, tag).due()
         return at is not None and at <= self.now
 
 
 class SimulatedWorld(World):
-    """``size`` ranks on virtual clocks that start at 0; ``price`` says what an operation costs (None: nothing)."""
+    """``size`` ranks on virtual clocks that start at 0; ``price`` says what an operation costs (None: nothing).
 
-    def __init__(self, size: int, price: Callable[[Operation], float] | None = None) -> None:
+    ``queue`` names what an operation occupies as long as it lasts (None: nothing that others would wait for).
+    ``observe(comm, event, begun, ended)`` is called on a rank when it goes on, with what it waited for.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        price: Callable[[Operation], float] | None = None,
+        *,
+        queue: Callable[[Operation], Hashable | None] | None = None,
+        observe: Observer | None = None,
+    ) -> None:
         super().__init__(size)
-        self.price = price
+        self.price, self.queue, self.observe = price, queue, observe
         self.clocks = [0.0] * size
+        self._free_at: dict[Hashable, float] = {}
         self._turn = [threading.Lock() for _ in range(size)]
         for lock in self._turn:
             lock.acquire()
@@ -102,7 +132,12 @@ class SimulatedWorld(World):
         cost_s = 0.0 if self.price is None or operation.name in FREE else self.price(operation)
         if not cost_s >= 0:
             raise BadInput(f"the price of {operation} is {cost_s}; a price is a number of seconds from 0.")
-        return max(self.clocks[rank] for rank in ranks) + cost_s, cost_s
+        begins = self.clocks[ranks[0]] if len(ranks) == 1 else max([self.clocks[rank] for rank in ranks])
+        occupied = None if self.queue is None or not cost_s else self.queue(operation)
+        if occupied is not None:
+            begins = max(begins, self._free_at.get(occupied, 0.0))
+            self._free_at[occupied] = begins + cost_s
+        return begins + cost_s, cost_s
 
     def wake(self, ranks: Sequence[int]) -> None:
         """Line up those of ``ranks`` whose event has become due."""
@@ -115,22 +150,39 @@ class SimulatedWorld(World):
         """Pass the turn on, and come back when ``event`` is due and this rank the earliest."""
         me = comm.world_rank
         before = self.clocks[me]
-        self._waits[me] = comm, event
-        self._line_up(me, event)
-        self._pass_turn(me)
-        self._waits[me] = None
-        if self.failure is not None:
-            raise self.lost(comm, str(event))
-        comm.counters.wait_s += max(0.0, self.clocks[me] - before - event.cost_s)  # max: rounding
+        due = event.due()
+        now = before if due is None or due < before else due
+        if due is not None and self.failure is None and self._is_earliest(now, me):
+            self.clocks[me] = now  # the turn stays here
+        else:
+            self._waits[me] = comm, event
+            self._line_up(me, event)
+            self._pass_turn(me)
+            self._waits[me] = None
+            if self.failure is not None:
+                raise self.lost(comm, str(event))
+            now = self.clocks[me]
+        waited = now - before - event.cost_s
+        if waited > 0:  # rounding may leave less
+            comm.counters.wait_s += waited
+        if self.observe is not None:
+            self.observe(comm, event, before, now)
+
+    def settle(self, comm: InProcessCommunicator) -> None:
+        """Before ``comm``'s rank does what others may see or have done: be the earliest."""
+        return
 
     def lost(self, comm: InProcessCommunicator, doing: str) -> CommunicationError:
         """A deadlock is everybody's; otherwise the peer that failed."""
         return Deadlock(self._deadlock) if self._deadlock else super().lost(comm, doing)
 
+    def _is_earliest(self, clock: float, rank: int) -> bool:
+        return not self._ready or (clock, rank) < self._ready[0]
+
     def _line_up(self, rank: int, event: Event) -> None:
-        due = event.due()
+        due, clock = event.due(), self.clocks[rank]
         if due is not None:
-            heapq.heappush(self._ready, (max(due, self.clocks[rank]), rank, self._turns[rank]))
+            heapq.heappush(self._ready, (due if due > clock else clock, rank, self._turns[rank]))
 
     def _next(self) -> int | None:
         """Whose turn it is now; None when all have returned."""

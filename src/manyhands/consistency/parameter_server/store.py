@@ -46,6 +46,7 @@ class Shard(NamedTuple):
     lo: int
     hi: int
     units: slice  # in the store's list of all units
+    server: int = 0  # which of them has it
 
 
 class Unit(NamedTuple):
@@ -83,12 +84,12 @@ class Store(ABC):
         parameters = 0
         for i, piece in enumerate(replica.pieces):
             spans = list(piece.spans) or [(0, piece.flat.numel())]
-            for lo, hi in bounds(piece.flat.numel(), servers, piece.width):
+            for server, (lo, hi) in enumerate(bounds(piece.flat.numel(), servers, piece.width)):
                 first = len(self.units)
                 for p, (start, stop) in enumerate(spans):
                     if max(lo, start) < min(hi, stop):
                         self.units.append(Unit(max(lo, start), min(hi, stop), parameters + p))
-                self.shards.append(Shard(i, lo, hi, slice(first, len(self.units))))
+                self.shards.append(Shard(i, lo, hi, slice(first, len(self.units)), server))
             parameters += len(spans)
         self.parameters = parameters
         self.read = [0] * len(self.shards)  # the version of each shard that this worker has pulled
@@ -244,7 +245,7 @@ class CommonStore(Store):
             if self.replica.pieces[shard.piece].width:
                 continue  # rows come when they are looked up
             theirs, mine = self._both(shard)
-            self._comm.access("pull", mine)
+            self._comm.access("pull", mine, at=shard.server)
             with self._holding(s, To.READ):
                 mine.copy_(theirs)
                 self.read[s] = int(self._versions[s])
@@ -258,9 +259,9 @@ class CommonStore(Store):
                 self._push_rows(s, vectors[shard.piece])
                 continue
             theirs, mine = self._both(shard)
-            self._comm.access("push", vectors[shard.piece][shard.lo : shard.hi])
+            self._comm.access("push", vectors[shard.piece][shard.lo : shard.hi], at=shard.server)
             if pull:
-                self._comm.access("pull", mine)
+                self._comm.access("pull", mine, at=shard.server)
             with self._holding(s, To.UPDATE):
                 late = int(self._versions[s]) - self.read[s]
                 self._update(shard, vectors[shard.piece], late)
@@ -279,8 +280,8 @@ class CommonStore(Store):
             own = within(rows, shard, piece.width)
             if len(own):
                 mine, theirs = (flat.view(-1, piece.width) for flat in (piece.flat, self.flats[i]))
-                self._comm.access("pull", own)  # the request
-                self._comm.access("pull", mine[: len(own)])  # the answer
+                self._comm.access("pull", own, at=shard.server)  # the request
+                self._comm.access("pull", mine[: len(own)], at=shard.server)  # the answer
                 with self._holding(s, To.READ, own):
                     mine[own] = theirs[own]
                     self.read[s] = int(self._versions[s])
@@ -295,8 +296,8 @@ class CommonStore(Store):
             return
         first = int(torch.searchsorted(piece.rows, own[0]))
         gradient = values.view(-1, piece.width)[first : first + len(own)]
-        self._comm.access("push", own)
-        self._comm.access("push", gradient)
+        self._comm.access("push", own, at=shard.server)
+        self._comm.access("push", gradient, at=shard.server)
         with self._holding(s, To.UPDATE, own):
             late = int(self._versions[s]) - self.read[s]
             self._update_rows(shard, own, gradient, late)
@@ -378,7 +379,7 @@ class CommonStore(Store):
         for s in self._order:
             shard = self.shards[s]
             change = vectors[shard.piece][shard.lo : shard.hi]
-            self._comm.access("push", change)
+            self._comm.access("push", change, at=shard.server)
             with self._holding(s, To.ADD):
                 self.flats[shard.piece][shard.lo : shard.hi].add_(change)
                 self._versions[s] += 1

@@ -67,7 +67,7 @@ class WindowStore(CommonStore):
             at, ends[owner] = behind(ends[owner], copy)
             return at, copy
 
-        for s, (i, lo, hi, units) in enumerate(self.shards):
+        for s, (i, lo, hi, units, _) in enumerate(self.shards):
             owner = s % comm.size
             version, update, values = (
                 lay(owner, x) for x in (versions[s : s + 1], updates[units], self.flats[i][lo:hi])
