@@ -44,7 +44,8 @@ def _is_chain(module: nn.Module) -> bool:
 
 
 def _leaves(module: nn.Module) -> Iterator[nn.Module]:
-    for child in module._modules.values():  # not children(): it leaves out a module that comes again
+    assert isinstance(module, nn.Sequential), "a chain is one"
+    for child in module:  # not children(): it leaves out a module that comes again
         if _is_chain(child):
             yield from _leaves(child)
         else:
