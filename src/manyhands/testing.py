@@ -39,12 +39,15 @@ def run_ranks(
     """
     path = f"{fn.__module__}:{fn.__qualname__}"
     crew = standing_team(on, n + servers)
+    stands = False
     try:
-        return crew.run("manyhands.testing:_call", path, list(args), servers, deadline_s=timeout_s)[:n]
-    except BaseException:
-        _standing.pop((on, n + servers), None)
-        crew.close()
-        raise
+        answers = crew.run("manyhands.testing:_call", path, list(args), servers, deadline_s=timeout_s)
+        stands = all(usable for _, usable in answers)  # an error that ``fn`` caught may have ended the group
+        return [result for result, _ in answers[:n]]
+    finally:
+        if not stands:
+            _standing.pop((on, n + servers), None)
+            crew.close()
 
 
 def check_strategy(
@@ -96,4 +99,5 @@ def close_standing() -> None:
 def _call(member: Member, path: str, args: list[Any], servers: int) -> Any:
     member.comm.step = None
     with serving(member.comm, servers) as comm:
-        return None if comm is None else import_object(path, kind="function")(comm, *args)
+        result = None if comm is None else import_object(path, kind="function")(comm, *args)
+    return result, member.comm.usable

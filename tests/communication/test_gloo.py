@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from manyhands import testing
 from manyhands.communication.reduction import coefficients, reduce_into
 from manyhands.communication.transports.launchers_word import LaunchersWord
 from manyhands.communication.transports.torch_distributed import GlooCommunicator, NcclCommunicator
@@ -273,3 +274,23 @@ def test_what_a_launcher_says_is_heard_by_those_of_its_meeting_alone(tmp_path):
     second.say("failed", 3)
     assert not second.awaited(3)
     assert not first.gone(1)
+
+
+def swallows_what_ended_the_group(comm):
+    if comm.rank == 0:
+        comm.fail()
+        return True
+    with pytest.raises(PeerLost):
+        comm.recv(torch.zeros(1), 0)
+    return comm.usable
+
+
+def test_a_standing_team_whose_group_has_ended_stands_no_longer():
+    assert testing.run_ranks(swallows_what_ended_the_group, 2, on="gloo") == [True, False]
+    assert testing.run_ranks(summed, 2, on="gloo") == [2.0, 2.0]
+
+
+def summed(comm):
+    x = torch.ones(1)
+    comm.all_reduce(x, weight=None).wait()
+    return float(x)

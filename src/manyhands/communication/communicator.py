@@ -181,6 +181,8 @@ class Communicator(ABC):
     counts_moved: ClassVar[bool] = False
     #: Whether operations that return `Work` go on while the caller computes, so that bucketed overlap can pay.
     overlaps: ClassVar[bool] = False
+    #: Whether the group can still meet. Where an engine ends a group at its first failure, that is over then.
+    usable: bool = True
 
     def __init__(self, rank: int, size: int, *, timeout_s: float = 60.0) -> None:
         self.rank = rank

@@ -331,6 +331,7 @@ class TorchCommunicator(EngineCommunicator):
                 yield
         except RuntimeError as e:
             self._errors.append(doing)
+            self.usable = False
             raise self._translated(e, doing, time.perf_counter() - t0, peer) from e
 
     def _translated(self, e: RuntimeError, doing: str, seconds: float, peer: int | None = None) -> CommunicationError:
