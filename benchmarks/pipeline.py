@@ -2,13 +2,15 @@
 
     ours, NAME            2 workers on shared memory, a thread each, `Pipeline` with that schedule
     torch, NAME           2 ranks over gloo, a thread each, ScheduleGPipe or Schedule1F1B of the same stages
+    ours, pipedream       the same of PipeDream: an SGD update of a stage after every micro-batch, stashed weights
     one worker            all stages in one process, one thread, the same micro-batches one after the other
+    one worker, updating  the same with an SGD update after every micro-batch, as pipedream's
     one worker, full      the same in a single forward and backward
 
 A stage is layers of Linear and Tanh of one width, float32; the loss is a mean squared error. A step is a batch:
-gradients to zero, forwards, backwards; no update. Everybody has the tuned allocator. m micro-batches on p = 2 equal
-stages can be at most p·m/(m + p − 1) times as fast as one worker: 1.6 at m = 4, 1.88 at m = 16. Zero bubble may be
-faster than that.
+gradients to zero, forwards, backwards; no update but pipedream's and that worker's. Everybody has the tuned allocator.
+m micro-batches on p = 2 equal stages can be at most p·m/(m + p − 1) times as fast as one worker: 1.6 at m = 4, 1.88 at
+m = 16. Zero bubble may be faster than that.
 
     python benchmarks/pipeline.py [--quick] [--json FILE] [--rounds N] [--only large|small]
 """
@@ -31,8 +33,12 @@ from torch import Tensor, nn
 from torch.distributed import pipelining
 from torch.nn import functional as F
 
+from manyhands.communication.topology import Mesh
+from manyhands.contract import Batch
 from manyhands.partition.pipeline import gpipe, schedules
 from manyhands.partition.pipeline.runtime import Pipeline, Times, measured_bubble
+from manyhands.partition.pipeline.stashing import StashingReplica
+from manyhands.partition.pipeline.strategy import PipeDream
 from manyhands.training.allocator import tune
 from manyhands.training.member import Member
 from manyhands.training.team import Team, team
@@ -40,7 +46,9 @@ from manyhands.training.team import Team, team
 STAGES = 2
 OURS = ("gpipe", "one_f_one_b", "zero_bubble")
 TORCH = {"gpipe": pipelining.ScheduleGPipe, "one_f_one_b": pipelining.Schedule1F1B}
-ONE, FULL = "one worker", "one worker, full batch"
+ONE, FULL, UPDATING = "one worker", "one worker, full batch", "one worker, updating"
+PIPEDREAM = "pipedream"
+_LR = 1e-4
 
 
 class Row(NamedTuple):
@@ -84,6 +92,24 @@ def batch(row: Row) -> tuple[Tensor, Tensor]:
 _pipelines: dict[str, tuple[Pipeline, Callable[[], object]]] = {}
 
 
+def pipedreaming(member: Member, row: Row) -> tuple[Pipeline, Callable[[], object]]:
+    """This rank's stage under the strategy, which updates within a step."""
+    member.comm.mesh = Mesh(pipeline=STAGES)
+    x, y = batch(row)
+    rank, strategy = member.comm.rank, PipeDream()
+    model = stages(row)[rank]
+    schedule = schedules.load(PIPEDREAM)(STAGES, row.micro_batches)
+    replica = StashingReplica(
+        *(model, torch.optim.SGD(model.parameters(), lr=_LR), F.mse_loss, member.comm),
+        stages={rank: model},
+        schedule=schedule,
+        strategy=strategy,
+        common=False,
+    )
+    worker = strategy.start(replica, member.comm)
+    return replica.pipeline, lambda: worker.step(Batch(x, y, len(x)))
+
+
 def prepare(member: Member, row: list[object]) -> None:
     """A job of the standing team: make a step of each schedule and keep it."""
     asked = Row(*row)  # type: ignore[arg-type]
@@ -101,6 +127,7 @@ def prepare(member: Member, row: list[object]) -> None:
             pipeline.run(x if first else None, y if last else None, len(x))
 
         _pipelines[name] = pipeline, step
+    _pipelines[PIPEDREAM] = pipedreaming(member, asked)
 
 
 def our_burst(member: Member, name: str, steps: int, warm: int, start_at: float) -> list[float]:
@@ -144,18 +171,22 @@ def torch_step(rank: int, row: Row, name: str, meeting: str) -> Callable[[], obj
     return step
 
 
-def one_step(rank: int, row: Row, micro_batches: int) -> Callable[[], object]:
-    """One process and one thread."""
+def one_step(rank: int, row: Row, micro_batches: int, updates: bool = False) -> Callable[[], object]:
+    """One process and one thread; an update after every micro-batch, or none."""
     tune()
     torch.set_num_threads(1)
     module = nn.Sequential(*stages(row))
     x, y = batch(row)
+    optimizer = torch.optim.SGD(module.parameters(), lr=_LR)
 
     def step() -> None:
         zero(module)
         for part, target in zip(x.chunk(micro_batches), y.chunk(micro_batches), strict=True):
-            loss = F.mse_loss(module(part), target) / micro_batches
+            loss = F.mse_loss(module(part), target) / (1 if updates else micro_batches)
             loss.backward()  # type: ignore[no-untyped-call]
+            if updates:
+                optimizer.step()
+                zero(module)
 
     return step
 
@@ -181,10 +212,11 @@ def measure_row(report: Report, row: Row, probe: measure.PingPong, *, rounds: in
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         crew = stack.enter_context(team("shared", STAGES, threads=1))
         crew.run("pipeline:prepare", list(row))
-        candidates: dict[str, measure.Candidate] = {f"ours, {name}": Ours(crew, name) for name in OURS}
+        candidates: dict[str, measure.Candidate] = {f"ours, {name}": Ours(crew, name) for name in (*OURS, PIPEDREAM)}
         groups = {f"torch, {name}": Group(STAGES, torch_step, row, name, str(folder / name)) for name in TORCH}
         groups[ONE] = Group(1, one_step, row, row.micro_batches)
         groups[FULL] = Group(1, one_step, row, 1)
+        groups[UPDATING] = Group(1, one_step, row, row.micro_batches, True)
         for group in groups.values():
             stack.callback(group.close)
         candidates |= groups
@@ -205,6 +237,11 @@ def measure_row(report: Report, row: Row, probe: measure.PingPong, *, rounds: in
     stage_s = found.seconds(ONE).median / (m * STAGES)
     title = f"{row.name}: {STAGES} stages of {stage_s * 1e3:.2g} ms (forward and backward), m = {m}"
     report.row(title, found, targets, **row._asdict(), stage_s=stage_s, bubble=bubbles)
+    rates = ", ".join(
+        f"{name} {row.samples * m / found.seconds(name).median:.0f}"
+        for name in (f"ours, {PIPEDREAM}", "ours, one_f_one_b", UPDATING, ONE)
+    )
+    report.note(f"samples/s: {rates}")
     said = ", ".join(f"{name} {value:.3f}" for name, value in bubbles.items())
     report.note(f"bubble of one batch, measured: {said}; (p − 1)/(m + p − 1) = {gpipe.bubble(STAGES, m):.3f}")
 

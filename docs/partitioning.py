@@ -30,6 +30,16 @@ CUTS = (
         PERCEPTRON,
         {"mesh": "pipeline=3", "pipeline": "zero_bubble(cut='hidden2, output')", "micro_batches": 6},
     ),
+    (
+        "pipedream",
+        PERCEPTRON,
+        {
+            "mesh": "pipeline=3",
+            "strategy": "pipedream",
+            "pipeline": "pipedream(cut='hidden2, output')",
+            "micro_batches": 6,
+        },
+    ),
     ("ampnet", PERCEPTRON, {"mesh": "pipeline=2", "strategy": "ampnet(samples=12)"}),
     (
         "mesh",

@@ -16,7 +16,7 @@ from manyhands.consistency import strategies
 from manyhands.consistency.synchronous import Synchronous
 from manyhands.contract import Strategy
 from manyhands.errors import BadInput, InvalidPlan, Problem, UnknownName
-from manyhands.partition import partitions
+from manyhands.partition import cut_strategies, partitions
 from manyhands.plan import SHARE_MEMORY, Facts, Plan, resolve, strategy_from
 from manyhands.plan.facts import ALLOCATORS, BUFFER_POLICIES, DEVICES, PRECISIONS
 from manyhands.task import Task, from_table
@@ -124,9 +124,10 @@ def test_a_plans_table_survives_a_toml_file(fields):
 
 
 def test_a_resolved_plan_resolves_to_itself():
-    for strategy, workers in itertools.product(strategies, (1, 3)):
-        machine = dataclasses.replace(MACHINE, stateless=strategy == "sandblaster")  # which brings its own update
-        plan = resolve(Plan(strategy=strategy, workers=workers), machine).plan
+    asked = [Plan(strategy=strategy, workers=workers) for strategy in strategies for workers in (1, 3)]
+    for plan in [*asked, *(Plan(strategy=strategy, mesh="pipeline=2") for strategy in cut_strategies)]:
+        machine = dataclasses.replace(MACHINE, stateless="sandblaster" in str(plan.strategy))  # brings its own update
+        plan = resolve(plan, machine).plan
         assert resolve(plan, machine).plan == plan
         assert from_table(Plan, plan.as_table(), "[plan]") == plan
 
@@ -340,6 +341,20 @@ def test_all_problems_are_listed_at_once():
     assert len(lines) == len(found)
     assert [line.partition(". ")[0] for line in lines] == [str(i + 1) for i in range(len(lines))]
     assert e.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("mesh", "workers", "fit"),
+    [
+        ("pipeline=3", 2, "pipeline=2; data=2"),
+        ("pipeline=3", 4, "pipeline=4; data=2,pipeline=2; data=4"),
+        ("data=3,tensor=2", 4, "data=4; data=2,tensor=2; tensor=4"),
+        ("data=2", 1, "data=1"),
+    ],
+)
+def test_meshes_that_fit_have_the_axes_that_were_asked_for(mesh, workers, fit):
+    (problem,) = [p for p in problems(Plan(mesh=mesh, workers=workers), {}) if "needs" in p.asked]
+    assert problem.cure == f"Meshes that fit {workers}: {fit}."
 
 
 def test_one_problem_has_no_number():

@@ -26,6 +26,7 @@ from manyhands.errors import BadInput, FactoryFailed, ManyhandsError, WorkerFail
 from manyhands.models import losses, optimizers, schedules
 from manyhands.models.factory import settle
 from manyhands.models.update_rules import served
+from manyhands.partition.ampnet.graph import check_norms
 from manyhands.partition.ampnet.place import fitted
 from manyhands.partition.ampnet.strategy import AMPNet
 from manyhands.partition.pipeline.strategy import PipeDream
@@ -39,6 +40,7 @@ from manyhands.training.loop import work
 from manyhands.training.member import Member, own_traceback
 from manyhands.training.preparation import signature
 from manyhands.training.run import Options
+from manyhands.training.sampler import batch_sizes
 from manyhands.training.team import team
 
 if TYPE_CHECKING:
@@ -186,7 +188,7 @@ def train(
             data_dir=None if places is None else str(places),
             **watched,
             progress=progress,
-            described="" if folder is None else _plan_file(task, decided.plan, watched),
+            described="" if folder is None else _plan_file(task, plan or Plan(), decided.plan, watched),
             data=signature(splits),
         )
     )
@@ -305,6 +307,8 @@ def _rehearsed(decided: Resolved, model: torch.nn.Module, task: Task, train: Dat
     """Refuse a cut that does not fit the model, before anything is started; with a note of what is cut and how."""
     from manyhands.partition.pipeline import cut as stages
     from manyhands.partition.pipeline import description as pipeline
+    from manyhands.partition.pipeline.description import MICRO_BATCHES
+    from manyhands.partition.pipeline.rehearsal import rehearse
     from manyhands.partition.sharded.replica import given
     from manyhands.partition.sharded.units import units_of
     from manyhands.partition.tensor import axis_of
@@ -318,7 +322,8 @@ def _rehearsed(decided: Resolved, model: torch.nn.Module, task: Task, train: Dat
     if isinstance(plan.strategy, AMPNet):
         if task.loss is None:
             raise BadInput("ampnet with loss=None: outputs come to a loss node. Give the loss to the task.")
-        _, place = fitted(model, plan.strategy, ranks, train.rows(torch.tensor([0]))[0])
+        graph, place = fitted(model, plan.strategy, ranks, train.rows(torch.tensor([0]))[0])
+        check_norms(graph, plan.strategy.samples, batch_sizes(len(train), task.batch_size, task.steps))
         each = [", ".join(name for name, at in place.items() if at == rank) for rank in range(ranks)]
         notes.append("; ".join(f"nodes of worker {rank}: {names}" for rank, names in enumerate(each)))
         return dataclasses.replace(decided, notes=tuple(notes))
@@ -341,10 +346,20 @@ def _rehearsed(decided: Resolved, model: torch.nn.Module, task: Task, train: Dat
         notes.append(f"cut among {tensor} workers: {how}")
         if how.left:
             plan = dataclasses.replace(plan, tensor=how.said)
+    if isinstance(plan.strategy, PipeDream) and ranks == 1:
+        notes.append(
+            "pipedream without a pipeline axis: one stage has nothing to stash, so this is plain synchronous training "
+            "with an update for every micro-batch. Say e.g. mesh=pipeline=2 (--mesh pipeline=2) for a pipeline"
+        )
     if ranks > 1:
         notes += _of_micro_batches(task, plan, model, len(train))
         said = pipeline.parse(plan.pipeline, plan.strategy)
         schedule = said.made(ranks, micro_batches)
+        if micro_batches < ranks:
+            notes.append(
+                f"micro_batches={micro_batches} on {ranks} workers never keeps all of them busy; "
+                f"a plan takes {MICRO_BATCHES * ranks} by itself (--micro-batches)"
+            )
         if said.cut is None:
             rows = min(len(train), -(-task.batch_size // (mesh["data"] * micro_batches)))
             said = said.at(stages.cut_points(model, schedule.stages, train.rows(torch.arange(rows))[0]))
@@ -354,6 +369,8 @@ def _rehearsed(decided: Resolved, model: torch.nn.Module, task: Task, train: Dat
                 f"pipeline={said}: {schedule.stages} stages on {ranks} ranks want {schedule.stages - 1} modules to cut "
                 f"before, and {len(into.stages) - 1} are named."
             )
+        few = train.rows(torch.arange(min(len(train), task.batch_size, 4)))[0]
+        rehearse(model, into, schedule, few)
         notes.append(f"cut into {len(into.stages)} stages: {'; '.join(str(into).splitlines())}")
         plan = dataclasses.replace(plan, pipeline=str(said))
     return dataclasses.replace(decided, plan=plan, notes=tuple(notes))
@@ -392,10 +409,19 @@ def _take_folder(out: Path, resume: bool) -> None:
         raise BadInput(f"{out} cannot be written ({e.strerror or e}). Choose another folder with out= (--out).") from e
 
 
-def _plan_file(task: Task, plan: Plan, watched: Mapping[str, Any]) -> str:
+def _plan_file(task: Task, asked: Plan, plan: Plan, watched: Mapping[str, Any]) -> str:
+    """``plan.toml``: the plan as it was decided, and of ``asked`` what was said, by which a resume is bound."""
     import tomli_w
 
-    return tomli_w.dumps({"task": task.as_table(), "plan": plan.as_table(), "run": dict(watched), "machine": machine()})
+    unsaid = Plan().as_table()
+    tables = {
+        "task": task.as_table(),
+        "plan": plan.as_table(),
+        "asked": {k: v for k, v in asked.as_table().items() if v != unsaid.get(k)},
+        "run": dict(watched),
+        "machine": machine(),
+    }
+    return tomli_w.dumps(tables)
 
 
 def machine() -> dict[str, Any]:

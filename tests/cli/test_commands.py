@@ -7,9 +7,10 @@ import re
 import pytest
 
 from manyhands.cli import options
-from manyhands.cli.summary import seconds, size
+from manyhands.cli.summary import in_parts, seconds, size
 from manyhands.communication.quota import cpu_quota
 from manyhands.consistency import strategies
+from manyhands.contract import StepParts
 from manyhands.plan import Plan
 from manyhands.studies import doctor, listing, parity
 from manyhands.task import Task
@@ -271,3 +272,19 @@ def test_the_control_groups_quota_is_read(tmp_path, files, groups, quota):
         (tmp_path / name).write_text(text + "\n")
     (tmp_path / "own").write_text(groups)
     assert cpu_quota(tmp_path, tmp_path / "own") == quota
+
+
+def test_a_drawing_says_where_it_is_and_ampnets_workers_have_no_replicas(run, tmp_path):
+    picture = tmp_path / "p.svg"
+    status, _, err = run("plan", "--data", "digits", "--mesh", "pipeline=2", "--draw", picture)
+    assert status == 0
+    assert f"drawn: {picture}" in err
+    assert picture.is_file()
+    told = {e.name: e.facts["replicas"] for e in listing.details("strategies")}
+    assert told["ampnet"].startswith("none")
+    assert told["pipedream"] == "bit-identical"
+
+
+def test_a_steps_parts_are_told_with_their_sum():
+    said = in_parts(StepParts(compute=0.5, communicate=0.25, wait=0.125, update=0.125))
+    assert said == "compute 500 ms + communicate 250 ms + wait 125 ms + update 125 ms = 1 s (means of worker 0)"

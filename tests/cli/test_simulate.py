@@ -37,7 +37,7 @@ def test_thousands_of_workers_without_numbers(run):
 
 def test_a_person_is_told_what_came_of_it(run):
     _, out, _ = run(*SMALL, "--workers", "3", "--steps", "4", "--stragglers", "exponential")
-    for said in ("3 workers on ethernet_10g", "test accuracy", "of virtual time", "of which", "real gradients"):
+    for said in ("3 workers on ethernet_10g", "test accuracy", "of virtual time", "parts", "real gradients"):
         assert said in out
 
 

@@ -29,6 +29,10 @@ def chain() -> nn.Sequential:
     return nn.Sequential(nn.Flatten(), nn.Linear(6, 8), nn.Tanh(), inner, nn.Dropout(0.0), nn.Linear(8, 3))
 
 
+def normed(classes: int) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, classes))
+
+
 def no_chain(classes: int) -> nn.Module:
     return nn.Linear(8, classes)
 

@@ -33,6 +33,7 @@ from manyhands.partition.ampnet import (
     Ungroup,
 )
 from manyhands.partition.ampnet.chain import graph_of, whole_input
+from manyhands.partition.ampnet.graph import check_norms
 from manyhands.partition.ampnet.learning import Learning
 from manyhands.partition.ampnet.nodes import Store
 from manyhands.partition.ampnet.place import _balanced, placed
@@ -250,6 +251,28 @@ def test_an_unknown_node_is_answered_with_the_nearest():
 def test_what_is_no_chain_and_no_graph_is_refused():
     with pytest.raises(BadInput, match="neither an ampnet Graph nor a plain"):
         graph_of(nn.Linear(2, 2))
+
+
+def test_a_module_that_comes_again_in_a_chain_is_there_again():
+    act, tied, x = nn.Tanh(), nn.Linear(4, 4), torch.randn(3, 4)
+    model = nn.Sequential(nn.Linear(4, 4), act, nn.Linear(4, 4), act, nn.Linear(4, 2))
+    graph = graph_of(model)
+    assert torch.equal(graph(x), model(x))
+    assert graph.learners == ["part0", "part1", "part2"]
+    with pytest.raises(BadInput, match="part0 and part1 share a parameter"):
+        graph_of(nn.Sequential(tied, act, tied, nn.Linear(4, 2)))
+
+
+def test_batch_norm_wants_two_samples_in_every_instance():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    check_norms(graph_of(model), 8, {24, 6})
+    check_norms(graph_of(nn.Sequential(nn.Linear(4, 2))), 1, {24})
+    with pytest.raises(BadInput, match=r"smallest is of 1 sample.*Use samples=2"):
+        check_norms(graph_of(model), 1, {24})
+    with pytest.raises(BadInput, match=r"batches of 9 and 24.*Use samples=5"):
+        check_norms(graph_of(model), 4, {24, 9})
+    with pytest.raises(BadInput, match="another batch size"):
+        check_norms(graph_of(model), 4, {24, 1})
 
 
 # -- placement and learning --------------------------------------------------------------------------------------------

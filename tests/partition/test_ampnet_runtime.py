@@ -6,9 +6,10 @@ import torch
 import manyhands as mh
 from manyhands.communication.transports.single import SingleCommunicator
 from manyhands.errors import BadInput, CommunicationError, Deadlock, InvalidPlan, WorkerFailed
-from manyhands.partition.ampnet import Concat, Graph, Isu, Loss, Source, Transform
+from manyhands.partition.ampnet import Concat, Cond, Graph, Group, Isu, Loss, Phi, Source, Transform, Ungroup
 from manyhands.partition.ampnet.chain import whole_input
 from manyhands.partition.ampnet.nodes import Add, Begin, Broadcast
+from manyhands.partition.ampnet.place import placed
 from manyhands.partition.ampnet.runtime import Runtime
 from manyhands.testing import run_ranks
 from manyhands.training import checkpoint
@@ -138,6 +139,53 @@ def test_what_a_node_cannot_do_is_told_with_its_name():
         runtime(Graph(nodes, ["x -> a", "a -> loss"], batched=True)).train(torch.ones(1, 2), torch.ones(1, 2), 1)
 
 
+class Two(torch.nn.Module):
+    def forward(self, x):
+        return x, x
+
+
+def test_an_output_is_one_tensor():
+    nodes = {"x": Source(whole_input), "a": Transform(Two()), "loss": Loss()}
+    graph = Graph(nodes, ["x -> a", "a -> loss"], batched=True)
+    with pytest.raises(BadInput, match="instance 0 brings 2 tensors to the loss"):
+        placed(graph, 0, torch.ones(1, 2))
+    with pytest.raises(BadInput, match="node loss: instance 0 brings 2 tensors to the loss"):
+        runtime(graph).train(torch.ones(1, 2), torch.ones(1, 2), 1)
+
+
+def first_sample(inputs):
+    return (inputs[0],), {}
+
+
+def by_row(state, payload):
+    return [state.put(t=t) for t in range(len(payload[0]))]
+
+
+def test_an_instance_comes_to_the_loss_once_whatever_its_data():
+    nodes = {"x": Source(first_sample), "apart": Ungroup(by_row), "a": Transform(torch.nn.Linear(2, 1)), "loss": Loss()}
+    graph, more = Graph(nodes, ["x -> apart", "apart -> a", "a -> loss"]), torch.ones(2, 2, 2)
+    assert set(placed(graph, 1, torch.ones(1, 1, 2)).values()) == {0}
+    with pytest.raises(BadInput, match="node loss: instance 0 comes here again"):
+        runtime(graph).train(more, torch.ones(2, 1), 2)
+    with pytest.raises(BadInput, match=r"through, but loss is still to take instance 0 \[t=1\]"):
+        runtime(graph).answer(more[:1], 1)
+
+
+def test_what_an_answer_leaves_in_a_join_is_told():
+    nodes = {
+        "x": Source(first_sample),
+        "apart": Ungroup(by_row),
+        "which": Cond(lambda state: int(state["t"] > 0)),
+        "wait": Group(lambda state: state.put(t=9), lambda state: 0, lambda state: 2),
+        "either": Phi(2),
+        "loss": Loss(),
+    }
+    edges = ["x -> apart", "apart -> which", "which.0 -> either.0", "which.1 -> wait", "wait -> either.1"]
+    at_work = runtime(Graph(nodes, [*edges, "either -> loss"]))
+    with pytest.raises(BadInput, match="wait has 1 messages of instance 0"):
+        at_work.answer(torch.ones(1, 2, 2), 1)
+
+
 # -- as users train it -------------------------------------------------------------------------------------------------
 
 LISTS = "list_reduction(samples=60, test=10)"
@@ -205,6 +253,13 @@ def test_trees_are_learned(transport):
             "neither an ampnet Graph nor a plain",
         ),
         ("ampnet", "pipeline=2", {"loss": None}, "outputs come to a loss node"),
+        (
+            "ampnet(samples=11)",
+            "pipeline=2",
+            # Of 1437 digits the last batch is of 45, so its last instance of 1.
+            {"model": "tests.partition.ampnets:normed", "data": "digits", "batch_size": 48, "steps": None, "epochs": 1},
+            "Use samples=12",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_starts(strategy, mesh, how, message):

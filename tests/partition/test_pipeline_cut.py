@@ -11,6 +11,7 @@ from torch import nn
 from manyhands import models
 from manyhands.errors import BadInput, UnknownName
 from manyhands.partition.pipeline.cut import balance, cut, cut_points
+from manyhands.partition.pipeline.opening import decoder
 
 
 class Block(nn.Module):
@@ -210,6 +211,14 @@ def test_the_dear_part_has_a_stage_of_its_own():
     assert cut_points(model, 3, torch.ones(64, 4))[0] in ("2", "3.0")
 
 
+def test_a_decoder_takes_all_its_arguments_by_position():
+    layer = nn.TransformerDecoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    model, x = nn.TransformerDecoder(layer, 2), torch.randn(2, 5, 8)
+    mask = nn.Transformer.generate_square_subsequent_mask(5)
+    given = (x, x.flip(1), mask, mask, None, None, True, True)
+    assert torch.equal(decoder(model, *given), model(*given))
+
+
 # -- balance -----------------------------------------------------------------------------------------------------------
 
 ROW = st.lists(st.integers(0, 9), min_size=1, max_size=8)
@@ -222,13 +231,18 @@ def test_balance_is_the_best_of_all_cuts(costs, data):
     parameters = data.draw(st.lists(st.integers(0, 9), min_size=n, max_size=n))
     forbidden = data.draw(st.sets(st.integers(1, n), max_size=3))
     free = [b for b in range(1, n) if b not in forbidden]
-    stages = data.draw(st.integers(1, len(free) + 1))
+    trains = data.draw(st.lists(st.booleans(), min_size=n, max_size=n).filter(any))
+    bounds = [0, *free, n]
+    stages = data.draw(st.integers(1, sum(any(trains[a:b]) for a, b in itertools.pairwise(bounds))))
+
+    def learn(starts):
+        return all(any(trains[a:b]) for a, b in itertools.pairwise([*starts, n]))
 
     def largest(weights, starts):
         return max(sum(weights[a:b]) for a, b in itertools.pairwise([*starts, n]))
 
-    found = balance(costs, parameters, stages, forbidden)
-    every = [(0, *inner) for inner in itertools.combinations(free, stages - 1)]
+    found = balance(costs, parameters, stages, forbidden, trains)
+    every = [s for inner in itertools.combinations(free, stages - 1) if learn(s := (0, *inner))]
     assert tuple(found) in every
     best = min((largest(costs, s), largest(parameters, s)) for s in every)
     assert (largest(costs, found), largest(parameters, found)) == best

@@ -6,6 +6,7 @@ from torch import nn
 
 from manyhands.errors import BadInput, CommunicationError, WorkerFailed
 from manyhands.partition.pipeline import gpipe, schedules
+from manyhands.partition.pipeline.handover import Described, Form
 from manyhands.partition.pipeline.later import inputs_first
 from manyhands.partition.pipeline.runtime import Times, measured_bubble
 from manyhands.partition.pipeline.schedule import PRODUCTS, in_flight, makespan
@@ -236,8 +237,15 @@ def raises(comm, case: str) -> None:
 
 @pytest.mark.parametrize("on", ["threads", "simulated", "shared"])
 def test_a_stage_that_breaks_ends_the_others(on):
-    with pytest.raises(WorkerFailed, match="this stage breaks"):
+    with pytest.raises(WorkerFailed, match="this stage breaks") as caught:
         run_ranks(pipelines.a_stage_breaks, 3, on=on)
+    assert "pipeline: in the forward of stage 1, micro-batch " in caught.value.traceback
+
+
+def test_forms_that_differ_read_differently():
+    one = Described(torch.float32, (2, 3), True)
+    forms = [Form(True, (one,)), Form(False, (one,)), Form(True, (Described(torch.float32, (2, 3), False),))]
+    assert [str(f) for f in forms] == ["float32[2, 3]", "(float32[2, 3])", "float32[2, 3] without a gradient"]
 
 
 @pytest.mark.parametrize("on", ["threads", "shared"])

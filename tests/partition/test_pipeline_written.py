@@ -78,9 +78,9 @@ def test_micro_batches_may_be_taken_up_in_another_order(on):
     ("said", "how", "message"),
     [
         ("written(rows='F0 F1 B0 B1 / B0 F0 F1 B1')", {}, "rank 1  ⇒B0 F0  F1  B1"),
-        ("written(rows='F0 B0')", {}, "it has 1 rows and the mesh 2"),
+        ("written(rows='F0 B0')", {}, "it has 1 row and the mesh 2 ranks of stages; each has a row of its own. W"),
         (f"written(rows={ROWS!r})", {"micro_batches": 4}, "it has 3 micro-batches and the plan micro_batches=4"),
-        ("written(rows='F0 X0 / F0 B0')", {}, "'X0' is no action"),
+        ("written(rows='F0 X0 / F0 B0')", {}, "rank 0: 'X0' is no action"),
         ("written", {}, "wants either rows= or file="),
         ("written(rows=3)", {}, "wants either rows= or file="),
         ("written(rows='F0', file='x')", {}, "wants either rows= or file="),

@@ -16,6 +16,7 @@ from manyhands.contract import Block
 from manyhands.errors import BadInput, UnknownName, WorkerFailed
 from manyhands.partition.conjugate import copied, divided, joined, summed
 from manyhands.partition.data import DataReplica
+from manyhands.partition.tensor import chain
 from manyhands.partition.tensor.cut import cut, own_randomness
 from manyhands.partition.tensor.rehearsal import Rehearsal, rehearsed
 from manyhands.partition.tensor.rules import Rule, found, matched, parse
@@ -538,3 +539,10 @@ def test_a_dropout_of_a_part_keeps_its_own_stream_when_a_replica_starts_alike():
 
     first, second = SimulatedWorld(2).run(run)
     assert not torch.equal(first, second)
+
+
+def test_a_module_that_comes_again_in_a_sequence_is_seen_again():
+    again = nn.Softmax(-1)
+    model = nn.Sequential(nn.Linear(8, 8), again, nn.Linear(8, 8), again, nn.Linear(8, 4))
+    assert [path for path, _ in chain.sequence(model, "rotate")] == ["0", "1", "2", "3", "4"]
+    assert found(model, 2) == {}, "a softmax lies between any two layers, and wants all of its inputs"

@@ -74,6 +74,7 @@ def plan(said: argparse.Namespace) -> Answer:
     found = verbs.outlined(task, split, **_given(said, "data_dir"))
     if "draw" in said:
         outline.draw(found, said.draw)
+        _say(f"manyhands: drawn: {said.draw}")
     return Answer(found.as_dict(), functools.partial(outline.lines, task, found))
 
 

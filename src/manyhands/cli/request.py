@@ -3,6 +3,9 @@
 A file is TOML with the tables ``[task]`` and ``[plan]``, such as the ``plan.toml`` in a run's folder: its ``[run]``
 holds how the run was evaluated and kept, its ``[machine]`` tells where that was and is passed over. The command line
 goes before it. ``--resume`` takes the folder's own ``plan.toml`` unless another file is named.
+
+A run's ``[plan]`` is complete: what was decided stands beside what somebody wanted. Its ``[asked]`` has the latter
+alone, and by that a resume is bound; but workers and cut stay as they were, unless other workers are asked for now.
 """
 
 from __future__ import annotations
@@ -22,9 +25,9 @@ if TYPE_CHECKING:
 
 #: How a run is watched and kept.
 RUN = ("evaluate", "checkpoint", "keep")
-#: Of a file that describes a run: what a launcher decides anew.
+#: Of a run's plan: what a launcher, and another number of workers or mesh, decides anew.
 LAUNCHERS = ("workers", "mesh", "transport", "threads")
-#: How a model was cut on the mesh of then; micro-batches too, where they were those of a pipeline.
+#: How a model was cut on the mesh of then.
 CUTS = ("tensor", "pipeline", "recompute")
 #: What is said here puts aside what a file said of the same thing: the length of a run, and the number of workers.
 OUSTS = (("steps", "epochs"), ("epochs", "steps"), ("workers", "mesh"))
@@ -66,25 +69,22 @@ def _base(given: dict[str, Any]) -> tuple[Path, dict[str, Any], dict[str, Any], 
     file: Path | None = given.get("config")
     own = given["out"] / "plan.toml" if given.get("resume") and "out" in given else None
     if file is None and own is not None and own.is_file():
-        task, plan, run = read(own)
+        task, plan, asked, run = _read(own)
         other = any(given.get(name, plan.get(name)) != plan.get(name) for name in ("workers", "mesh"))
-        if other or environment.launched() is not None:
-            # That file says what was decided for its workers; for others it is decided anew.
-            plan = _without(plan, *LAUNCHERS, *_of_the_mesh(plan))
-        return own, task, plan, run
-    return (file, *read(file)) if file is not None else (Path("the command line"), {}, {}, {})
+        placed = {key: plan[key] for key in (*LAUNCHERS, *CUTS) if key in plan}
+        asked = {key: value for key, value in asked.items() if key not in (*LAUNCHERS, *CUTS)}
+        return own, task, asked if other or environment.launched() is not None else asked | placed, run
+    if file is None:
+        return Path("the command line"), {}, {}, {}
+    task, plan, _, run = _read(file)
+    return file, task, plan, run
 
 
-def _of_the_mesh(plan: dict[str, Any]) -> tuple[str, ...]:
-    return (*CUTS, "micro_batches") if "pipeline" in plan else CUTS
+def _read(file: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """``[task]``, ``[plan]``, ``[asked]`` and ``[run]`` of a TOML file; other tables are refused.
 
-
-def _without(plan: dict[str, Any], *names: str) -> dict[str, Any]:
-    return {key: value for key, value in plan.items() if key not in names}
-
-
-def read(file: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """``[task]``, ``[plan]`` and ``[run]`` of a TOML file; what is there besides is refused with the nearest name."""
+    Of a plan that was not decided by a run all is asked.
+    """
     try:
         tables = tomllib.loads(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as e:
@@ -92,7 +92,7 @@ def read(file: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     except tomllib.TOMLDecodeError as e:
         raise BadInput(f"{file} is not TOML: {e}.") from None
     for name, table in tables.items():
-        if name not in ("task", "plan", "run", "machine"):
+        if name not in ("task", "plan", "asked", "run", "machine"):
             raise UnknownName(f"table in {file}", name, ("task", "plan", "run"))
         if not isinstance(table, dict):
             raise BadInput(f"{file}: {name} is a table of options, [{name}], not {table!r}.")
@@ -100,4 +100,5 @@ def read(file: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     for key in run:
         if key not in RUN:
             raise UnknownName(f"key in [run] of {file}", key, RUN)
-    return tables.get("task", {}), tables.get("plan", {}), run
+    plan = tables.get("plan", {})
+    return tables.get("task", {}), plan, tables.get("asked", plan), run

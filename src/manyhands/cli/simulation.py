@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from manyhands.cli.summary import seconds
+from manyhands.cli.summary import in_parts, seconds
 from manyhands.studies.table import in_bytes as size
 from manyhands.task import Task, described
 
@@ -24,7 +24,7 @@ _HOW = {
 def lines(task: Task, found: Simulation) -> list[str]:
     """The figures that one looks at first; all times but the last are virtual."""
     said = found.summary
-    parts, step = said.step_parts_s, said.step_s
+    step = said.step_s
     workers = "1 worker" if said.workers == 1 else f"{said.workers:,} workers"
     rows = []
     if said.test_accuracy is not None:
@@ -36,11 +36,7 @@ def lines(task: Task, found: Simulation) -> list[str]:
         ("optimizer", described(task.optimizer)),
         ("length", f"{said.steps:,} steps, {said.epochs:.4g} epochs, in {seconds(said.wall_s)} of virtual time"),
         ("step", f"{seconds(step.median)} (one in ten under {seconds(step.p10)}, one in ten over {seconds(step.p90)})"),
-        (
-            "of which",
-            f"compute {seconds(parts.compute)}, communicate {seconds(parts.communicate)}, "
-            f"wait {seconds(parts.wait)}, update {seconds(parts.update)} (means of worker 0)",
-        ),
+        ("parts", in_parts(said.step_parts_s)),
         ("samples per second", f"{said.samples_per_s:,.0f}"),
         ("sent", f"{size(said.sent_B_per_step)} a step by worker 0"),
     ]

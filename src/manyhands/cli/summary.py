@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from manyhands.communication.topology import Mesh
-from manyhands.contract import Measurement
+from manyhands.contract import Measurement, StepParts
 from manyhands.studies.table import in_bytes as size
 from manyhands.task import Task, described
 from manyhands.verbs import Result
@@ -13,7 +15,7 @@ def lines(task: Task, result: Result) -> list[str]:
     """The figures of ``summary.json`` that one looks at first."""
     said = result.summary
     assert said is not None
-    parts, step = said.step_parts_s, said.step_s
+    step = said.step_s
     mesh = result.plan.mesh
     assert isinstance(mesh, Mesh)
     cut = mesh["data"] != said.workers
@@ -29,11 +31,7 @@ def lines(task: Task, result: Result) -> list[str]:
         ("optimizer", described(task.optimizer) + (f", {described(task.schedule)}" if task.schedule else "")),
         ("length", f"{said.steps:,} steps, {said.epochs:.4g} epochs; this run took {seconds(said.wall_s)}"),
         ("step", f"{seconds(step.median)} (one in ten under {seconds(step.p10)}, one in ten over {seconds(step.p90)})"),
-        (
-            "of which",
-            f"compute {seconds(parts.compute)}, communicate {seconds(parts.communicate)}, "
-            f"wait {seconds(parts.wait)}, update {seconds(parts.update)} (means of worker 0)",
-        ),
+        ("parts", in_parts(said.step_parts_s)),
         ("samples per second", f"{said.samples_per_s:,.0f}"),
         ("sent", f"{size(said.sent_B_per_step)} a step by each worker"),
         *_of_workers(said),
@@ -42,6 +40,13 @@ def lines(task: Task, result: Result) -> list[str]:
     ]
     head = f"{said.model} ({said.parameters:,} parameters) on {said.data}: {said.strategy}, {workers}, {said.transport}"
     return [head, *(f"  {name:<18}  {value}" for name, value in rows)]
+
+
+def in_parts(parts: StepParts) -> str:
+    """What was counted of a mean step, and its sum: means do not add up to the median step."""
+    each = dataclasses.asdict(parts)
+    told = " + ".join(f"{name} {seconds(s)}" for name, s in each.items())
+    return f"{told} = {seconds(sum(each.values()))} (means of worker 0)"
 
 
 def _of_workers(said: Measurement) -> list[tuple[str, str]]:

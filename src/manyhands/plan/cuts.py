@@ -97,7 +97,7 @@ def _cuts_itself(plan: Plan, cut: dict[str, int], strategy: Strategy, found: lis
     for name, value in (
         ("pipeline", plan.pipeline),
         ("recompute", plan.recompute),
-        ("micro_batches", plan.micro_batches),
+        ("micro_batches", None if plan.micro_batches == 1 else plan.micro_batches),
     ):
         if value:
             found.append(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import itertools
+from collections.abc import Iterator
 
 from manyhands.checks import is_whole
 from manyhands.communication import transports
@@ -12,6 +14,9 @@ from manyhands.errors import Problem
 from manyhands.partition import partitions
 from manyhands.plan.description import Plan
 from manyhands.plan.facts import DEVICES, SERVERS_IN_MEMORY, WORKER_B, Facts
+
+#: Of meshes that would fit, so many are listed.
+SHOWN = 6
 
 
 def _check_room(plan: Plan, workers: int, facts: Facts, found: list[Problem]) -> None:
@@ -223,7 +228,32 @@ def mesh_for(plan: Plan, workers: int, found: list[Problem]) -> Mesh:
             Problem(
                 f"{mesh} needs {mesh.size} ranks; there are {workers}",
                 "the extents of a mesh multiply to the number of workers.",
-                f"Meshes that fit {workers}: data={workers}.",
+                f"Meshes that fit {workers}: {'; '.join(_fitting(mesh, workers))}.",
             )
         )
     return mesh
+
+
+def _fitting(asked: Mesh, workers: int) -> list[str]:
+    """Meshes of so many workers over the axes asked for and data, as text; the first few.
+
+    >>> _fitting(Mesh(pipeline=3), 4), _fitting(Mesh(data=3, tensor=2), 2)
+    (['pipeline=4', 'data=2,pipeline=2', 'data=4'], ['data=2', 'tensor=2'])
+    """
+    axes = list(dict.fromkeys([*(a for a in asked if a in partitions), "data"]))
+    said = [axis for axis in asked if axis in axes] if "data" in asked else ["data", *axes[:-1]]
+
+    def extents(left: int, axes: int) -> Iterator[tuple[int, ...]]:
+        if axes == 1:
+            yield (left,)
+            return
+        for n in range(left, 0, -1):
+            if left % n == 0:
+                yield from ((n, *rest) for rest in extents(left // n, axes - 1))
+
+    found = []
+    for each in itertools.islice(extents(workers, len(axes)), SHOWN):
+        extent = dict(zip(axes, each, strict=True))
+        text = ",".join(f"{axis}={extent[axis]}" for axis in said if extent[axis] > 1)
+        found.append(text or "data=1")
+    return found

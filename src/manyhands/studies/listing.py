@@ -156,7 +156,11 @@ def _facts(kind: str, name: str, made: Any) -> dict[str, Any]:
     if kind == "strategies":
         return {
             **_guarantees(made),
-            "replicas": "bit-identical" if made.identical else "may differ",
+            "replicas": "none: its workers own parts of one model"
+            if name == "ampnet"
+            else "bit-identical"
+            if made.identical
+            else "may differ",
             "results": "repeat bit for bit" if made.deterministic else "differ from run to run",
             "sends": "what passes between its nodes or stages" if name in cut_strategies else _sends(made()),
         }

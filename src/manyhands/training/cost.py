@@ -54,8 +54,9 @@ class Cost:
     @contextlib.contextmanager
     def aside(self, run: Run) -> Iterator[None]:
         """What is spent inside, in an evaluation or a checkpoint, is no part of a step."""
-        before = _spent(run)
+        before, sent_B = _spent(run), _sent_B(run)
         yield
+        self.sent_before_B += _sent_B(run) - sent_B
         spent = (now - then for now, then in zip(_spent(run), before, strict=True))
         self.parts_before = tuple(x + s for x, s in zip(self.parts_before, spent, strict=True))
         self.busy_before_s = _busy_s(run)

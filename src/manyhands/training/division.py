@@ -13,6 +13,7 @@ import torch
 from manyhands.communication.communicator import Communicator
 from manyhands.contract import Strategy, carried, put_down
 from manyhands.data import Splits
+from manyhands.partition.ampnet.chain import graph_of
 from manyhands.partition.ampnet.place import fitted
 from manyhands.partition.ampnet.replica import GraphReplica, keep_nodes
 from manyhands.partition.ampnet.strategy import AMPNet
@@ -29,7 +30,7 @@ from manyhands.partition.tensor import axis_of
 from manyhands.partition.tensor.cut import Cut
 from manyhands.partition.tensor.rehearsal import rehearsed
 from manyhands.plan import Plan
-from manyhands.training.gather import from_first
+from manyhands.training.gather import first_decides, from_first
 from manyhands.training.run import replicas
 
 #: ``(model, optimizer, loss, comm, **options)``: the replica of the part of the model that is here.
@@ -123,8 +124,9 @@ def cut_stages(
 def cut_nodes(model: torch.nn.Module, strategy: AMPNet, splits: Splits, comm: Communicator) -> dict[str, Any]:
     """The model's graph and who owns which node; ``model`` keeps the parameters of this rank's. Collective."""
     group = comm.over(frozenset({"pipeline"}))
-    graph, place = fitted(model, strategy, group.size, splits.train.rows(torch.tensor([0]))[0])
-    place = from_first(comm, place)
+    graph = graph_of(model)
+    sample, _ = splits.train.rows(torch.tensor([0]))
+    place = first_decides(comm, lambda: fitted(model, strategy, group.size, sample)[1])
     keep_nodes(model, graph, place, group.rank)
     return {"graph": graph, "place": place, "strategy": strategy}
 

@@ -52,6 +52,17 @@ class Share(NamedTuple):
     global_count: int  # samples of the step over all workers
 
 
+def batch_sizes(n: int, batch_size: int, steps: int | None = None) -> set[int]:
+    """How many samples the batches of a run hold: of an epoch the last may have fewer.
+
+    >>> sorted(batch_sizes(103, 25)), batch_sizes(103, 25, steps=4)
+    ([3, 25], {25})
+    """
+    whole, rest = divmod(n, batch_size)
+    some = {batch_size} if whole else set()
+    return some | {rest} if rest and (steps is None or steps > whole) else some
+
+
 def evaluation_shares(n: int, workers: int) -> list[tuple[int, int]]:
     """Bounds of each worker's part of an evaluation set, in the data's own order.
 

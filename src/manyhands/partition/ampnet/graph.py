@@ -12,7 +12,7 @@ calling it runs it in one process with autograd through everything, which is wha
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -101,8 +101,7 @@ class Graph(nn.Module):
         return torch.cat([self._instance(rows(inputs, i, i + 1)) for i in range(count)])
 
     def _instance(self, inputs: Any) -> Tensor:
-        (output,) = [message.payload[0] for edge, message in self.passing(inputs) if edge.end.node == self.loss]
-        assert output is not None
+        (output,) = [output_of(message) for edge, message in self.passing(inputs) if edge.end.node == self.loss]
         return output
 
     def passing(self, inputs: Any) -> Iterator[tuple[Edge, Message]]:
@@ -118,6 +117,7 @@ class Graph(nn.Module):
             yield edge, message
             (name, port), node = edge.end, self.nodes[edge.end.node]
             if isinstance(node, Loss):
+                output_of(message)
                 outputs += 1
                 continue
             coming.extend((self._leaving(name, way), sent) for way, sent in node.forward(port, message, stores[name]))
@@ -131,6 +131,39 @@ class Graph(nn.Module):
 
     def _leaving(self, name: str, way: int) -> Edge:
         return self.edges[self.leaving[Port(name, way)]]
+
+
+def output_of(message: Message) -> Tensor:
+    """What comes to the loss. Raises `BadInput` unless it is one tensor."""
+    if len(message.payload) != 1 or message.payload[0] is None:
+        raise BadInput(
+            f"{message.state} brings {len(message.payload)} tensors to the loss, which takes one. Let the last module "
+            "return one."
+        )
+    return message.payload[0]
+
+
+def check_norms(graph: Graph, samples: int, batches: Iterable[int]) -> None:
+    """Refuse instances in which BatchNorm has no variance; ``batches``: how many samples batches hold."""
+    if not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in graph.modules()):
+        return
+    sizes = set(batches)
+
+    def fewest(samples: int) -> int:
+        return min(min(n, n % samples or samples) for n in sizes)
+
+    if fewest(samples) >= 2:
+        return
+    works = next((s for s in range(max(2, samples), max(sizes) + 1) if fewest(s) >= 2), None)
+    raise BadInput(
+        f"ampnet(samples={samples}) with BatchNorm, on batches of {' and '.join(map(str, sorted(sizes)))}: it "
+        f"normalises within an instance, and the smallest is of {fewest(samples)} sample, which has no variance. "
+        + (
+            "Use another norm, or another batch size."
+            if works is None or not graph.batched
+            else f"Use samples={works}."
+        )
+    )
 
 
 def check_samples(graph: Graph, samples: int) -> None:

@@ -9,6 +9,7 @@ what comes in and out of it travels.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -136,16 +137,22 @@ def _balanced(
     """``ranks`` contiguous runs, each with something that learns, of which the dearest costs least.
 
     A run costs what is in it and what is ``between`` that and what is not. By dynamic programming: ``best[r][i]`` is
-    the dearest of ``r`` runs over the first ``i``.
+    the dearest of ``r`` runs over the first ``i``. Takes ranks · n² steps.
     """
     n = len(costs)
     infinite = math.inf
+    # Sums over the first i, and over the first i rows and k columns.
+    alone = [0.0, *itertools.accumulate(costs[i] + sum(between[i]) for i in range(n))]
+    learners = [0, *itertools.accumulate(learns)]
+    within = [[0.0] * (n + 1)]
+    for row in between:
+        within.append([a + b for a, b in zip(within[-1], itertools.accumulate(row, initial=0.0), strict=True)])
 
     def cost(lo: int, hi: int) -> float:
-        if not any(learns[lo:hi]):
+        if learners[lo] == learners[hi]:
             return infinite
-        outside = [*range(lo), *range(hi, n)]
-        return math.fsum([*costs[lo:hi], *(between[i][k] for i in range(lo, hi) for k in outside)])
+        inside = within[hi][hi] - within[lo][hi] - within[hi][lo] + within[lo][lo]
+        return alone[hi] - alone[lo] - inside
 
     best = [[infinite] * (n + 1) for _ in range(ranks + 1)]
     cut = [[0] * (n + 1) for _ in range(ranks + 1)]

@@ -30,7 +30,7 @@ from torch import Tensor
 from manyhands.communication.communicator import DONE, Communicator, Work
 from manyhands.errors import BadInput, CommunicationError, Deadlock
 from manyhands.partition.ampnet import wire
-from manyhands.partition.ampnet.graph import Graph, Port, check_samples, rows
+from manyhands.partition.ampnet.graph import Graph, Port, check_samples, output_of, rows
 from manyhands.partition.ampnet.learning import Learning, Update
 from manyhands.partition.ampnet.message import Message, State
 from manyhands.partition.ampnet.nodes import Store, Transform
@@ -60,7 +60,8 @@ class _Batch:
     admitted: int = 0
     active: dict[int, int] = field(default_factory=dict)  # key → messages of it that are not back yet; on rank 0
     room: bool = True  # for instances, as far as is known: some have ended since others were admitted
-    answers: dict[int, Tensor] = field(default_factory=dict)  # where the loss is
+    arrived: set[int] = field(default_factory=set)  # keys whose outputs have come; where the loss is
+    answers: dict[int, Tensor] = field(default_factory=dict)  # there, too
     loss: float = 0.0
     finite: bool = True
 
@@ -167,8 +168,14 @@ class Runtime:
                 work.wait()
             self._comm.barrier()  # else the next batch's first message might overtake the word that this one is over
         self._sent.clear()
-        left = {name: store.left() for name, store in self._stores.items() if not store.empty}
-        assert not left, f"all instances are through, but {left}"
+        left = [f"{name} {store.left()}" for name, store in self._stores.items() if not store.empty]
+        left += [f"{self._ends[edge][1]} is still to take {message.state}" for edge, message in self._forward]
+        if left:
+            self._forward.clear()
+            raise BadInput(
+                f"all instances are through, but {'; '.join(left)}. Of an instance one message comes to the loss, in "
+                "which all others have met."
+            )
 
     def _turn(self) -> None:
         """Take what has come, and work through one message; wait for one if there is none."""
@@ -270,8 +277,10 @@ class Runtime:
     def _at_loss(self, edge: int, message: Message) -> None:
         """Where an output is compared with its target, or kept as an answer."""
         batch, key = self._batch, message.state.key
-        (output,) = message.payload
-        assert output is not None
+        output = output_of(message)
+        if key in batch.arrived:
+            raise BadInput(f"instance {key} comes here again: it has one output, perhaps of several rows.")
+        batch.arrived.add(key)
         if not batch.learning:
             batch.answers[key] = output
             if self._comm.rank == 0:

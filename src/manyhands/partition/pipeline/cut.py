@@ -8,20 +8,26 @@ Two kinds of models can be cut without a change:
   ones still need, so residual and longer skip connections may cross stages: what is needed further on passes through.
   Transformers of torch's are opened (see `opening`); a module that cannot be traced is one part.
 
+What is traced is operations, and the rest of a forward is lost: ``torch.no_grad()``, a buffer that counts, Python's own
+state. So a chain is not traced where its own boundaries do, and of other models only the forwards around a cut are:
+modules without one stay as they are. `rehearsal` finds what is lost there.
+
 The stages hold the model's own modules and parameters, so training them trains the model. Each parameter belongs to one
 stage: where two stages use one (tied weights), its gradient would be in two places, and that is refused.
 """
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import functools
 import inspect
 import itertools
 import operator
+import random
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,8 +62,8 @@ def cut(model: nn.Module, at: str | Sequence[str]) -> Cut:
 
     Raises `BadInput` where the model cannot be cut, has no such module, or stages would share parameters.
     """
-    parts = _parts(model)
     names = [x for x in (n.strip() for n in at.split(",")) if x] if isinstance(at, str) else list(at)
+    parts = _parts_from(model, names)
     starts = [0]
     for name in names:
         start = parts.starts.get(name)
@@ -83,37 +89,49 @@ def cut_points(model: nn.Module, stages: int, sample: Any) -> list[str]:
     """Where to cut ``model`` into ``stages``, so that the slowest takes as little time as it can.
 
     Each part's forward and backward are timed on ``sample``, the inputs of one micro-batch; parameters, gradients,
-    buffers and random numbers stay as they were. Equal times are divided by parameters. Timings differ from run to
-    run and from worker to worker: let one find the points, and all cut there.
+    buffers and random numbers stay as they were. Equal times are divided by parameters. Every stage has something to
+    train. Timings differ from run to run and from worker to worker: let one find the points, and all cut there.
     """
     whole("pipeline: stages", stages)
-    parts = _parts(model)
-    forbidden = {b for t in parts.tied() for b in range(t.first + 1, t.last + 1)}
-    possible = len(parts) - len(forbidden)
-    if possible < stages:
-        if len(parts) >= stages:
+    parts = _parts(model, lambda parts: parts.most_stages() >= stages)
+    if parts.most_stages() < stages:
+        learning = sum(parts.trains())
+        if learning >= stages:
             _refuse_tied(model, parts.tied())
         raise BadInput(
             f"{type(model).__name__} into {stages} stages: it has {len(parts)} parts that can be told apart "
-            f"({', '.join(parts.names)}). A stage needs one at least. Ask for {len(parts)} stages or fewer."
+            f"({', '.join(parts.names)}), {learning} of them with trainable parameters. A stage needs one such at "
+            f"least. Ask for {learning} stages or fewer."
             + "".join(f" {parts.why_one_part(name)}" for name in parts.closed)
         )
     costs = _measure(parts, sample)
-    parameters = [sum(p.numel() for p in parts.module(k, k + 1).parameters()) for k in range(len(parts))]
-    return [parts.names[start] for start in balance(costs, parameters, stages, forbidden)[1:]]
+    parameters = [sum(p.numel() for p in its) for its in parts.parameters]
+    starts = balance(costs, parameters, stages, parts.forbidden(), parts.trains())
+    return [parts.names[start] for start in starts[1:]]
 
 
 def balance(
-    costs: Sequence[float], parameters: Sequence[int], stages: int, forbidden: Collection[int] = ()
+    costs: Sequence[float],
+    parameters: Sequence[int],
+    stages: int,
+    forbidden: Collection[int] = (),
+    trains: Sequence[bool] | None = None,
 ) -> list[int]:
     """Where each of ``stages`` contiguous runs begins so that the largest sum of ``costs`` is least.
 
-    Among equals the one whose largest sum of ``parameters`` is least. No run begins at a ``forbidden`` index.
+    Among equals the one whose largest sum of ``parameters`` is least. No run begins at a ``forbidden`` index, and each
+    has one of those at least that ``trains`` says (None: all).
     """
-    limit = _largest(costs, stages, forbidden, lambda lo, hi: True)[0]
     total = list(itertools.accumulate(costs, initial=0))
+    learning = list(itertools.accumulate([True] * len(costs) if trains is None else trains, initial=0))
+    limit = _largest(costs, stages, forbidden, lambda lo, hi: learning[hi] > learning[lo])[0]
     within = limit * (1 + 1e-9)
-    return _largest(parameters, stages, forbidden, lambda lo, hi: total[hi] - total[lo] <= within)[1]
+    return _largest(
+        parameters,
+        stages,
+        forbidden,
+        lambda lo, hi: learning[hi] > learning[lo] and total[hi] - total[lo] <= within,
+    )[1]
 
 
 def _largest(
@@ -164,6 +182,11 @@ class _Parts(ABC):
     def module(self, lo: int, hi: int) -> nn.Module:
         """Parts ``[lo, hi)`` as one module, a tensor or tuple in and out."""
 
+    @functools.cached_property
+    def parameters(self) -> list[list[nn.Parameter]]:
+        """Of each part."""
+        return [list(self.module(k, k + 1).parameters()) for k in range(len(self))]
+
     def why_one_part(self, name: str) -> str:
         """What to know of a module that has others and cannot be opened, and what would work."""
         kind = type(self.model.get_submodule(name)).__name__
@@ -181,11 +204,25 @@ class _Parts(ABC):
         if around and any(name == own for own, _ in self.model.named_modules()):
             raise BadInput(f"Cannot cut before {name}, which lies in {around[-1]}. {self.why_one_part(around[-1])}")
 
+    def trains(self) -> list[bool]:
+        """Which parts have trainable parameters."""
+        return [any(p.requires_grad for p in its) for its in self.parameters]
+
+    def forbidden(self) -> set[int]:
+        """Parts that no stage may begin with, since the two would share parameters."""
+        return {b for t in self.tied() for b in range(t.first + 1, t.last + 1)}
+
+    def most_stages(self) -> int:
+        """Into how many stages it can be cut, each with something to train."""
+        forbidden, trains = self.forbidden(), self.trains()
+        bounds = [*(b for b in range(len(self)) if b not in forbidden), len(self)]
+        return sum(any(trains[lo:hi]) for lo, hi in itertools.pairwise(bounds))
+
     def tied(self) -> list[_Tied]:
         """Parameters that more than one part uses."""
         users: dict[int, list[int]] = {}
         for k in range(len(self)):
-            for p in self.module(k, k + 1).parameters():
+            for p in self.parameters[k]:
                 users.setdefault(id(p), []).append(k)
         called: dict[int, list[str]] = {}
         for name, p in self.model.named_parameters(remove_duplicate=False):
@@ -201,14 +238,29 @@ def _refuse_tied(model: nn.Module, tied: Sequence[_Tied]) -> None:
     )
 
 
-def _parts(model: nn.Module) -> _Parts:
+def _parts(model: nn.Module, enough: Callable[[_Parts], bool]) -> _Parts:
+    """Those of the chain that a model is, if they are ``enough``; otherwise those that tracing finds."""
     if not (_is_chain(model) or type(model) is nn.TransformerEncoder):
         return _Traced(model)
     chain = _Chain(model)
-    if any(map(_may_be_opened, chain.modules)):
+    if not enough(chain) and any(map(_may_be_opened, chain.modules)):
         with contextlib.suppress(BadInput):
             return _Traced(model)
     return chain
+
+
+def _parts_from(model: nn.Module, names: Sequence[str]) -> _Parts:
+    """Parts that begin with ``names``, where there are such; with as little traced as that takes."""
+
+    def begin(parts: _Parts) -> bool:
+        return all(name in parts.starts for name in names)
+
+    if not _is_chain(model):
+        with contextlib.suppress(BadInput):
+            parts = _Traced(model, names)
+            if begin(parts):
+                return parts
+    return _parts(model, begin)
 
 
 def _may_be_opened(module: nn.Module) -> bool:
@@ -252,9 +304,10 @@ class _Chain(_Parts):
 class _Traced(_Parts):
     """The operations of a traced forward; a part begins where a module's first operation does."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, into: Sequence[str] | None = None) -> None:
+        """Of modules of the user's only those are opened that some of ``into`` lie in; None: all."""
         self.model = model
-        graph, self.closed = _trace(model)
+        graph, self.closed = _trace(model, into)
         self._nodes = [n for n in graph.nodes if n.op not in ("placeholder", "output")]
         self._input = next(n for n in graph.nodes if n.op == "placeholder")
         self._output = next(n for n in graph.nodes if n.op == "output")
@@ -344,6 +397,8 @@ def _is_derived(node: fx.Node) -> bool:
         return False
     if node.target is getattr:
         return node.args[1] in ("shape", "device", "dtype")
+    if node.target is len:
+        return True
     arithmetic = getattr(node.target, "__module__", "") == "_operator"
     return (
         arithmetic
@@ -352,8 +407,11 @@ def _is_derived(node: fx.Node) -> bool:
     )
 
 
-def _trace(model: nn.Module) -> tuple[fx.Graph, dict[str, str]]:
-    """The operations of a forward, the same in training and evaluation; and what modules are left whole, and why."""
+def _trace(model: nn.Module, into: Sequence[str] | None) -> tuple[fx.Graph, dict[str, str]]:
+    """The operations of a forward, the same in training and evaluation; and what modules are left whole, and why.
+
+    What a forward does to buffers and attributes while it is traced is undone.
+    """
     name = type(model).__name__
     fixed = {}
     parameters = list(inspect.signature(model.forward).parameters.values())
@@ -364,22 +422,20 @@ def _trace(model: nn.Module) -> tuple[fx.Graph, dict[str, str]]:
             fixed[p.name] = p.default
     whole: dict[str, str] = {}  # what cannot be traced, or changes between training and evaluation: parts as they are
     while True:
-        graphs, training = [], [(m, m.training) for m in model.modules()]
-        tracer = _Tracer(whole)
+        graphs = []
+        tracer = _Tracer(whole, into)
         try:
             for mode in (False, True):
-                model.train(mode)
-                tracer = _Tracer(whole)
-                graphs.append(_without_checks(tracer.trace(model, concrete_args=fixed or None)))
+                tracer = _Tracer(whole, into)
+                with kept(model), _len_noted():
+                    model.train(mode)
+                    graphs.append(_without_checks(tracer.trace(model, concrete_args=fixed or None)))
         except Exception as e:
             if tracer.failed:
                 whole[tracer.failed] = str(e).partition("\n")[0]
                 continue
             reason = str(e).partition("\n")[0]
             raise BadInput(f"{name} cannot be cut: torch.fx cannot trace its forward ({reason}). {_CURE}") from e
-        finally:
-            for module, mode in training:
-                module.training = mode
         differing = _difference(*graphs)
         if differing is None:
             return graphs[1], whole
@@ -394,13 +450,15 @@ def _trace(model: nn.Module) -> tuple[fx.Graph, dict[str, str]]:
 class _Tracer(fx.Tracer):
     """Takes some modules as they are, and notes in which module it came to grief."""
 
-    def __init__(self, whole: Collection[str]) -> None:
+    def __init__(self, whole: Collection[str], into: Sequence[str] | None) -> None:
         super().__init__()
-        self._whole = whole
+        self._whole, self._into = whole, into
         self.failed = ""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """torch's own, the layers of a cut, and what was asked for."""
+        """torch's own, the layers of a cut, what was asked for, and what no cut lies in."""
+        if self._into is not None and not any(name.startswith(f"{module_qualified_name}.") for name in self._into):
+            return True
         if module_qualified_name in self._whole or type(m) in OPENED:
             return module_qualified_name in self._whole
         return type(m).__module__.startswith("manyhands.partition.") or super().is_leaf_module(m, module_qualified_name)
@@ -414,6 +472,21 @@ class _Tracer(fx.Tracer):
         except Exception:
             self.failed = self.failed or self.path_of_module(m)
             raise
+
+
+@contextlib.contextmanager
+def _len_noted() -> Iterator[None]:
+    """``len`` of what is traced is an operation: Python wants a whole number of it, which torch.fx does not have."""
+    plain = builtins.len
+
+    def noted(x: Any) -> Any:
+        return x.tracer.create_proxy("call_function", plain, (x,), {}) if isinstance(x, fx.Proxy) else plain(x)
+
+    builtins.len = noted
+    try:
+        yield
+    finally:
+        builtins.len = plain
 
 
 def _difference(evaluating: fx.Graph, training: fx.Graph) -> tuple[str, str] | None:
@@ -461,11 +534,10 @@ def _measure(parts: _Parts, sample: Any) -> list[float]:
     """Seconds of forward and backward of each part on what the one before returns for ``sample``."""
     result = []
     given = sample
-    with torch.random.fork_rng(devices=_cuda(sample)):
+    with kept(parts.model):
         for k in range(len(parts)):
             module = parts.module(k, k + 1)
-            with _kept(module):
-                each = [_once(module, given, parts.names[k]) for _ in range(_REPEATS)]
+            each = [_once(module, given, parts.names[k]) for _ in range(_REPEATS)]
             result.append(min(seconds for seconds, _ in each))
             given = each[-1][1]
     return result
@@ -497,14 +569,30 @@ def _leaf(x: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _kept(module: nn.Module) -> Iterator[None]:
-    """Buffers are as they were, when this is left."""
-    before = [(b, b.clone()) for b in module.buffers()]
+def kept(model: nn.Module) -> Iterator[None]:
+    """Whatever forwards and backwards may change is as it was when this is left.
+
+    That is buffers, gradients, modes and other attributes of modules, and the random numbers of torch and Python.
+    """
+    buffers = [(b, b.clone()) for b in model.buffers()]
+    gradients = [(p, p.grad) for p in model.parameters()]
+    attributes = [(m, dict(vars(m)), dict(m._buffers)) for m in model.modules()]
+    drawn = random.getstate()
     try:
-        yield
+        with torch.random.fork_rng(devices=_cuda([*model.parameters()])):
+            yield
     finally:
+        random.setstate(drawn)
+        for module, its, own in attributes:
+            # torch.fx puts there what it took for constants, and builds stages of it.
+            its |= {name: x for name, x in vars(module).items() if name.startswith("_tensor_constant")}
+            vars(module).clear()
+            vars(module).update(its)
+            module._buffers.update(own)
+        for p, gradient in gradients:
+            p.grad = gradient
         with torch.no_grad():
-            for buffer, value in before:
+            for buffer, value in buffers:
                 buffer.copy_(value)
 
 

@@ -91,7 +91,11 @@ class Form:
         return cls(bool(said[0]), tuple(tensors))
 
     def __str__(self) -> str:
-        return ", ".join(f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}" for t in self.tensors)
+        each = [
+            f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}{'' if t.needs_gradient else ' without a gradient'}"
+            for t in self.tensors
+        ]
+        return each[0] if self.alone else f"({', '.join(each)})"
 
 
 class _Slots:
@@ -198,7 +202,8 @@ class Handover:
         if known != form:
             raise BadInput(
                 f"Stage {stage} hands over {form} for {samples} samples, where it was {known} before: a stage's "
-                "outputs have the same shapes and dtypes in every batch of equal size. Pad the inputs to one length."
+                "outputs have the same shapes and dtypes in every batch of equal size, and the same need gradients. "
+                "Pad the inputs to one length, and freeze parameters before the run, not in it."
             )
         if peer == self._comm.rank:
             self._here[tag, 0] = [t.detach() for t in tensors]

@@ -23,15 +23,30 @@ def encoder(
     return src if m.norm is None else m.norm(src)
 
 
-def decoder(m: nn.TransformerDecoder, tgt: Any, memory: Any, *masks: Any, tgt_is_causal: Any = None, **how: Any) -> Any:
+def decoder(
+    m: nn.TransformerDecoder,
+    tgt: Any,
+    memory: Any,
+    tgt_mask: Any = None,
+    memory_mask: Any = None,
+    tgt_key_padding_mask: Any = None,
+    memory_key_padding_mask: Any = None,
+    tgt_is_causal: Any = None,
+    memory_is_causal: bool = False,
+) -> Any:
     """`nn.TransformerDecoder.forward`."""
-    how |= dict(zip(_DECODER_MASKS, masks, strict=False))
     for layer in m.layers:
-        tgt = layer(tgt, memory, **how, tgt_is_causal=bool(tgt_is_causal))
+        tgt = layer(
+            tgt,
+            memory,
+            tgt_mask=tgt_mask,
+            memory_mask=memory_mask,
+            tgt_key_padding_mask=tgt_key_padding_mask,
+            memory_key_padding_mask=memory_key_padding_mask,
+            tgt_is_causal=bool(tgt_is_causal),
+            memory_is_causal=memory_is_causal,
+        )
     return tgt if m.norm is None else m.norm(tgt)
-
-
-_DECODER_MASKS = ("tgt_mask", "memory_mask", "tgt_key_padding_mask", "memory_key_padding_mask")
 
 
 def transformer(

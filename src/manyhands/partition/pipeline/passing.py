@@ -13,12 +13,9 @@ from torch import Tensor, nn
 
 from manyhands.communication.communicator import Communicator
 from manyhands.errors import BadInput
+from manyhands.partition.pipeline.handover import DTYPES
 from manyhands.partition.pipeline.schedule import Schedule
 
-_DTYPES = (
-    *(torch.float32, torch.float64, torch.float16, torch.bfloat16),
-    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
-)
 #: Dims of a tensor, at most; its dtype and their number come first.
 _DIMS = 14
 _TAG = 7101
@@ -57,7 +54,7 @@ class Passing(nn.Module):
         return self._told(value if group.rank == self._schedule.stage_rank(last) else None)
 
     def _send(self, value: Any, to: int) -> None:
-        tensors, how_many = _tensors(value)
+        tensors, how_many = tensors_of(value)
         group = self._group
         group.send(torch.tensor([how_many]), to, _TAG).wait()
         for x in tensors:
@@ -77,7 +74,7 @@ class Passing(nn.Module):
     def _told(self, value: Any) -> Any:
         """The last stage's output, told to all."""
         group, root = self._group, self._schedule.stage_rank(self._schedule.stages - 1)
-        tensors, how_many = ([], 0) if group.rank != root else _tensors(value)
+        tensors, how_many = ([], 0) if group.rank != root else tensors_of(value)
         count = torch.tensor([how_many])
         group.broadcast(count, root).wait()
         result = []
@@ -90,7 +87,7 @@ class Passing(nn.Module):
         return result[0] if int(count) < 0 else tuple(result)
 
 
-def _tensors(value: Any) -> tuple[list[Tensor], int]:
+def tensors_of(value: Any) -> tuple[list[Tensor], int]:
     """The tensors handed over, and how many; −1: one that is no tuple."""
     if isinstance(value, Tensor):
         return [value], -1
@@ -100,13 +97,13 @@ def _tensors(value: Any) -> tuple[list[Tensor], int]:
 
 
 def _described(x: Tensor) -> Tensor:
-    if x.dtype not in _DTYPES or x.dim() > _DIMS:
+    if x.dtype not in DTYPES or x.dim() > _DIMS:
         raise BadInput(f"A stage returned {x.dtype} of {x.dim()} dims, which no hand-over carries.")
     described = torch.zeros(_DIMS + 2, dtype=torch.int64)
-    described[: x.dim() + 2] = torch.tensor([_DTYPES.index(x.dtype), x.dim(), *x.shape])
+    described[: x.dim() + 2] = torch.tensor([DTYPES.index(x.dtype), x.dim(), *x.shape])
     return described
 
 
 def _like(described: Tensor) -> Tensor:
     kind, dims, *shape = described.tolist()
-    return torch.empty(shape[:dims], dtype=_DTYPES[kind])
+    return torch.empty(shape[:dims], dtype=DTYPES[kind])

@@ -59,10 +59,10 @@ def versions(schedule: Schedule, *, vertical_sync: bool = False) -> dict[tuple[i
 class Used(NamedTuple):
     """What one stage does with versions of its weights in a batch."""
 
-    by: dict[int, int]  # mini-batch → the version it uses
-    outlived: dict[
-        int, int
-    ]  # version that is still used after the next one is there → the mini-batch that uses it last
+    #: Mini-batch → the version it uses.
+    by: dict[int, int]
+    #: Version that is still used after the next one is there → the mini-batch that uses it last.
+    outlived: dict[int, int]
 
 
 def used(schedule: Schedule, stage: int, *, vertical_sync: bool = False) -> Used:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Iterable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -41,10 +41,15 @@ def keep_stages(model: nn.Module, stages: dict[int, nn.Module], every: Sequence[
                 if tensor is not None and id(tensor) not in used:
                     place[name] = None
     if not any(p.requires_grad for p in model.parameters()):
-        raise BadInput(
-            f"pipeline: stage {', '.join(map(str, stages))} has no trainable parameters, so its worker would have "
-            "nothing to learn. Cut elsewhere, e.g. pipeline=\"one_f_one_b(cut='module')\", or into fewer stages."
-        )
+        refuse_untrainable(stages)
+
+
+def refuse_untrainable(stages: Iterable[int]) -> NoReturn:
+    """Raise `BadInput`: these are the stages of a worker."""
+    raise BadInput(
+        f"pipeline: stage {', '.join(map(str, stages))} has no trainable parameters, so its worker would have "
+        "nothing to learn. Cut elsewhere, e.g. pipeline=\"one_f_one_b(cut='module')\", or into fewer stages."
+    )
 
 
 def _tensors_of(modules: Iterable[nn.Module]) -> set[int]:

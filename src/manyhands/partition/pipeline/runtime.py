@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from manyhands.communication.communicator import Communicator
 from manyhands.errors import BadInput, CommunicationError
 from manyhands.partition.backward import backward, backward_from
+from manyhands.partition.data import rows_of
 from manyhands.partition.pipeline.handover import DTYPES, Form, Handover
 from manyhands.partition.pipeline.later import Later, inputs_first
 from manyhands.partition.pipeline.schedule import Action, Schedule
@@ -120,8 +121,8 @@ class Pipeline:
         self._held: dict[tuple[int, int], _Held] = {}
         self._orders: dict[frozenset[int], Schedule] = {}  # by the micro-batches that have no samples
         self._at_once = _followed_at_once(schedule.rows[comm.rank])
-        # A module that overwrites its input would overwrite a leaf, or what is to be done again.
-        self._overwrites = {s for s, m in self.stages.items() if any(getattr(x, "inplace", False) for x in m.modules())}
+        #: Whether a stage overwrites what it is given: a leaf, or what is to be done again. Its first forward tells.
+        self._overwrites: dict[int, bool] = {}
         self._batch = _Batch(None, None, [], 0)
 
     def run(self, inputs: Any, target: Any, count: int, others: Collection[int] = ()) -> Outcome | None:
@@ -156,6 +157,9 @@ class Pipeline:
         except CommunicationError as e:  # which stage and micro-batch it has met
             e.args = (f"{e} (pipeline: {_where(action)})",)
             raise
+        except Exception as e:
+            e.add_note(f"pipeline: {_where(action)}")
+            raise
         assert not self._held, "a validated schedule holds nothing at its end"
         self.times.wait_s = self._comm.counters.wait_s - waited
         self.times.batch_s = time.perf_counter() - t0
@@ -178,7 +182,7 @@ class Pipeline:
         if lo == hi:  # another replica has some
             return
         if stage == 0:
-            held = _Held(_rows(self._batch.inputs, lo, hi), [], None)
+            held = _Held(rows_of(self._batch.inputs, lo, hi), [], None)
         else:
             received, form = self._handover.receive(stage, i, hi - lo)
             held = _Held(received[0] if form.alone else tuple(received), received, form)
@@ -205,13 +209,19 @@ class Pipeline:
     def _compute(self, stage: int, i: int, held: _Held) -> tuple[list[Tensor], bool]:
         """The outputs of a stage, at the last one the objective; and whether it is a tensor alone."""
         given = held.given
-        if stage in self._overwrites:
+        copies = []
+        if self._overwrites.get(stage, True):
             given = torch.utils._pytree.tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, given)
+            copies = [(t, t._version) for t in torch.utils._pytree.tree_leaves(given) if isinstance(t, Tensor)]
         with self._autocast():
             outputs = self.stages[stage](given)
+            if stage not in self._overwrites:
+                self._overwrites[stage] = any(t._version != version for t, version in copies)
             if stage == self._last:
                 assert self.loss is not None
-                return [self._objective(i, self.loss(outputs, _rows(self._batch.target, *self._batch.bounds[i])))], True
+                return [
+                    self._objective(i, self.loss(outputs, rows_of(self._batch.target, *self._batch.bounds[i])))
+                ], True
         alone = isinstance(outputs, Tensor)
         handed = [outputs] if alone else outputs
         if not isinstance(handed, tuple | list) or not all(isinstance(x, Tensor) for x in handed):
@@ -396,9 +406,3 @@ def _set_rng(state: Tensor, near: Any) -> None:
 
 def _device(near: Any) -> torch.device:
     return next((x.device for x in torch.utils._pytree.tree_leaves(near) if isinstance(x, Tensor)), torch.device("cpu"))
-
-
-def _rows(tree: Any, lo: int, hi: int) -> Any:
-    if isinstance(tree, Tensor):
-        return tree[lo:hi]
-    return torch.utils._pytree.tree_map(lambda t: t[lo:hi] if isinstance(t, Tensor) else t, tree)

@@ -228,7 +228,7 @@ def parse(text: str) -> Schedule:
             match = _CELL.fullmatch(cell)
             if match is None:
                 raise BadInput(
-                    f"pipeline schedule, line {number}: {cell!r} is no action. An action is a kind (F, B, I or W) "
+                    f"pipeline schedule, rank {number}: {cell!r} is no action. An action is a kind (F, B, I or W) "
                     "and a micro-batch, with the stage before it where a rank has several: F0, B3, 2F0."
                 )
             stage, kind, micro_batch = match.groups()

@@ -17,9 +17,10 @@ def written(ranks: int, micro_batches: int, *, rows: str | None = None, file: st
     text = text_of(rows, file)
     made = parse(text.replace("/", "\n"))
     if made.ranks != ranks:
+        mesh = f"Say mesh=pipeline={made.ranks} (--mesh pipeline={made.ranks}), or write" if made.ranks > 1 else "Write"
         raise BadInput(
-            f"pipeline=written: it has {made.ranks} rows and the mesh {ranks} ranks of stages; each has a row of its "
-            f"own. Say mesh=pipeline={made.ranks} (--mesh pipeline={made.ranks}), or write {ranks} rows."
+            f"pipeline=written: it has {made.ranks} row{'s' * (made.ranks != 1)} and the mesh {ranks} ranks of stages; "
+            f"each has a row of its own. {mesh} {ranks} rows."
         )
     made.validate()
     if made.micro_batches != micro_batches:

@@ -28,7 +28,7 @@ def sequence(model: nn.Module, scheme: str) -> list[tuple[str, nn.Module]]:
             "Use rules, e.g. tensor='first=column, second=row', or auto."
         )
     found: list[tuple[str, nn.Module]] = []
-    for name, module in model.named_children():
+    for name, module in zip(model._modules, model, strict=True):  # named_children() leaves out what comes again
         if type(module) is nn.Sequential:
             found += [(f"{name}.{path}", inner) for path, inner in sequence(module, scheme)]
         else:

@@ -232,7 +232,7 @@ def _pairs(path: str, chain: nn.Sequential, size: int) -> dict[str, Rule]:
     rules: dict[str, Rule] = {}
     opened: tuple[str, int] | None = None  # a layer whose outputs are not used by another yet, and how many
     between: list[str] = []  # norms on the way
-    for name, module in chain.named_children():
+    for name, module in zip(chain._modules, chain, strict=True):  # named_children() leaves out what comes again
         inputs, outputs = _sizes(module)
         if opened is not None and inputs is not None and inputs % opened[1] == 0:
             rules[prefix + opened[0]] = Rule("column")
