@@ -13,8 +13,8 @@ ifneq ($(wildcard ../shared/data/measured),)
 export MANYHANDS_MEASURED ?= $(abspath ../shared/data/measured)
 endif
 
-# Many tests start processes and wait: two files at a time fill two cores. Alone: make test SIDE_BY_SIDE=
-SIDE_BY_SIDE ?= -n auto --maxprocesses 2 --dist loadfile
+# Many tests start processes and wait: three files at a time fill two cores. Alone: make test SIDE_BY_SIDE=
+SIDE_BY_SIDE ?= -n 3 --dist loadfile
 
 .PHONY: help study test test-all lint format bench validate
 .DEFAULT_GOAL := help

@@ -45,11 +45,11 @@ PLACES: Sequence[tuple[str, str, Sequence[str]]] = (
             "sandblaster(units=3)",
         ),
     ),
-    ("all but the b", "slowest", ("backup_workers",)),
+    ("all but the b", "slowest", ("backup_workers", "backup_workers(backups=0, aggregate=median)")),
     (
         "everybody,",
         "every k-th step",
-        ("local", "diloco", "elastic"),
+        ("local", "diloco", "elastic", "elastic(mode='round_robin')", "elastic(momentum=0.9)"),
     ),
     ("neighbours", "in a graph", ("gossip(graph='one_peer')", "push_sum", "gossip")),
     ("the slowest,", "s steps back", ("ssp",)),
@@ -68,6 +68,9 @@ CALLED = {
     "local": "local(16)",
     "diloco": "diloco(16)",
     "elastic": "elastic(4)",
+    "elastic(mode='round_robin')": "elastic(round_robin)",
+    "elastic(momentum=0.9)": "elastic(momentum=…)",
+    "backup_workers(backups=0, aggregate=median)": "backup_workers(aggregate=…)",
     "downpour(fetch=4, push=4)": "downpour(4, 4)",
     "ssp": "ssp(3)",
 }

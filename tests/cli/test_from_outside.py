@@ -129,6 +129,7 @@ def test_torchruns_ranks_join_and_one_of_them_speaks():
     assert (said["workers"], said["transport"], said["global_batch"]) == (2, "gloo", 40)
 
 
+@pytest.mark.slow
 def test_mpiexecs_ranks_join_and_one_of_them_speaks():
     pytest.importorskip("mpi4py")
     mpiexec = Path(sys.executable).with_name("mpiexec")

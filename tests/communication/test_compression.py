@@ -114,7 +114,7 @@ def test_transports_that_add_in_rank_order_agree_bit_for_bit(text, on):
     assert torch.equal(run(text, 3, on)[0]["means"], run(text, 3)[0]["means"])
 
 
-@pytest.mark.parametrize("on", ["gloo", "mpi"])
+@pytest.mark.parametrize("on", ["gloo", pytest.param("mpi", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("text", ["strom(threshold=0.5)", "one_bit", "terngrad", "random_k(ratio=0.1)", "float16"])
 def test_the_other_transports_agree_to_rounding(text, on):
     there, here = run(text, 3, on), run(text, 3)

@@ -94,6 +94,7 @@ def join_user(path: str, rank: int, size: int) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_a_default_group_of_the_users_is_joined_and_left_as_it_was(tmp_path):
     run(join_user, 2, tmp_path)
 
@@ -253,6 +254,7 @@ def hang_up(path: str, rank: int, size: int) -> None:
     assert time.monotonic() - t0 < 3.5
 
 
+@pytest.mark.slow
 def test_a_failing_peer_is_noticed_before_it_ends(tmp_path):
     run(hang_up, 3, tmp_path)
 

@@ -77,6 +77,7 @@ def use_beside_the_user(comm: MpiCommunicator) -> None:
 
 
 @needs_mpiexec
+@pytest.mark.slow
 def test_it_wraps_the_users_communicator_and_opens_no_listener():
     assert_well(run(use_beside_the_user, 3))
 
@@ -144,6 +145,7 @@ def say_so(comm: MpiCommunicator) -> None:
 
 
 @needs_mpiexec
+@pytest.mark.slow
 def test_a_failing_rank_is_named_at_once():
     assert_well(run(say_so, 3))
 

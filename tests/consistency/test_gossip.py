@@ -145,7 +145,7 @@ def test_on_shared_memory_each_worker_has_the_bits_that_it_has_in_virtual_time(t
         assert all(torch.equal(x, y) for x, y in zip(mine["parameters"], theirs["parameters"], strict=True))
 
 
-@pytest.mark.parametrize("on", ["threads", "gloo", "mpi"])
+@pytest.mark.parametrize("on", ["threads", "gloo", pytest.param("mpi", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("text", ["gossip(graph='exponential', every=2)", PUSHES[3]])
 def test_other_transports_carry_the_same_bits(text, on):
     """Sums are made here, in rank order, not by the transport."""

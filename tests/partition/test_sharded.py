@@ -160,6 +160,7 @@ def deep(layers=6):
     return nn.Sequential(*(m for _ in range(layers) for m in (nn.Linear(32, 32), nn.Tanh())))
 
 
+@pytest.mark.slow
 def test_of_all_units_one_at_a_time_is_in_memory(monkeypatch):
     """Also while autograd has a graph that was made with all of them."""
     gathered, most = [], [0]

@@ -95,7 +95,7 @@ def test_a_worker_killed_while_it_writes_a_checkpoint_leaves_the_older_one_to_go
     assert not [p.name for p in (out / "checkpoints").iterdir() if not p.name.startswith("step-")]
 
 
-@pytest.mark.parametrize("transport", ["gloo", "mpi"])
+@pytest.mark.parametrize("transport", ["gloo", pytest.param("mpi", marks=pytest.mark.slow)])
 def test_a_killed_worker_ends_the_run_on_other_transports_too(tmp_path, transport):
     with pytest.raises(WorkerFailed) as e:
         run(fragile(tmp_path, on=1, where="backward", step=3), tmp_path, transport=transport, timeout_s=20)
@@ -258,7 +258,7 @@ def is_running(pid: int) -> bool:
         pytest.param("gloo", signal.SIGKILL, (-9,), marks=pytest.mark.slow),
         pytest.param("mpi", signal.SIGKILL, (-9,), marks=pytest.mark.slow),
         pytest.param("shared", signal.SIGTERM, (130, 143, -15), marks=pytest.mark.slow),
-        ("shared", signal.SIGINT, (130, -2)),
+        pytest.param("shared", signal.SIGINT, (130, -2), marks=pytest.mark.slow),
     ],
 )
 def test_when_the_launcher_ends_so_do_its_workers(tmp_path, number, status, transport):

@@ -36,6 +36,7 @@ def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_under_a_launcher_a_folder_that_holds_a_run_is_refused_by_every_rank(tmp_path):
     (tmp_path / "checkpoints" / "step-00000005").mkdir(parents=True)
     (tmp_path / "summary.json").write_text("{}")

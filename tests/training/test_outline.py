@@ -83,6 +83,7 @@ def manyhands(folder, *arguments):
     )
 
 
+@pytest.mark.slow
 def test_from_the_command_line(tmp_path):
     asked = ["plan", "--model", "perceptron(hidden=16)", "--data", "digits", "--mesh", "pipeline=2"]
     done = manyhands(tmp_path, *asked, "--draw", "it.svg")

@@ -160,7 +160,7 @@ def test_the_history_is_the_same_for_any_number_of_workers(strategy, workers):
     assert together.summary.epochs == 3
 
 
-@pytest.mark.parametrize("transport", ["threads", "gloo", "mpi"])
+@pytest.mark.parametrize("transport", ["threads", "gloo", pytest.param("mpi", marks=pytest.mark.slow)])
 def test_the_history_is_the_same_on_any_transport(transport):
     alone, together = trained(1), trained(2, "synchronous", transport)
     assert (vector(alone.state) - vector(together.state)).abs().max() <= 1e-12
@@ -406,7 +406,7 @@ def test_a_runs_folder_holds_what_the_design_says(tmp_path, workers):
     assert summary["parameters"] == 303
 
     table = tomllib.loads((out / "plan.toml").read_text())
-    assert set(table) == {"task", "plan", "run", "machine"}
+    assert set(table) == {"task", "plan", "asked", "run", "machine"}
     assert table["run"] == {"evaluate": "epoch", "checkpoint": 5, "keep": 2}
     assert from_table(Task, table["task"], "[task]").as_table() == task().as_table()
     assert from_table(Plan, table["plan"], "[plan]") == result.plan
@@ -522,7 +522,7 @@ mh.train(mh.Task(model=model, data=data, batch_size=10), mh.Plan(workers=2{more}
     ("arguments", "typed", "said"),
     [
         pytest.param(["own.py"], False, '__name__ == "__main__"', marks=pytest.mark.slow, id="without a main guard"),
-        pytest.param(["-"], True, "transport='threads'", id="on standard input"),
+        pytest.param(["-"], True, "transport='threads'", marks=pytest.mark.slow, id="on standard input"),
     ],
 )
 def test_what_workers_cannot_import_is_refused_naming_the_cure(tmp_path, arguments, typed, said):

@@ -166,6 +166,8 @@ COMPARED = tuple(name for name in strategies if name != "sandblaster")
 #: Of a strategy what `spectrum` shows instead of its defaults, or beside them.
 SHOWN: Mapping[str, tuple[str, ...]] = {
     "synchronous": ("synchronous", "synchronous(aggregate=median)"),
+    "backup_workers": ("backup_workers", "backup_workers(backups=0, aggregate=median)"),
+    "elastic": ("elastic", "elastic(mode='round_robin')", "elastic(momentum=0.9)"),
     "downpour": ("downpour(fetch=4, push=4)",),  # at every step it is asynchronous
     "gossip": ("gossip(graph='one_peer')",),
 }
