@@ -48,6 +48,7 @@ def commands():
     return sorted({line.partition("   #")[0] for line in lines if line.startswith("manyhands simulate ")})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", commands())
 def test_the_documentations_commands_run(run, command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -692,7 +692,9 @@ RESUMED = (
 @pytest.mark.parametrize(
     ("optimizer", "stop"), [("adam(lr=0.01)", 10), pytest.param(f"{HERE}:momentum", 12, marks=pytest.mark.slow)]
 )
-@pytest.mark.parametrize("strategy", RESUMED)
+@pytest.mark.parametrize(
+    "strategy", [pytest.param(s, marks=[pytest.mark.slow] if "state=" in s or "switch" in s else []) for s in RESUMED]
+)
 def test_a_resume_within_a_period_and_at_a_meeting_is_exact(tmp_path, strategy, optimizer, stop):
     whole = train(tmp_path, strategy, 18, optimizer=optimizer)
     train(tmp_path, strategy, stop, optimizer=optimizer, out=tmp_path)

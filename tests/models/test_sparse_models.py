@@ -93,7 +93,7 @@ def test_serial_sgd_completes_the_matrix():
     assert target.std().item() > 0.7
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_they_are_trained_by_the_verbs(workers: int):
     result = mh.train(
         mh.Task(

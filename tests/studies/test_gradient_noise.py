@@ -50,6 +50,7 @@ def test_slices_from_own_batches_are_as_noisy_as_one_workers_batch():
     assert slope(variances("slice_own_batch", lambda p: 8 * p)) == pytest.approx(0, abs=0.15)
 
 
+@pytest.mark.slow  # that one worker is plain SGD, bit for bit, the contract test says at every commit
 @pytest.mark.parametrize("strategy", [str(each) for each in parity.variants() if each.plain_alone])
 def test_one_worker_has_the_noise_of_plain_sgd(strategy):
     found = measure(mh.Task(**TASK, batch_size=30), mh.Plan(strategy=strategy, workers=1), draws=40)

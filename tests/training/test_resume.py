@@ -71,8 +71,8 @@ CASES = {
 
 
 @pytest.mark.parametrize("changed", CASES.values(), ids=CASES)
-@pytest.mark.parametrize("update", ["sharded", "replicated"])
-@pytest.mark.parametrize("stop", [3, 10])
+@pytest.mark.parametrize("update", ["sharded", pytest.param("replicated", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stop", [pytest.param(3, marks=pytest.mark.slow), 10])
 def test_a_resume_in_mid_epoch_is_exact(tmp_path, changed, update, stop):
     strategy = f"synchronous(update={update!r})"
     whole = train(task(**changed), strategy=strategy)
