@@ -10,10 +10,13 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
+from manyhands.catalogue import Catalogue
 from manyhands.errors import BadInput, UnknownName
-from manyhands.grammar import Call
+from manyhands.grammar import Call, parse_call
+
+T = TypeVar("T")
 
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
@@ -54,6 +57,32 @@ def call(
         cure = f" Write {name}({', '.join(f'{m}=…' for m in missing)})." if missing else ""
         raise BadInput(f"{kind} {name}: {e}.{cure}") from None
     return factory(*args, **given, **filled)
+
+
+def described(kind: str, value: object, among: Catalogue, base: type[T], example: str) -> T:
+    """What a description stands for: an instance of ``base``, from its text ``name(option=…)`` or as it is.
+
+    The name is looked up ``among`` the listed ones, or is the user's ``my_pkg.module:Name``. `str` of the result is
+    expected to read back to an equal one. Raises `BadInput` and `UnknownName`; ``example`` is a text that is one.
+    """
+    if isinstance(value, base):
+        return value
+    own = base.__name__
+    if not isinstance(value, str):
+        article = "an" if own[0] in "AEIOU" else "a"
+        raise BadInput(
+            f"{kind} {value!r} is a {type(value).__name__}; it is text such as {example!r} or {article} {own}."
+        )
+    said = parse_call(value, kind=kind)
+    cls = among.load(said.name)
+    if not (isinstance(cls, type) and issubclass(cls, base)):
+        raise BadInput(f"{kind} {said.name} is a {type(cls).__name__}; the rule is: a subclass of manyhands' {own}.")
+    try:
+        made = call(kind, said.name, cls, said.args, said.kwargs)
+    except ValueError as e:
+        raise BadInput(f"{kind} {value}: {e}.") from None
+    assert isinstance(made, base)
+    return made
 
 
 def _plain(value: Any) -> Any:

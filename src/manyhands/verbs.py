@@ -305,11 +305,11 @@ def _built(task: Task, data_dir: Path | None) -> tuple[torch.nn.Module, Splits]:
 
 def _rehearsed(decided: Resolved, model: torch.nn.Module, task: Task, train: Dataset) -> Resolved:
     """Refuse a cut that does not fit the model, before anything is started; with a note of what is cut and how."""
+    from manyhands.partition.data import arguments
     from manyhands.partition.pipeline import cut as stages
     from manyhands.partition.pipeline import description as pipeline
     from manyhands.partition.pipeline.description import MICRO_BATCHES
     from manyhands.partition.pipeline.rehearsal import rehearse
-    from manyhands.partition.sharded.replica import given
     from manyhands.partition.sharded.units import units_of
     from manyhands.partition.tensor import axis_of
     from manyhands.partition.tensor.rehearsal import rehearsed
@@ -339,7 +339,7 @@ def _rehearsed(decided: Resolved, model: torch.nn.Module, task: Task, train: Dat
             )
         tensor = mesh["data"]
     if (plan.shard or 0) > 1 and mesh["data"] > 1:
-        notes.append(f"shard={plan.shard}: {units_of(model, given(train.rows(torch.tensor([0])), task.loss))}")
+        notes.append(f"shard={plan.shard}: {units_of(model, arguments(*train.rows(torch.tensor([0])), task.loss))}")
     if tensor > 1:
         sample, _ = train.rows(torch.tensor([0]))
         how = rehearsed(model, plan.tensor, tensor, sample, checked=True)

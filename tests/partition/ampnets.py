@@ -11,12 +11,12 @@ from torch.nn import functional as F
 
 from manyhands.communication.communicator import Communicator
 from manyhands.communication.topology import Mesh
-from manyhands.contract import Batch
+from manyhands.contract import Batch, rows_of
 from manyhands.data.boolean_trees import boolean_trees
 from manyhands.data.list_reduction import list_reduction
 from manyhands.errors import ManyhandsError
 from manyhands.partition.ampnet.chain import graph_of
-from manyhands.partition.ampnet.graph import Graph, rows
+from manyhands.partition.ampnet.graph import Graph
 from manyhands.partition.ampnet.list_reduction import list_rnn
 from manyhands.partition.ampnet.place import placed
 from manyhands.partition.ampnet.replica import GraphReplica, keep_nodes
@@ -109,7 +109,7 @@ def replica_of(
 
 
 def instances(x: Any, y: Tensor, samples: int) -> list[tuple[Any, Tensor]]:
-    return [(rows(x, lo, lo + samples), y[lo : lo + samples]) for lo in range(0, len(y), samples)]
+    return [(rows_of(x, lo, lo + samples), y[lo : lo + samples]) for lo in range(0, len(y), samples)]
 
 
 def differences(model: nn.Module, other: nn.Module) -> float:

@@ -37,7 +37,7 @@ from manyhands.consistency.parameter_server.opening import opened
 from manyhands.consistency.parameter_server.rounds import Outcome
 from manyhands.consistency.parameter_server.strategy import OnServers
 from manyhands.consistency.parameter_server.worker import ServedWorker
-from manyhands.consistency.robust.aggregation import Aggregation, aggregation_from, is_finite, too_few
+from manyhands.consistency.robust.aggregation import Aggregation, aggregation_from, is_row_finite, too_few
 from manyhands.contract import Batch, Reference, Replica, Setting, Worker
 from manyhands.errors import Problem
 
@@ -118,7 +118,7 @@ class BackupWorkersWorker(ServedWorker):
         loss, usable, wrong = self.own_gradient(batch)
         replica = self.replica
         gradients = [piece.grad for piece in replica.pieces]
-        if usable and self._robust and not wrong and not is_finite([g[None] for g in gradients], 0):
+        if usable and self._robust and not wrong and not is_row_finite([g[None] for g in gradients], 0):
             wrong = "gradient"
         if wrong and not self._robust:
             self.diverge(wrong)

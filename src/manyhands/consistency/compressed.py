@@ -24,7 +24,7 @@ from manyhands.communication.communicator import Communicator
 from manyhands.communication.compression.compressor import Compressor, Layout
 from manyhands.consistency.agreement import agree_on_unused, gather_weights
 from manyhands.consistency.clipping import clip_
-from manyhands.contract import Batch, Piece, Replica, Worker
+from manyhands.contract import Batch, Piece, Replica, Worker, is_finite
 
 
 def layout_of(piece: Piece) -> Layout:
@@ -54,7 +54,7 @@ class CompressedWorker(Worker):
         loss, count = replica.gradients(batch)
         if replica.watching:
             agree_on_unused(replica, comm)
-        finite = all(_is_finite(piece.grad) for piece in replica.pieces)
+        finite = all(is_finite(piece.grad) for piece in replica.pieces)
         weights = gather_weights(comm, loss, count if finite else math.inf, what="loss or the gradient")
         for piece, group, members, state in zip(replica.pieces, self._groups, self._members, self._states, strict=True):
             total = sum(weights[rank] for rank in members)
@@ -75,8 +75,3 @@ class CompressedWorker(Worker):
         """Take up a `state_dict` of the same rank."""
         for mine, kept in zip(self._states, state["compression"], strict=True):
             mine.load_state_dict(kept)
-
-
-def _is_finite(x: Tensor) -> bool:
-    # A finite sum has finite summands, and is quicker told; one that is not may have overflowed.
-    return math.isfinite(x.sum().item()) or bool(x.isfinite().all())

@@ -43,7 +43,7 @@ from manyhands.consistency.agreement import agree_on_unused, gather_weights
 from manyhands.consistency.clipping import clip_
 from manyhands.consistency.lbfgs import History
 from manyhands.consistency.work_units import WorkUnits
-from manyhands.contract import Batch, Reference, Replica, Setting, Strategy, Traffic, Worker
+from manyhands.contract import Batch, Reference, Replica, Setting, Strategy, Traffic, Worker, rows_of
 from manyhands.errors import NonFiniteLoss, Problem
 
 
@@ -185,7 +185,7 @@ class SandblasterWorker(Worker):
             unit = self._units.take(units)
         while unit is not None:
             lo, hi = unit * batch.count // units, (unit + 1) * batch.count // units
-            part = Batch(_rows(batch.inputs, lo, hi), _rows(batch.target, lo, hi), hi - lo, batch.total)
+            part = Batch(rows_of(batch.inputs, lo, hi), rows_of(batch.target, lo, hi), hi - lo, batch.total)
             loss, count = replica.gradients(part)
             self.done += 1
             if not math.isfinite(value := loss.item()):
@@ -227,8 +227,3 @@ class SandblasterWorker(Worker):
         ):
             mine.copy_(x)
         self._history.kept = state["kept"]
-
-
-def _rows(tree: Any, lo: int, hi: int) -> Any:
-    """Samples ``[lo, hi)`` of a pytree."""
-    return torch.utils._pytree.tree_map(lambda t: t[lo:hi] if isinstance(t, Tensor) else t, tree)

@@ -10,6 +10,7 @@ from manyhands.contract.carrying import carried, put_down
 from manyhands.contract.measurement import Measurement, Spread, StepParts
 from manyhands.contract.replica import Batch, Piece, Ready, Replica, StateSlice
 from manyhands.contract.strategy import Parameters, Setting, Strategy, Traffic, Worker
+from manyhands.contract.tensors import is_finite, rows_of
 
 __all__ = [
     "Batch",
@@ -28,5 +29,7 @@ __all__ = [
     "Traffic",
     "Worker",
     "carried",
+    "is_finite",
     "put_down",
+    "rows_of",
 ]

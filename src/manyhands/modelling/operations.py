@@ -34,6 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from manyhands.errors import BadInput
+from manyhands.partition.data import arguments
 
 Phase = Literal["forward", "backward", "update"]
 Shape = tuple[int, ...]
@@ -108,7 +109,7 @@ def count(model: nn.Module, inputs: Any, target: Any, loss: Callable[..., Any] |
     try:
         return _traced(model, inputs, target, loss)
     except _Untraceable as e:
-        return _hooked(model, _arguments(inputs, target, loss), e)
+        return _hooked(model, arguments(inputs, target, loss), e)
 
 
 def update(parameter_B: Mapping[str, int], *, state: int = 0, dtype: str = "float32") -> Operation:
@@ -146,7 +147,7 @@ def _traced(model: nn.Module, inputs: Any, target: Any, loss: Callable[..., Any]
             batch, goal = (pytree.tree_map_only(Tensor, fake.from_tensor, x) for x in (inputs, target))
             recorder.parameters = {_storage(state[name]): name for name, _ in model.named_parameters()}
             with torch.enable_grad(), recorder, _names(model, recorder):
-                total = _total(torch.func.functional_call(model, state, _arguments(batch, goal, loss)), goal, loss)
+                total = _total(torch.func.functional_call(model, state, arguments(batch, goal, loss)), goal, loss)
                 recorder.phase = "backward"
                 if total.requires_grad:
                     total.backward()  # type: ignore[no-untyped-call]
@@ -162,10 +163,6 @@ def _named(named: Callable[..., Iterator[tuple[str, Tensor]]]) -> Iterator[tuple
 
 def _sizes(model: nn.Module) -> dict[str, int]:
     return {name: p.numel() * p.element_size() for name, p in model.named_parameters()}
-
-
-def _arguments(inputs: Any, target: Any, loss: Callable[..., Any] | None) -> tuple[Any, ...]:
-    return (inputs,) if loss is not None or target is None else (inputs, target)
 
 
 def _total(outputs: Any, target: Any, loss: Callable[..., Any] | None) -> Tensor:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from manyhands.communication.communicator import Communicator
-from manyhands.contract import Batch, Block, Piece, Ready, StateSlice, carried, put_down
+from manyhands.contract import Batch, Block, Piece, Ready, StateSlice, carried, put_down, rows_of
 from manyhands.errors import BadInput
 from manyhands.partition.backward import backward
 from manyhands.partition.buckets import Announcer
@@ -276,7 +276,7 @@ class DataReplica:
         with self._autocast():
             if self.loss is not None:
                 return self.loss(self.model(inputs), target)
-            outputs = self.model(inputs) if target is None else self.model(inputs, target)
+            outputs = self.model(*arguments(inputs, target, self.loss))
             return getattr(outputs, "loss", outputs)
 
     def _sums(self) -> bool:
@@ -566,6 +566,6 @@ def _nothing(loss: Tensor, count: float) -> None:
     return
 
 
-def rows_of(tree: Any, lo: int, hi: int) -> Any:
-    """Samples ``[lo, hi)`` of a pytree."""
-    return torch.utils._pytree.tree_map(lambda t: t[lo:hi] if isinstance(t, Tensor) else t, tree)
+def arguments(inputs: Any, target: Any, loss: object) -> tuple[Any, ...]:
+    """With what a model is called: one without a loss of the task's computes its own, from the target, too."""
+    return (inputs,) if loss is not None or target is None else (inputs, target)

@@ -40,11 +40,11 @@ from torch import Tensor, nn
 from manyhands.catalogue import Reference
 from manyhands.communication.communicator import Communicator, reference_B
 from manyhands.communication.topology import shares
-from manyhands.contract import Batch, Block, Piece
+from manyhands.contract import Batch, Block, Piece, rows_of
 from manyhands.errors import BadInput, UnknownName
 from manyhands.partition.backward import backward
 from manyhands.partition.conjugate import TAG, gathered, join, sum_part, told
-from manyhands.partition.data import DataReplica, LastPass, rows_of
+from manyhands.partition.data import DataReplica, LastPass
 from manyhands.partition.pipeline.cut import cut as cut_into_stages
 from manyhands.partition.tensor.chain import elementwise, sequence
 from manyhands.partition.tensor.cut import Cut, tied_parameters

@@ -10,37 +10,20 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from manyhands.calling import call
+from manyhands.calling import described
 from manyhands.catalogue import Catalogue
 from manyhands.communication.compression.compressor import compressor_from
 from manyhands.communication.topology import Mesh, parse_mesh
 from manyhands.consistency import strategies
 from manyhands.contract import Strategy
 from manyhands.errors import BadInput
-from manyhands.grammar import parse_call
 from manyhands.partition import cut_strategies
 
 
 def strategy_from(value: str | Strategy) -> Strategy:
     """A strategy from its text; `str` of the result reads back to an equal one."""
-    if isinstance(value, Strategy):
-        return value
-    if not isinstance(value, str):
-        raise BadInput(
-            f"strategy {value!r} is a {type(value).__name__}; it is text such as 'synchronous' or a Strategy."
-        )
-    said = parse_call(value, kind="strategy")
-    cls = Catalogue("strategy", {**strategies, **cut_strategies}).load(said.name)
-    if not (isinstance(cls, type) and issubclass(cls, Strategy)):
-        raise BadInput(
-            f"strategy {said.name} is a {type(cls).__name__}; the rule is: a subclass of manyhands' Strategy."
-        )
-    try:
-        made = call("strategy", said.name, cls, said.args, said.kwargs)
-    except ValueError as e:
-        raise BadInput(f"strategy {value}: {e}.") from None
-    assert isinstance(made, Strategy)
-    return made
+    every = Catalogue("strategy", {**strategies, **cut_strategies})
+    return described("strategy", value, every, Strategy, "synchronous")  # type: ignore[type-abstract]
 
 
 def _mesh_from(text: str) -> Mesh:

@@ -2,8 +2,8 @@
 
 A strategy asks either as it asks the one that trains. `TimedReplica` computes and then lets the time pass that its
 `Pace` says: gradients are taken at the parameters of the beginning of that time and are there at its end, so races are
-replayed at their virtual times. `PricedReplica` computes nothing: its pieces are tensors of the meta device, which have
-a size and no numbers, and its loss is 0.
+replayed at their virtual times. `PricedReplica` computes nothing: its pieces have a size and no numbers (`sized`), and
+its loss is 0.
 
 Not priced: clipping, averaging and compressing (a strategy's own arithmetic), and what memory that stands for a server
 does to what is pushed.

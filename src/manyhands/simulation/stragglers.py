@@ -20,11 +20,10 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from manyhands.calling import call
+from manyhands.calling import described
 from manyhands.catalogue import Catalogue
 from manyhands.checks import is_positive, is_whole
-from manyhands.errors import BadInput
-from manyhands.grammar import format_description, parse_call
+from manyhands.grammar import format_description
 
 #: Factors drawn at a time.
 BLOCK = 256
@@ -120,19 +119,7 @@ class Slow(Stragglers):
 
 def stragglers_from(value: str | Stragglers) -> Stragglers:
     """One kind from its text."""
-    if isinstance(value, Stragglers):
-        return value
-    if not isinstance(value, str):
-        raise BadInput(f"stragglers {value!r} is a {type(value).__name__}; it is text such as 'lognormal(sigma=0.3)'.")
-    said = parse_call(value, kind="stragglers")
-    cls = stragglers.load(said.name)
-    try:
-        made = call("stragglers", said.name, cls, said.args, said.kwargs)
-    except ValueError as e:
-        raise BadInput(f"stragglers {value}: {e}.") from None
-    if not isinstance(made, Stragglers):
-        raise BadInput(f"stragglers {said.name} is a {type(made).__name__}; the rule is: a subclass of Stragglers.")
-    return made
+    return described("stragglers", value, stragglers, Stragglers, "lognormal(sigma=0.3)")  # type: ignore[type-abstract]
 
 
 class Delays:

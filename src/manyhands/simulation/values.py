@@ -1,9 +1,9 @@
 """A run with numbers: real gradients of many virtual workers in one process, in virtual time.
 
-Every worker has a replica, a strategy's worker and a share of every batch, as in training; it runs on a thread of its
-own, one at a time, in the order of virtual time (`communication.transports.simulated`). So what a gradient is taken
-at, and what it is added to, is what it would be at those times: races, staleness and bounds included. Evaluation takes
-no virtual time, and records stand at the time of rank 0, as in training.
+Every worker has a replica, a strategy's worker and a share of every batch, as in training; they run in one thread, one
+at a time, in the order of virtual time (`ranks`, `communication.transports.simulated`). So what a gradient is taken at,
+and what it is added to, is what it would be at those times: races, staleness and bounds included. Evaluation takes no
+virtual time, and records stand at the time of rank 0, as in training.
 
 Where strategies keep one copy of the parameters there is one for all workers; activations exist once, as one worker
 computes at a time. Every worker has a gradient of its own.

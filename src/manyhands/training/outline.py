@@ -17,11 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from manyhands.communication.topology import Mesh, shares
-from manyhands.contract import Block, Strategy
+from manyhands.contract import Block, Strategy, rows_of
 from manyhands.data import Splits
 from manyhands.models import losses, optimizers
 from manyhands.partition.ampnet.chain import graph_of
-from manyhands.partition.ampnet.graph import rows as sample_rows
 from manyhands.partition.ampnet.place import fitted
 from manyhands.partition.ampnet.place import sent_B as nodes_send_B
 from manyhands.partition.ampnet.replica import keep_nodes
@@ -139,10 +138,10 @@ def _of_nodes(task: Task, plan: Plan, notes: Sequence[str], model: nn.Module, sp
     assert isinstance(mesh, Mesh)
     assert isinstance(strategy, AMPNet)
     first = splits.train.rows(torch.arange(rows))[0]
-    graph, place = fitted(model, strategy, mesh.size, sample_rows(first, 0, 1))
+    graph, place = fitted(model, strategy, mesh.size, rows_of(first, 0, 1))
     few = rows if graph.batched else min(rows, FEW)
     bounds = [(0, few)] if graph.batched else [(i, i + 1) for i in range(few)]
-    sent = [nodes_send_B(graph, place, mesh.size, sample_rows(first, lo, hi)) for lo, hi in bounds]
+    sent = [nodes_send_B(graph, place, mesh.size, rows_of(first, lo, hi)) for lo, hi in bounds]
     slots, parts = _slots(task), []
     for rank in range(mesh.size):
         mine = copy.deepcopy(model)

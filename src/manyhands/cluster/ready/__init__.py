@@ -79,5 +79,5 @@ def wan() -> Cluster:
 
 
 def laptop() -> Cluster:
-    """A host of 2 cores. Of a machine at hand, manyhands calibrate makes a file that is measured."""
+    """A host of 2 cores, assumed; copy its file and put in what you have measured."""
     return _of("laptop")

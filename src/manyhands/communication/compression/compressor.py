@@ -36,13 +36,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from manyhands.calling import call
+from manyhands.calling import described
 from manyhands.catalogue import Reference
 from manyhands.communication.communicator import Communicator, reference_B
 from manyhands.communication.compression import compressors
 from manyhands.communication.reduction import slices
 from manyhands.errors import BadInput, DamagedPayload
-from manyhands.grammar import format_description, parse_call
+from manyhands.grammar import format_description
 
 Shape = tuple[int, ...]
 #: Subtracts what was sent from the vector it was made of.
@@ -421,21 +421,4 @@ def check_numbers(found: NDArray[Any], name: str, most: float = 1.0) -> None:
 
 def compressor_from(value: str | Compressor) -> Compressor:
     """A compressor from its text; `str` of the result reads back to an equal one."""
-    if isinstance(value, Compressor):
-        return value
-    if not isinstance(value, str):
-        raise BadInput(
-            f"compressor {value!r} is a {type(value).__name__}; it is text such as 'top_k(ratio=0.01)' or a Compressor."
-        )
-    said = parse_call(value, kind="compressor")
-    cls = compressors.load(said.name)
-    if not (isinstance(cls, type) and issubclass(cls, Compressor)):
-        raise BadInput(
-            f"compressor {said.name} is a {type(cls).__name__}; the rule is: a subclass of manyhands' Compressor."
-        )
-    try:
-        made = call("compressor", said.name, cls, said.args, said.kwargs)
-    except ValueError as e:
-        raise BadInput(f"compressor {value}: {e}.") from None
-    assert isinstance(made, Compressor)
-    return made
+    return described("compressor", value, compressors, Compressor, "top_k(ratio=0.01)")  # type: ignore[type-abstract]

@@ -19,7 +19,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from manyhands.consistency.robust.aggregation import Aggregation, is_finite
+from manyhands.consistency.robust.aggregation import Aggregation, is_row_finite
 from manyhands.contract import Piece
 from manyhands.errors import DeadlineExceeded
 
@@ -103,7 +103,7 @@ class Round:
             return None
         if self._averages:
             return [mean[0] for mean in self.vectors]
-        finite = [p for p in range(votes) if is_finite(self.vectors, p)]
+        finite = [p for p in range(votes) if is_row_finite(self.vectors, p)]
         failed = votes - len(finite)
         # Of those that are still there a liar may be the most: where others are done, a rule has nothing to go by.
         if votes < self._rule.fewest or came < self._needed:

@@ -9,7 +9,6 @@ sender's, and a claim is what a rule must bear.
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,12 +16,13 @@ from typing import ClassVar, Self
 
 from torch import Tensor
 
-from manyhands.calling import call
+from manyhands.calling import described
 from manyhands.catalogue import Reference
 from manyhands.checks import is_whole
 from manyhands.consistency.robust import aggregations
-from manyhands.errors import BadInput, Problem
-from manyhands.grammar import format_description, parse_call
+from manyhands.contract import is_finite
+from manyhands.errors import Problem
+from manyhands.grammar import format_description
 
 
 @dataclass(frozen=True)
@@ -57,30 +57,12 @@ class Aggregation(ABC):
 
 def aggregation_from(value: str | Aggregation) -> Aggregation:
     """A rule from its text; `str` of the result reads back to an equal one."""
-    if isinstance(value, Aggregation):
-        return value
-    if not isinstance(value, str):
-        raise BadInput(
-            f"aggregation {value!r} is a {type(value).__name__}; it is text such as 'median' or an Aggregation."
-        )
-    said = parse_call(value, kind="aggregation")
-    cls = aggregations.load(said.name)
-    if not (isinstance(cls, type) and issubclass(cls, Aggregation)):
-        raise BadInput(
-            f"aggregation {said.name} is a {type(cls).__name__}; the rule is: a subclass of manyhands' Aggregation."
-        )
-    try:
-        made = call("aggregation", said.name, cls, said.args, said.kwargs)
-    except ValueError as e:
-        raise BadInput(f"aggregation {value}: {e}.") from None
-    assert isinstance(made, Aggregation)
-    return made
+    return described("aggregation", value, aggregations, Aggregation, "median")  # type: ignore[type-abstract]
 
 
-def is_finite(parts: Sequence[Tensor], row: int) -> bool:
+def is_row_finite(parts: Sequence[Tensor], row: int) -> bool:
     """Whether all of one vector is; ``parts`` as in `Aggregation.combine`."""
-    # A finite sum has finite summands, and is quicker told; one that is not may have overflowed.
-    return all(math.isfinite(rows[row].sum().item()) or bool(rows[row].isfinite().all()) for rows in parts)
+    return all(is_finite(rows[row]) for rows in parts)
 
 
 def too_few(rule: Aggregation, vectors: int, whose: str, cure: str) -> list[Problem]:

@@ -32,7 +32,7 @@ from torch import Tensor
 from manyhands.communication.communicator import Communicator
 from manyhands.consistency.agreement import agree_on_unused, weight_of
 from manyhands.consistency.clipping import clip_
-from manyhands.consistency.robust.aggregation import Aggregation, is_finite
+from manyhands.consistency.robust.aggregation import Aggregation, is_row_finite
 from manyhands.contract import Batch, Replica, Worker
 from manyhands.errors import BadInput, NonFiniteLoss
 
@@ -67,7 +67,7 @@ class RobustWorker(Worker):
         samples, weights = self._gather_counts(batch.count, weight_of(loss, count))
         self._gather_rows()
         expected = [p for p, (n, weight) in enumerate(zip(samples, weights, strict=True)) if n and weight]
-        failed = [p for p in expected if not (math.isfinite(weights[p]) and is_finite(self._rows, p))]
+        failed = [p for p in expected if not (math.isfinite(weights[p]) and is_row_finite(self._rows, p))]
         if len(expected) < self.rule.fewest:
             self._warn_once("few", f"only {len(expected)} workers have samples; {self.rule} needs {self.rule.fewest}")
         elif len(failed) > self.rule.bears(len(expected)):

@@ -28,14 +28,14 @@ class Convolution:
     kernel: int
 
     @property
-    def tiles(self) -> int:
-        """Pixels of output, all images."""
+    def pixels(self) -> int:
+        """Of the outputs, all images."""
         return self.n * self.height * self.width
 
 
 def direct_multiplications(conv: Convolution) -> int:
     """n·c_in·c_out·h·w·r²."""
-    return conv.tiles * conv.c_in * conv.c_out * conv.kernel**2
+    return conv.pixels * conv.c_in * conv.c_out * conv.kernel**2
 
 
 def multiplications(conv: Convolution, tile: int = 4) -> int:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from manyhands.contract import rows_of
 from manyhands.errors import BadInput, UnknownName
 from manyhands.partition.ampnet.message import Message
 from manyhands.partition.ampnet.nodes import Loss, Node, Source, Store, Transform
@@ -98,7 +99,7 @@ class Graph(nn.Module):
         count = rows_in(inputs)
         if self.batched:
             return self._instance(inputs)
-        return torch.cat([self._instance(rows(inputs, i, i + 1)) for i in range(count)])
+        return torch.cat([self._instance(rows_of(inputs, i, i + 1)) for i in range(count)])
 
     def _instance(self, inputs: Any) -> Tensor:
         (output,) = [output_of(message) for edge, message in self.passing(inputs) if edge.end.node == self.loss]
@@ -178,13 +179,6 @@ def check_samples(graph: Graph, samples: int) -> None:
 def rows_in(inputs: Any) -> int:
     """How many samples a pytree of tensors holds."""
     return next(len(x) for x in torch.utils._pytree.tree_leaves(inputs) if isinstance(x, Tensor))
-
-
-def rows(tree: Any, lo: int, hi: int) -> Any:
-    """Samples ``[lo, hi)`` of a pytree of tensors."""
-    if isinstance(tree, Tensor):
-        return tree[lo:hi]
-    return torch.utils._pytree.tree_map(lambda x: x[lo:hi] if isinstance(x, Tensor) else x, tree)
 
 
 def _edge(text: str, nodes: Mapping[str, Node]) -> Edge:

@@ -28,9 +28,10 @@ import torch
 from torch import Tensor
 
 from manyhands.communication.communicator import DONE, Communicator, Work
+from manyhands.contract import rows_of
 from manyhands.errors import BadInput, CommunicationError, Deadlock
 from manyhands.partition.ampnet import wire
-from manyhands.partition.ampnet.graph import Graph, Port, check_samples, output_of, rows
+from manyhands.partition.ampnet.graph import Graph, Port, check_samples, output_of
 from manyhands.partition.ampnet.learning import Learning, Update
 from manyhands.partition.ampnet.message import Message, State
 from manyhands.partition.ampnet.nodes import Store, Transform
@@ -212,7 +213,7 @@ class Runtime:
             batch.admitted += 1
             batch.active[key] = len(self._sources) if batch.learning else 1
             self.peak_active = max(self.peak_active, len(batch.active))
-            inputs = rows(batch.inputs, *batch.bounds[key])
+            inputs = rows_of(batch.inputs, *batch.bounds[key])
             for name, source in self._sources.items():
                 try:
                     message = source.begin(key, inputs)
@@ -292,7 +293,7 @@ class Runtime:
         leaf = output.detach().requires_grad_(output.requires_grad)
         assert self.loss is not None, "checked when the runtime was made"
         with torch.enable_grad(), self._autocast():
-            objective = _mean(self.loss(leaf, rows(batch.target, lo, hi)))
+            objective = _mean(self.loss(leaf, rows_of(batch.target, lo, hi)))
         value = objective.item()
         batch.loss += value * (hi - lo)
         if not math.isfinite(value):

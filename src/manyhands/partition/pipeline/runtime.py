@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from manyhands.communication.communicator import Communicator
+from manyhands.contract import rows_of
 from manyhands.errors import BadInput, CommunicationError
 from manyhands.partition.backward import backward, backward_from
-from manyhands.partition.data import rows_of
 from manyhands.partition.pipeline.handover import DTYPES, Form, Handover
 from manyhands.partition.pipeline.later import Later, inputs_first
 from manyhands.partition.pipeline.schedule import Action, Schedule

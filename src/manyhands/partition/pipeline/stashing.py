@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from manyhands.contract import Batch, Piece, Ready
+from manyhands.contract import Batch, Piece, Ready, is_finite
 from manyhands.errors import NonFiniteLoss
 from manyhands.partition.pipeline.pipedream import Used, used
 from manyhands.partition.pipeline.replica import PipelineReplica
@@ -220,7 +220,7 @@ class StashingReplica(PipelineReplica):
                 for seen in reached.values():
                     self._alike.all_reduce(seen).wait()
             self.settle(reached)
-        if all(bool(piece.grad.sum().isfinite()) for piece in self.pieces):
+        if all(is_finite(piece.grad) for piece in self.pieces):
             for piece in self.pieces:
                 self.apply(piece, 0, piece.flat.numel())
         else:

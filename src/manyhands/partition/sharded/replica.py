@@ -20,12 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from manyhands.communication.communicator import Communicator
-from manyhands.contract import Batch, Piece
+from manyhands.contract import Batch, Piece, rows_of
 from manyhands.errors import BadInput
 from manyhands.partition.backward import backward
 from manyhands.partition.buckets import BUCKET_B
 from manyhands.partition.conjugate import told
-from manyhands.partition.data import DataReplica, LastPass, rows_of
+from manyhands.partition.data import DataReplica, LastPass, arguments
 from manyhands.partition.sharded.units import exchanged_B, units_of
 from manyhands.partition.sharded.vector import Vector
 from manyhands.partition.update import Span
@@ -63,7 +63,7 @@ class ShardedReplica(DataReplica):
         **options: Any,
     ) -> None:
         self._stage, self._group = stage, comm.over(frozenset({"data"}))
-        self.units = units_of(model, given(sample, loss), evaluated=loss is not None, unit_B=unit_B)
+        self.units = units_of(model, arguments(*sample, loss), evaluated=loss is not None, unit_B=unit_B)
         self._packs = stage == 3 and not self._group.shares_memory
         self._vectors: list[list[Vector]] = [[] for _ in range(len(self.units.units) + 1)]  # of each unit; the kept
         self._phase = ""  # forward, backward, or neither
@@ -318,9 +318,3 @@ class ShardedReplica(DataReplica):
             self._refuse_late(v.unit)
         assert v.whole is not None
         return v.whole.as_strided(kept.shape, kept.strides, kept.offset)
-
-
-def given(sample: tuple[Any, Any], loss: object) -> tuple[Any, ...]:
-    """With what the model is called: a model without a loss of the task's computes its own, from the target, too."""
-    inputs, target = sample
-    return (inputs,) if loss is not None or target is None else (inputs, target)
