@@ -16,6 +16,9 @@ endif
 # Many tests start processes and wait: three files at a time fill two cores. Alone: make test SIDE_BY_SIDE=
 SIDE_BY_SIDE ?= -n 3 --dist loadfile
 
+# Where compiled Python is not kept, every process that a test starts compiles the library anew, and pytest its tests.
+test test-all: export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: help study test test-all lint format bench validate
 .DEFAULT_GOAL := help
 

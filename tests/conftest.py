@@ -6,7 +6,7 @@ import signal
 import pytest
 from hypothesis import settings
 
-from tests import guards
+from tests import balance, guards
 
 guards.mark_session()
 os.environ["PYTHONFAULTHANDLER"] = "1"  # in the processes that tests start; pytest sees to its own
@@ -48,8 +48,30 @@ def standing_teams():
     testing.close_standing()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU where there is none."""
+@pytest.fixture(scope="session", autouse=True)
+def workers_know_what_tests_import():
+    """The server that workers are forked from imports pytest and Hypothesis once, or each worker takes 0.2 s for them.
+
+    They import the test file that holds their function.
+    """
+    from multiprocessing import forkserver
+
+    preload = forkserver.set_forkserver_preload
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(forkserver, "set_forkserver_preload", lambda names: preload([*names, "pytest", "hypothesis"]))
+        yield
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> balance.ByGroup | None:
+    """Tests run side by side file by file, but for those over MPI: see `tests.balance`."""
+    return balance.ByGroup(config, log) if config.getvalue("dist") == "loadfile" else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none; side by side, put the long files first."""
+    if hasattr(config, "workerinput"):  # one of xdist's processes
+        balance.put_in_order(items)
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if on_gpu:
         import torch

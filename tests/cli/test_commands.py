@@ -115,7 +115,7 @@ def test_optimizers_say_whether_they_work_element_by_element(run):
 @pytest.mark.parametrize(
     "transports",
     [
-        ("single", "threads", "shared"),
+        ("single", "shared"),
         pytest.param(("single", "threads", "shared", "gloo"), marks=[pytest.mark.slow, pytest.mark.timeout(200)]),
     ],
 )

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from manyhands.communication import graphs
@@ -15,6 +15,7 @@ from manyhands.errors import BadInput
 ONE_WAY = ("random_directed",)
 DOUBLY = tuple(name for name in GRAPHS if name not in ONE_WAY)
 sizes = st.integers(1, 17)
+FEW_EACH = settings(max_examples=30)  # of each graph
 #: Sums of at most 17 shares that round at 1.1e-16.
 ROUNDING = 1e-14
 
@@ -31,6 +32,7 @@ def ones(size):
 
 
 @pytest.mark.parametrize("name", GRAPHS)
+@FEW_EACH
 @given(size=sizes, seed=st.integers(0, 99))
 def test_columns_add_up_to_1_so_that_the_sum_is_conserved(name, size, seed):
     if not exists(name, size):
@@ -42,6 +44,7 @@ def test_columns_add_up_to_1_so_that_the_sum_is_conserved(name, size, seed):
 
 
 @pytest.mark.parametrize("name", DOUBLY)
+@FEW_EACH
 @given(size=sizes, seed=st.integers(0, 99))
 def test_rows_add_up_to_1_so_that_what_is_equal_stays_so(name, size, seed):
     if not exists(name, size):
@@ -80,6 +83,7 @@ def test_metropolis_weights_of_edges_that_lead_one_way_are_refused():
 
 
 @pytest.mark.parametrize("name", GRAPHS)
+@FEW_EACH
 @given(size=st.integers(2, 17), seed=st.integers(0, 99))
 def test_every_rank_sends_to_equally_many_in_every_round(name, size, seed):
     if exists(name, size):
@@ -88,6 +92,7 @@ def test_every_rank_sends_to_equally_many_in_every_round(name, size, seed):
 
 
 @pytest.mark.parametrize("name", GRAPHS)
+@FEW_EACH
 @given(size=sizes, seed=st.integers(0, 99))
 def test_every_graph_connects_its_ranks(name, size, seed):
     if exists(name, size):
@@ -223,6 +228,7 @@ def test_news_have_reached_all_after_as_many_exchanges_as_the_graph_is_wide(name
 
 
 @pytest.mark.parametrize("name", GRAPHS)
+@FEW_EACH
 @given(size=st.integers(2, 12), seed=st.integers(0, 9))
 def test_the_product_of_that_many_rounds_is_positive_from_wherever_it_starts(name, size, seed):
     if not exists(name, size):
@@ -262,6 +268,7 @@ def test_a_graph_that_cannot_be_is_refused_with_the_rule_and_what_would_work(nam
 
 
 @pytest.mark.parametrize("name", graphs.OF_A_DEGREE)
+@FEW_EACH
 @given(size=st.integers(2, 17))
 def test_the_default_degree_is_one_that_there_is(name, size):
     assert exists(name, size, graphs.default_degree(name, size))

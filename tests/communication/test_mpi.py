@@ -1,7 +1,8 @@
 """What is MPI's own, beside the contract: what it leaves on the machine, and what a lost or stuck peer becomes.
 
-Each test starts ``mpiexec``, whose ranks run a function of this file. ``UCX_TLS`` keeps MPICH's ranks to shared
-memory, so that they listen nowhere; mpiexec itself listens on all interfaces whatever it is told (MPICH 5.0.2).
+A test whose ranks do not survive it starts ``mpiexec`` for them; what they run is a function of this file. ``UCX_TLS``
+keeps MPICH's ranks to shared memory, so that they listen nowhere; mpiexec itself listens on all interfaces whatever it
+is told (MPICH 5.0.2).
 """
 
 import contextlib
@@ -18,6 +19,7 @@ import torch
 from manyhands.communication.topology import Mesh
 from manyhands.communication.transports.mpi import MpiCommunicator
 from manyhands.errors import BadInput, CommunicationError, DeadlineExceeded, PeerLost
+from manyhands.testing import run_ranks
 from tests import guards
 
 ROOT = Path(__file__).parent.parent.parent
@@ -111,7 +113,7 @@ def lose(comm: MpiCommunicator) -> None:
 
 @needs_mpiexec
 def test_a_killed_rank_ends_the_run_and_leaves_no_memory_behind():
-    done = run(lose, 3)
+    done = run(lose, 2)
     assert done.returncode == signal.SIGKILL
     assert "DeadlineExceeded" not in done.stdout  # it was at once
     assert "Killed" in done.stdout  # and that /dev/shm is as it was is seen to by conftest
@@ -152,7 +154,7 @@ def test_a_failing_rank_is_named_at_once():
 
 def be_late(comm: MpiCommunicator) -> None:
     comm.barrier()
-    comm.timeout_s, comm.step = 0.5, 3
+    usual, comm.timeout_s, comm.step = comm.timeout_s, 0.5, 3
     if comm.rank == 0:
         x = torch.zeros(3)
         with pytest.raises(DeadlineExceeded, match=r"rank 0 waited 0\.5 s in recv at step 3 for rank 1;"):
@@ -172,11 +174,12 @@ def be_late(comm: MpiCommunicator) -> None:
         comm.timeout_s = 10
         assert comm.recv(torch.zeros(3), None, tag=9).tensor.tolist() == [1.0] * 3
         assert x.tolist() == [0.0] * 3
+    comm.timeout_s = usual
 
 
 @needs_mpiexec
 def test_a_late_rank_is_named_at_the_deadline():
-    assert_well(run(be_late, 3))
+    run_ranks(be_late, 3, on="mpi")
 
 
 def split_often(comm: MpiCommunicator) -> None:

@@ -53,6 +53,14 @@ FAMILY = (
 )
 
 
+#: One of each way to meet: a mean, with the optimizer's state, by an outer step, on springs together and in turn. The
+#: others differ in when, which virtual time shows.
+WAYS = (
+    *("local(every=3)", "local(every=2, state='average')", "diloco(inner=2)"),
+    *("elastic(every=2)", "elastic(every=2, mode='round_robin')"),
+)
+
+
 def run(text: str, on: str, size: int, spec: dict) -> list[dict]:
     return _run(text, on, size, tuple(sorted(spec.items())))
 
@@ -212,7 +220,7 @@ SAME_AS_SYNCHRONOUS = {
 }
 
 
-@pytest.mark.parametrize("on", [*TRANSPORTS, "gloo"])
+@pytest.mark.parametrize("on", [*TRANSPORTS, pytest.param("gloo", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("spec", SAME_AS_SYNCHRONOUS.values(), ids=SAME_AS_SYNCHRONOUS)
 def test_averaging_parameters_after_every_step_of_plain_sgd_is_averaging_gradients(spec, on):
     """The first axis of deeplearning4j's taxonomy: parameter averaging with k = 1 equals the update-based form."""
@@ -246,9 +254,15 @@ def test_with_adam_it_is_not_whatever_becomes_of_the_moments(text):
 
 @pytest.mark.parametrize("policy", ["local", "average", "reset"])
 @pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam"])
-@pytest.mark.parametrize("every", [1, 2, 3, 7])
-@pytest.mark.parametrize("shares", ["even", "uneven"])
-def test_local_is_the_naive_loop_over_p_models(shares, every, optimizer, policy):
+@pytest.mark.parametrize(
+    ("every", "shares"),
+    [
+        *((every, "uneven") for every in (1, 2, 3, 7)),
+        (3, "even"),
+        *(pytest.param(every, "even", marks=pytest.mark.slow) for every in (1, 2, 7)),
+    ],
+)
+def test_local_is_the_naive_loop_over_p_models(every, shares, optimizer, policy):
     spec = problem(optimizer=optimizer, shares=shares, batches=STEPS)
     naive = naive_local(spec, 3, every, policy)
     results = run(f"local(every={every}, state={policy!r})", "simulated", 3, spec)
@@ -311,8 +325,16 @@ def test_bytes_are_one_kth_of_those_of_synchronous_exactly(text, every):
         assert sum(a["messages"]) == every * sum(b["messages"])
 
 
-@pytest.mark.parametrize(("on", "size"), [("simulated", 2), ("shared", 5), ("gloo", 3), ("threads", 3), ("mpi", 3)])
-@pytest.mark.parametrize("text", FAMILY)
+def everywhere():
+    """All of the family in virtual time and on shared memory; one that sends to a single peer on the others."""
+    for text in FAMILY:
+        yield from ((text, "simulated", 2), (text, "shared", 5))
+        for on in ("gloo", "threads", "mpi"):
+            slow = on == "mpi" or text != "elastic(every=2, mode='round_robin')"
+            yield pytest.param(text, on, 3, marks=[pytest.mark.slow] if slow else [])
+
+
+@pytest.mark.parametrize(("text", "on", "size"), list(everywhere()))
 def test_bytes_counted_are_bytes_declared_step_by_step(text, on, size):
     spec = problem("mixed", "momentum", dtype="mixed", batches=STEPS)  # two pieces
     for result in run(text, on, size, spec):
@@ -344,7 +366,7 @@ def state_bytes(comm, spec):
     return comm.counters.sent_B("state") - before
 
 
-@pytest.mark.parametrize("text", FAMILY)
+@pytest.mark.parametrize("text", [t if t in WAYS else pytest.param(t, marks=pytest.mark.slow) for t in FAMILY])
 def test_results_on_shared_memory_are_those_in_virtual_time_bit_for_bit(text):
     spec = problem(optimizer="nesterov", batches=STEPS, shares="uneven")  # two pieces
     a, b = run(text, "simulated", 3, spec), run(text, "shared", 3, spec | {"delays": 1})
@@ -447,7 +469,7 @@ def test_a_rule_that_reads_what_it_has_just_written_does_not(mutant):
         check_conservation(mutant, 3, 0.9, 1)
 
 
-@settings(max_examples=30)  # up to thousands of steps each
+@settings(max_examples=10)  # up to thousands of steps each
 @given(SPRINGS)
 def test_springs_alone_bring_all_to_the_mean_of_workers_and_centre(system):
     workers, beta, seed = system
@@ -520,8 +542,14 @@ def test_with_momentum_it_is_the_naive_loop_of_eamsgd(every, mode, on):
     assert all((r["consensus"] - centre).abs().max() <= JOINED for r in results)
 
 
-@pytest.mark.parametrize("on", ["shared", "gloo", "threads", "mpi"])
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize(
+    ("on", "size"),
+    [
+        *(("shared", 2), ("shared", 3), ("gloo", 3), ("threads", 3)),
+        *(pytest.param(on, 2, marks=pytest.mark.slow) for on in ("gloo", "threads", "mpi")),
+        pytest.param("mpi", 3, marks=pytest.mark.slow),
+    ],
+)
 def test_a_centre_larger_than_any_buffer_goes_round(size, on):
     """The last worker's message is on its way while the first trains; on shared memory it does not fit into a ring."""
     found = run_ranks(large_centre, size, on=on, timeout_s=30)
@@ -666,7 +694,7 @@ def train(tmp_path, strategy: str, steps: int, *, workers: int = 3, **options) -
     task = {"optimizer": options.pop("optimizer", f"{HERE}:momentum"), "batch_size": 8, "steps": steps, "seed": 4}
     return mh.train(
         mh.Task(model=f"{HERE}:model", data=f"{HERE}:data", **task),
-        mh.Plan(workers=workers, threads=1, strategy=strategy),
+        mh.Plan(workers=workers, threads=1, strategy=strategy, transport=options.pop("transport", "auto")),
         progress=False,
         **options,
     )
@@ -687,6 +715,7 @@ RESUMED = (
     "elastic(every=4)",
     "elastic(every=3, mode='round_robin')",
 )
+IN_PROCESSES = ("local(every=4)", "elastic(every=3, mode='round_robin')")
 
 
 @pytest.mark.parametrize(
@@ -696,24 +725,28 @@ RESUMED = (
     "strategy", [pytest.param(s, marks=[pytest.mark.slow] if "state=" in s or "switch" in s else []) for s in RESUMED]
 )
 def test_a_resume_within_a_period_and_at_a_meeting_is_exact(tmp_path, strategy, optimizer, stop):
-    whole = train(tmp_path, strategy, 18, optimizer=optimizer)
-    train(tmp_path, strategy, stop, optimizer=optimizer, out=tmp_path)
-    assert same_bits(train(tmp_path, strategy, 18, optimizer=optimizer, out=tmp_path, resume=True), whole)
+    """What is kept is the same on every transport; processes of their own have those that meet in another way."""
+    options = {"optimizer": optimizer, "transport": "shared" if strategy in IN_PROCESSES else "threads"}
+    whole = train(tmp_path, strategy, 18, **options)
+    train(tmp_path, strategy, stop, out=tmp_path, **options)
+    assert same_bits(train(tmp_path, strategy, 18, out=tmp_path, resume=True, **options), whole)
 
 
 @pytest.mark.parametrize("mode", ["synchronous", "round_robin"])
 def test_a_resume_of_eamsgd_is_exact(tmp_path, mode):
-    strategy, optimizer = f"elastic(every=4, mode={mode!r}, momentum=0.9)", "sgd(lr=0.1)"
-    whole = train(tmp_path, strategy, 18, optimizer=optimizer)
-    train(tmp_path, strategy, 10, optimizer=optimizer, out=tmp_path)
-    assert same_bits(train(tmp_path, strategy, 18, optimizer=optimizer, out=tmp_path, resume=True), whole)
+    strategy = f"elastic(every=4, mode={mode!r}, momentum=0.9)"
+    options = {"optimizer": "sgd(lr=0.1)", "transport": "threads"}
+    whole = train(tmp_path, strategy, 18, **options)
+    train(tmp_path, strategy, 10, out=tmp_path, **options)
+    assert same_bits(train(tmp_path, strategy, 18, out=tmp_path, resume=True, **options), whole)
 
 
 @pytest.mark.parametrize("strategy", ["elastic(every=3)", "elastic(every=3, mode='round_robin')"])
 def test_on_another_number_of_workers_the_centre_goes_on_from_the_checkpoint(tmp_path, strategy):
-    train(tmp_path, strategy, 12, workers=2, out=tmp_path)
+    train(tmp_path, strategy, 12, workers=2, out=tmp_path, transport="threads")
     kept = checkpoint.load_newest(tmp_path / "checkpoints").model
-    resumed = train(tmp_path, strategy, 13, workers=3, out=tmp_path, resume=True)  # no exchange in that step
+    # No exchange in the one step more.
+    resumed = train(tmp_path, strategy, 13, workers=3, out=tmp_path, resume=True, transport="threads")
     assert all(torch.equal(resumed.state[k], kept[k]) for k in kept)
 
 
@@ -721,8 +754,8 @@ def test_on_another_number_of_workers_the_centre_goes_on_from_the_checkpoint(tmp
     "strategy", ["elastic(every=3, mode='round_robin')", "local(every=4, state='average')", "diloco(inner=4)"]
 )
 def test_looking_and_writing_change_nothing(tmp_path, strategy):
-    quiet = train(tmp_path, strategy, 18, evaluate="never")
-    watched = train(tmp_path, strategy, 18, evaluate=5, out=tmp_path, checkpoint=2)
+    quiet = train(tmp_path, strategy, 18, evaluate="never", transport="threads")
+    watched = train(tmp_path, strategy, 18, evaluate=5, out=tmp_path, checkpoint=2, transport="threads")
     assert same_bits(quiet, watched)
 
 

@@ -1,7 +1,9 @@
 """The contract: every strategy in the catalogue keeps the promises of DESIGN §7, on every transport.
 
 A new strategy joins by its line in `consistency.strategies`, with every variant that its fields spell out as a
-`Literal`. Per commit: all of them on `TRANSPORTS`, the `FAMILIES` on `OTHERS`; `-m slow` runs the whole matrix.
+`Literal`. Per commit: all of them on `TRANSPORTS`, the `FAMILIES` on `OTHERS`; `-m slow` runs the whole matrix. Where
+a claim is about the model, the optimizer or the loss, whose code is the same on every transport, all its cases run in
+virtual time and on shared memory those that take another path through the communication.
 """
 
 import dataclasses
@@ -69,7 +71,7 @@ def frozen(value: object) -> object:
     return tuple(sorted(value.items())) if isinstance(value, dict) else value
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=1024)  # several tests look at one run, and not one after the other
 def _run(text: str, on: str, size: int, spec: tuple) -> list[dict]:
     servers = strategy_from(text).server_ranks(in_memory=on in SERVERS_IN_MEMORY)
     return run_ranks(jobs.train, size, on=on, args=(text, dict(spec)), timeout_s=30, servers=servers)
@@ -153,8 +155,20 @@ ALONE = {
 }
 
 
-@pytest.mark.parametrize("spec", ALONE.values(), ids=ALONE)
-@pytest.mark.parametrize("text", CHOSEN)
+#: What strategies that relax the meeting can get wrong when alone: how they call the optimizer, and whose loss it is.
+ALONE_IN_ITS_OWN_WAY = (
+    *("momentum", "adam", "adamw", "clip", "schedule", "tied", "unused, decay", "used later", "mixed", "norm"),
+    *("tokens", "sum and l2", "lbfgs"),
+)
+
+
+def alone(text: str, name: str):
+    """One of `ALONE`, slow where it is a matter of the model or the optimizer that `LOCKSTEP` looks at already."""
+    marks = () if text in LOCKSTEP or name in ALONE_IN_ITS_OWN_WAY else pytest.mark.slow
+    return pytest.param(text, ALONE[name], id=f"{text}-{name}", marks=marks)
+
+
+@pytest.mark.parametrize(("text", "spec"), [alone(text, name) for text in CHOSEN for name in ALONE])
 def test_one_worker_is_plain_torch_bit_for_bit(text, spec):
     if not strategy_from(text).plain_alone:
         pytest.skip("a second rule works on top of the optimizer, alone too")
@@ -244,12 +258,23 @@ ACROSS = (
     *("nesterov", "clip", "tokens", "uneven", "fewer samples than workers", "sum and l2"),
     *("first batch smaller than the workers", "used by one worker"),
 )
+#: What is another exchange, and not only another number in it: several pieces, a norm, idle workers, unlike paths.
+CARRIED = ("nesterov", "clip", "first batch smaller than the workers", "used by one worker")
 
 
-@pytest.mark.parametrize("on", TRANSPORTS)
-@pytest.mark.parametrize("spec", TOGETHER.values(), ids=TOGETHER)
+#: On shared memory per commit: `ACROSS`, and other ways through the update, buckets and the clipped norm.
+ON_SHARED = (*ACROSS, "adam", "momentum", "schedule, adam", "tied", "used later", "conv", "own loss", "micro, clip")
+
+
+def together(on: str, name: str):
+    """One of `TOGETHER`, slow on shared memory where only the model, the optimizer or the loss is another."""
+    marks = pytest.mark.slow if on == "shared" and name not in ON_SHARED else ()
+    return pytest.param(on, TOGETHER[name], id=f"{name}-{on}", marks=marks)
+
+
+@pytest.mark.parametrize(("on", "spec"), [together(on, name) for on in TRANSPORTS for name in TOGETHER])
 @pytest.mark.parametrize("text", LOCKSTEP)
-def test_three_workers_are_one_on_the_joined_batch(text, spec, on):
+def test_three_workers_are_one_on_the_joined_batch(text, on, spec):
     assert_joined(text, on, 3, spec)
 
 
@@ -260,8 +285,12 @@ def test_relaxed_workers_send_what_they_declare_and_are_exact_where_they_say_so(
     assert_joined(text, on, 3, TOGETHER[name])
 
 
-@pytest.mark.parametrize("size", [2, 4, 8])
-@pytest.mark.parametrize("on", TRANSPORTS)
+#: Even and odd, powers of two, and more than a small machine has cores; three workers are in most other tests.
+SIZES = [("simulated", 2), ("simulated", 5), ("simulated", 8), ("shared", 4)]
+SIZES += [pytest.param("shared", size, marks=pytest.mark.slow) for size in (2, 5, 8)]
+
+
+@pytest.mark.parametrize(("on", "size"), SIZES)
 @pytest.mark.parametrize("text", CHOSEN)
 def test_any_number_of_workers_is_one_on_the_joined_batch(text, on, size):
     assert_joined(text, on, size, TOGETHER["adam"])
@@ -269,7 +298,7 @@ def test_any_number_of_workers_is_one_on_the_joined_batch(text, on, size):
 
 
 @pytest.mark.parametrize("on", OTHERS)
-@pytest.mark.parametrize("name", ACROSS)
+@pytest.mark.parametrize("name", [n if n in CARRIED else pytest.param(n, marks=pytest.mark.slow) for n in ACROSS])
 @pytest.mark.parametrize("text", FAMILIES)
 def test_a_family_keeps_its_promises_on_the_other_transports(text, name, on):
     assert_joined(text, on, 3, TOGETHER[name])
@@ -346,7 +375,7 @@ def test_results_on_shared_memory_are_those_in_virtual_time_bit_for_bit(text):
     assert all(torch.equal(x, y) for x, y in zip(a[0]["parameters"], b[0]["parameters"], strict=True))
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 @pytest.mark.parametrize("text", [t for t in CHOSEN if strategy_from(t).deterministic])
 def test_dawdling_workers_do_not_change_a_single_bit(text, seed):
     # Several pieces (two groups), so that one is exchanged while another waits.
@@ -376,8 +405,14 @@ def test_bfloat16_autocast_keeps_replicas_identical_and_parameters_in_float32(te
 # -- unused parameters, memory formats, tied ones ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("optimizer", ["decay", "adamw", "momentum", "adam"])
-@pytest.mark.parametrize("on", TRANSPORTS)
+@pytest.mark.parametrize(
+    ("on", "optimizer"),
+    [
+        *(("simulated", optimizer) for optimizer in ("decay", "adamw", "momentum", "adam")),
+        ("shared", "decay"),
+        *(pytest.param("shared", optimizer, marks=pytest.mark.slow) for optimizer in ("adamw", "momentum", "adam")),
+    ],
+)
 @pytest.mark.parametrize("text", CHOSEN)
 def test_weight_decay_does_not_touch_a_parameter_that_no_loss_depends_on(text, on, optimizer):
     results = run(text, on, 3, problem("unused", optimizer))
@@ -442,8 +477,14 @@ def by_hand(spec: dict, size: int) -> list[list[torch.Tensor]]:
     return result
 
 
-@pytest.mark.parametrize("policy", ["average", "rank0", "local"])
-@pytest.mark.parametrize("on", TRANSPORTS)
+@pytest.mark.parametrize(
+    ("on", "policy"),
+    [
+        *(("simulated", policy) for policy in ("average", "rank0", "local")),
+        ("shared", "average"),
+        *(pytest.param("shared", policy, marks=pytest.mark.slow) for policy in ("rank0", "local")),
+    ],
+)
 @pytest.mark.parametrize("text", [t for t in CHOSEN if not strategy_from(t).whole_batch])
 def test_buffers_follow_their_policy(text, on, policy):
     spec = problem("norm", "sgd", buffers=policy, batches=(8, 8, 8))
@@ -465,15 +506,14 @@ def test_buffers_follow_their_policy(text, on, policy):
 
 # -- promise 5: a loss that is not finite ------------------------------------------------------------------------------
 
+#: In the first step nothing has been exchanged yet.
+POISONED = [("simulated", 0), ("simulated", 2), ("shared", 2), pytest.param("shared", 0, marks=pytest.mark.slow)]
 
-@pytest.mark.parametrize("size", [1, 3])
-@pytest.mark.parametrize("rank", [0, 2])
-@pytest.mark.parametrize("step", [0, 2])
-@pytest.mark.parametrize("on", TRANSPORTS)
+
+@pytest.mark.parametrize(("size", "rank"), [(1, 0), (3, 0), (3, 2)])
+@pytest.mark.parametrize(("on", "step"), POISONED)
 @pytest.mark.parametrize("text", LOCKSTEP)
 def test_nan_on_one_worker_stops_all_at_that_step_with_the_parameters_untouched(text, on, step, rank, size):
-    if rank >= size:
-        pytest.skip("no such rank")
     spec = problem(optimizer="momentum", poison=(rank, step))
     clean = run(text, on, size, spec | {"poison": None})
     results = run(text, on, size, spec)
@@ -483,14 +523,10 @@ def test_nan_on_one_worker_stops_all_at_that_step_with_the_parameters_untouched(
         assert torch.equal(result["parameters"][-1], clean[0]["parameters"][step])
 
 
-@pytest.mark.parametrize("size", [1, 3])
-@pytest.mark.parametrize("rank", [0, 2])
-@pytest.mark.parametrize("step", [0, 2])
-@pytest.mark.parametrize("on", TRANSPORTS)
+@pytest.mark.parametrize(("size", "rank"), [(1, 0), (3, 0), (3, 2)])
+@pytest.mark.parametrize(("on", "step"), POISONED)
 @pytest.mark.parametrize("text", [t for t in CHOSEN if not strategy_from(t).lockstep])
 def test_nan_on_one_worker_stops_the_others_where_they_meet_and_nobody_adopts_it(text, on, step, rank, size):
-    if rank >= size:
-        pytest.skip("no such rank")
     for result in run(text, on, size, problem(optimizer="momentum", poison=(rank, step))):
         raised, message = result["raised"]
         assert raised == step

@@ -120,8 +120,14 @@ def ones(size):
     return torch.ones(size, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam"])
-@pytest.mark.parametrize("shares", ["even", "uneven"])
+@pytest.mark.parametrize(
+    ("shares", "optimizer"),
+    [
+        *(("uneven", "sgd"), ("uneven", "momentum"), ("even", "adam")),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("even", "sgd"), ("even", "momentum"))),
+        pytest.param("uneven", "adam", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("text", GOSSIPS + PUSHES)
 def test_it_is_the_naive_loop_over_p_models(text, shares, optimizer):
     spec = problem(optimizer=optimizer, shares=shares, batches=(8, 8, 5, 8, 8))
@@ -201,7 +207,7 @@ def standing(comm, text, steps):
     return {"seen": torch.stack(seen), "weights": weights, "consensus": consensus}
 
 
-@pytest.mark.parametrize("size", [2, 3, 5, 8])
+@pytest.mark.parametrize("size", [3, 8, *(pytest.param(size, marks=pytest.mark.slow) for size in (2, 5))])
 @pytest.mark.parametrize("text", GOSSIPS + PUSHES)
 def test_without_gradients_all_tend_to_the_mean_and_the_mean_is_conserved(text, size):
     strategy = strategy_from(text)

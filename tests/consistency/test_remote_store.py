@@ -39,8 +39,15 @@ def ranks(fn, n: int, *args, on: str = "gloo", servers: int = 1) -> list:
 # -- one worker is plain torch -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("servers", [1, 2, 3])
-@pytest.mark.parametrize("optimizer", ["sgd", "decay", "momentum", "nesterov", "adam", "adamw", "adagrad"])
+def optimizers_and_servers():
+    """Every optimizer on two servers, and one that keeps state on any number; the others are slow."""
+    for optimizer in ("sgd", "decay", "momentum", "nesterov", "adam", "adamw", "adagrad"):
+        for servers in (1, 2, 3):
+            slow = servers != 2 and optimizer != "adam"
+            yield pytest.param(optimizer, servers, marks=[pytest.mark.slow] if slow else [])
+
+
+@pytest.mark.parametrize(("optimizer", "servers"), list(optimizers_and_servers()))
 @pytest.mark.parametrize("strategy", ["asynchronous", "downpour"])
 @pytest.mark.parametrize("on", CARRIED)
 def test_one_worker_is_plain_torch_bit_for_bit_whatever_the_number_of_servers(on, strategy, optimizer, servers):
@@ -165,8 +172,13 @@ def test_ssp_without_staleness_is_lock_step(on):
 
 
 @pytest.mark.parametrize("on", CARRIED)
-@pytest.mark.parametrize("cached", [True, False])
-@pytest.mark.parametrize("bound", [0, 1, 3])
+@pytest.mark.parametrize(
+    ("bound", "cached"),
+    [
+        *((0, True), (1, False), (3, True)),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((0, False), (1, True), (3, False))),
+    ],
+)
 def test_no_read_is_staler_than_the_bound(on, bound, cached):
     results = ranks(dawdled, 3, f"ssp(staleness={bound}, cached={cached})", 25, 4, on=on)
     assert max(late for r in results for late, _ in r["staleness"]) <= bound

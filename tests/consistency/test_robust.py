@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from manyhands.communication.topology import Mesh
@@ -31,6 +31,8 @@ from tests.consistency.jobs import problem
 
 #: Rounding of a mean of at most nine numbers up to 10 in float64.
 CLOSE = 1e-12
+#: Examples for each of a dozen rules.
+FEW_EACH = settings(max_examples=30)
 
 # -- deliberately naive versions, by numpy -----------------------------------------------------------------------------
 
@@ -76,6 +78,7 @@ def matrices(draw: st.DrawFn, least: int = 1) -> np.ndarray:
 
 
 @pytest.mark.parametrize("text", RULES)
+@FEW_EACH
 @given(st.data())
 def test_a_rule_is_its_naive_form(text: str, data: st.DataObject):
     x = data.draw(matrices(aggregation_from(text).fewest))
@@ -83,6 +86,7 @@ def test_a_rule_is_its_naive_form(text: str, data: st.DataObject):
 
 
 @pytest.mark.parametrize("text", RULES)
+@FEW_EACH
 @given(st.data())
 def test_the_order_of_the_workers_does_not_matter(text: str, data: st.DataObject):
     x = data.draw(matrices(max(4, aggregation_from(text).fewest)))  # of three, the nearest two tie: see below
@@ -98,6 +102,7 @@ def test_the_order_of_the_workers_does_not_matter(text: str, data: st.DataObject
 
 
 @pytest.mark.parametrize("text", RULES)
+@FEW_EACH
 @given(st.data())
 def test_parts_are_one_vector(text: str, data: st.DataObject):
     x = data.draw(matrices(aggregation_from(text).fewest))
@@ -110,6 +115,7 @@ ARBITRARY = st.one_of(st.floats(-10, 10), st.sampled_from([0.0, 1e9, -1e30, 1e15
 
 
 @pytest.mark.parametrize("text", [t for t in RULES if aggregation_from(t).bears(9)])
+@FEW_EACH
 @given(st.data())
 def test_arbitrary_vectors_within_what_a_rule_bears_cannot_carry_it_away(text: str, data: st.DataObject):
     x = data.draw(matrices(max(3, aggregation_from(text).fewest)))
@@ -292,7 +298,8 @@ def start_cut(comm):
 
 # -- on ranks ----------------------------------------------------------------------------------------------------------
 
-ON = ("simulated", "shared", "threads", "gloo", "mpi")
+TRANSPORTS = ("simulated", "shared")
+ON = (*TRANSPORTS, "threads", "gloo", "mpi")
 OF_THREE = ("median", "trimmed_mean(f=1)", "krum(f=0)", "multi_krum(f=0, m=2)")
 OF_FIVE = ("median", "trimmed_mean(f=2)", "krum(f=1)", "multi_krum(f=1)")
 
@@ -357,8 +364,14 @@ def test_five_workers_are_the_naive_loop(rule, spec):
     assert_by_hand(rule, spec, 5, "shared")
 
 
-@pytest.mark.parametrize("on", ON)
-@pytest.mark.parametrize("rule", OF_THREE)
+@pytest.mark.parametrize(
+    ("rule", "on"),
+    [
+        pytest.param(rule, on, marks=[pytest.mark.slow] if on not in TRANSPORTS and rule != "median" else [])
+        for rule in OF_THREE
+        for on in ON
+    ],
+)
 def test_on_every_transport_bytes_are_as_declared_and_replicas_identical(rule, on):
     for spec in (SPECS["few samples"], problem("tied", "nesterov")):  # the latter in two pieces
         results = run_ranks(jobs.train, 3, on=on, args=(text_of(rule), spec))
@@ -400,9 +413,19 @@ def test_the_public_harness_accepts_a_rule():
 # -- what is not finite ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("on", ["simulated", "shared", "gloo"])
-@pytest.mark.parametrize("what", ["loss", "gradient"])
-@pytest.mark.parametrize("rule", OF_FIVE)
+@pytest.mark.parametrize(
+    ("rule", "what", "on"),
+    [
+        *((rule, what, "shared") for rule in OF_FIVE for what in ("loss", "gradient")),
+        *(("median", what, on) for what in ("loss", "gradient") for on in ("simulated", "gloo")),
+        *(
+            pytest.param(rule, what, on, marks=pytest.mark.slow)
+            for rule in OF_FIVE[1:]
+            for what in ("loss", "gradient")
+            for on in ("simulated", "gloo")
+        ),
+    ],
+)
 def test_a_worker_without_finite_loss_or_gradient_is_left_out_and_the_rest_goes_on_as_if_it_were_not_there(
     rule, what, on
 ):
@@ -483,7 +506,7 @@ def test_who_is_left_out_and_which_steps_are_is_said_once(caplog):
 # -- a training that one worker tries to ruin --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("on", ["simulated", "shared", "gloo"])
+@pytest.mark.parametrize("on", ["shared", *(pytest.param(on, marks=pytest.mark.slow) for on in ("simulated", "gloo"))])
 def test_one_worker_that_sends_garbage_ruins_the_mean_and_no_robust_rule(on):
     ruined = run_ranks(digits, 5, on=on, args=("synchronous(update='replicated')", 2))
     assert ruined[0]["accuracy"] < 0.5

@@ -28,7 +28,6 @@ from tests.training import factories
 
 HERE = "tests.consistency.test_rounds"
 IN_WINDOWS = pytest.param("mpi", marks=pytest.mark.slow)
-ON = ("threads", "shared", "simulated", "gloo", IN_WINDOWS)
 
 
 def ranks(fn, n: int, *args, on: str) -> list:
@@ -149,8 +148,15 @@ def rounds(comm: Communicator, backups: int, steps: int, seed: int) -> dict:
     return {"brought": brought, "seen": seen, "in_time": worker.in_time, "late": worker.late}
 
 
-@pytest.mark.parametrize("on", ON)
-@pytest.mark.parametrize("backups", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("on", "backups"),
+    [
+        *((on, backups) for on in ("simulated", "shared") for backups in (0, 1, 2)),
+        *(("threads", 1), ("gloo", 1)),
+        *(pytest.param(on, backups, marks=pytest.mark.slow) for on in ("threads", "gloo") for backups in (0, 2)),
+        *(pytest.param("mpi", backups, marks=pytest.mark.slow) for backups in (0, 1, 2)),
+    ],
+)
 def test_a_round_is_the_mean_of_the_first_n_distinct_workers_and_late_gradients_are_dropped(on, backups):
     results = ranks(rounds, 4, backups, 15, 3, on=on)
     at: dict[int, torch.Tensor] = {}
@@ -339,7 +345,7 @@ def test_without_backups_a_rule_is_what_synchronous_makes_of_it(rule, name, on):
     assert max(mine[0]["sent_B"]) == 2 * n_B  # all gradients are at the server anyway
 
 
-@pytest.mark.parametrize("on", ["simulated", "gloo"])
+@pytest.mark.parametrize("on", ["simulated", pytest.param("gloo", marks=pytest.mark.slow)])
 def test_one_worker_that_sends_garbage_ruins_the_mean_and_no_robust_rule(on):
     assert ranks(digits, 5, "backup_workers(backups=0)", 2, on=on)[0]["accuracy"] < 0.5
     rules = ("median", "trimmed_mean(f=1)", "krum(f=1)", "multi_krum(f=1)") if on == "simulated" else ("krum(f=1)",)

@@ -22,6 +22,8 @@ from tests.consistency import jobs
 from tests.consistency.jobs import problem
 
 SHARING = ("threads", "shared", "simulated")
+#: Where many steps are taken: threads share memory as processes do.
+SHARING_PER_COMMIT = [pytest.param(on, marks=[pytest.mark.slow] if on == "threads" else []) for on in SHARING]
 
 
 def started(comm: Communicator, text: str, spec: dict):
@@ -296,7 +298,7 @@ def test_by_the_reading_rule_no_interleaving_reads_staler_than_the_bound_and_som
 
 @pytest.mark.parametrize("cached", [True, False])
 @pytest.mark.parametrize("bound", [0, 1, 3])
-@pytest.mark.parametrize("on", SHARING)
+@pytest.mark.parametrize("on", SHARING_PER_COMMIT)
 def test_no_read_is_staler_than_the_bound(on, bound, cached):
     results = run_ranks(dawdled, 3, on=on, args=(f"ssp(staleness={bound}, cached={cached})", 25, 4))
     seen = [late for r in results for late, _ in r["staleness"]]
@@ -313,7 +315,7 @@ def test_cached_reads_pull_less():
     assert sum(r["pulled_B"] for r in cached) < 0.7 * sum(r["pulled_B"] for r in fresh)
 
 
-@pytest.mark.parametrize("on", SHARING)
+@pytest.mark.parametrize("on", SHARING_PER_COMMIT)
 @pytest.mark.parametrize(
     "text", ["asynchronous(servers=2)", "downpour(fetch=3, push=2)", "ssp", "hogwild", "hogwild(lock='round_robin')"]
 )

@@ -297,7 +297,13 @@ COVERAGE = {
 }
 
 
-@pytest.mark.parametrize("name", COVERAGE)
+#: One of each way to an interval, the bootstrap of a law, of a power and a straight line's own; the rest is slow.
+COVERED_PER_COMMIT = ("amdahl", "power law", "slope")
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in COVERED_PER_COMMIT else pytest.param(n, marks=pytest.mark.slow) for n in COVERAGE]
+)
 def test_an_interval_covers_the_truth_in_at_least_85_of_100(name):
     """95 are promised; a percentile bootstrap of few repeats is somewhat too narrow, and 100 is a small sample."""
     assert covered(*COVERAGE[name]) >= 85

@@ -33,12 +33,17 @@ def slope(values):
     return sum((a - mx) * (b - my) for a, b in zip(x, y, strict=True)) / sum((a - mx) ** 2 for a in x)
 
 
-@pytest.mark.parametrize("strategy", ["synchronous", "synchronous(update='replicated')", "replica_average"])
+def one_of(strategy, *alike):
+    """The first per commit: that the others compute the same the contract test says at every commit."""
+    return [strategy, *(pytest.param(text, marks=pytest.mark.slow) for text in alike)]
+
+
+@pytest.mark.parametrize("strategy", one_of("synchronous", "synchronous(update='replicated')", "replica_average"))
 def test_with_a_batch_a_worker_the_variance_of_an_average_falls_as_one_over_the_workers(strategy):
     assert slope(variances(strategy, lambda p: 8 * p)) == pytest.approx(-1, abs=0.15)
 
 
-@pytest.mark.parametrize("strategy", ["synchronous", "replica_average(what='parameters')", "slice_update"])
+@pytest.mark.parametrize("strategy", one_of("slice_update", "synchronous", "replica_average(what='parameters')"))
 def test_with_one_batch_in_all_the_workers_change_nothing(strategy):
     found = variances(strategy, lambda p: 32)
     assert found == pytest.approx(found[:1] * 4, rel=1e-5)

@@ -34,11 +34,10 @@ GO_ON = [
     "ssp(staleness=2)",
     "asynchronous_gossip",
 ]
+#: Whose servers are those of "asynchronous", where the others meet them in the same way.
+SERVED_ALIKE = ("asynchronous(servers=2)", "downpour(fetch=2, push=3)", "ssp(staleness=2)")
 CASES = [
-    *(
-        pytest.param(s, "shared", marks=[pytest.mark.slow] if "servers" in s or s.startswith("downpour") else [])
-        for s in (*GO_ON, "gossip")
-    ),
+    *(pytest.param(s, "shared", marks=[pytest.mark.slow] if s in SERVED_ALIKE else []) for s in (*GO_ON, "gossip")),
     pytest.param("ssp(staleness=2)", "gloo"),
     pytest.param("push_sum", "gloo"),
     *(
@@ -225,7 +224,7 @@ def test_what_is_left_can_be_resumed_by_as_many_and_by_the_full_number(tmp_path,
     ("strategy", "model", "transport"),
     [
         ("synchronous", "doomed", "shared"),
-        ("local", "doomed", "shared"),
+        pytest.param("local", "doomed", "shared", marks=pytest.mark.slow),
         ("hogwild", "doomed(rank=0)", "shared"),
         ("local", "doomed", "gloo"),
         *(
@@ -444,7 +443,10 @@ def diverging() -> Diverging:
     return Diverging()
 
 
-@pytest.mark.parametrize("strategy", [*GO_ON, "local", "gossip"])
+@pytest.mark.parametrize(
+    "strategy",
+    [pytest.param(s, marks=[pytest.mark.slow] if s in SERVED_ALIKE[:2] else []) for s in (*GO_ON, "local", "gossip")],
+)
 def test_who_has_to_stop_meets_those_who_wait_at_the_end_of_the_epoch(tmp_path, strategy):
     with pytest.raises(NonFiniteLoss, match="of worker 1 is not finite at step 23"):
         train(strategy, tmp_path, model="diverging", epochs=2)

@@ -35,7 +35,9 @@ def task(**changed: object) -> mh.Task:
 
 
 def train(what: mh.Task, workers: int = 2, **options: object) -> mh.Result:
+    """On threads unless a test says where: what is kept is the same, and no processes have to be started."""
     plan = {k: options.pop(k) for k in ("strategy", "transport", "buffers", "micro_batches") if k in options}
+    plan.setdefault("transport", "threads" if workers > 1 else "single")
     return mh.train(what, mh.Plan(workers=workers, threads=1, **plan), progress=False, **options)
 
 
@@ -58,6 +60,8 @@ def test_the_pieces_of_this_file_stop_in_the_middle_of_an_epoch(tmp_path):
 
 #: 52 samples: the last batch of an epoch gives each worker two, and BatchNorm wants more than one.
 NORMED = {"model": f"{HERE}:normed", "data": f"{HERE}:data(n=52)"}
+#: Those that draw random numbers, which threads would share, and two more.
+IN_PROCESSES = ({"model": f"{HERE}:dropout"}, {**NORMED, "optimizer": "adamw(lr=0.01)"}, {}, {"clip": 0.1})
 CASES = {
     "momentum": {},
     "adam": {"optimizer": "adam(lr=0.01)"},
@@ -75,9 +79,10 @@ CASES = {
 @pytest.mark.parametrize("stop", [pytest.param(3, marks=pytest.mark.slow), 10])
 def test_a_resume_in_mid_epoch_is_exact(tmp_path, changed, update, stop):
     strategy = f"synchronous(update={update!r})"
-    whole = train(task(**changed), strategy=strategy)
-    train(task(**{**changed, "steps": stop}), strategy=strategy, out=tmp_path)
-    resumed = train(task(**changed), strategy=strategy, out=tmp_path, resume=True)
+    run = functools.partial(train, strategy=strategy, transport="shared" if changed in IN_PROCESSES else "threads")
+    whole = run(task(**changed))
+    run(task(**{**changed, "steps": stop}), out=tmp_path)
+    resumed = run(task(**changed), out=tmp_path, resume=True)
     assert same_bits(resumed, whole)
     assert resumed.summary.steps == STEPS
 
@@ -106,15 +111,17 @@ def test_every_strategy_resumes_exactly_on_every_transport(tmp_path, name, trans
 @pytest.mark.parametrize("policy", ["average", "rank0", "local"])
 def test_buffers_resume_exactly_under_every_policy(tmp_path, policy):
     what = NORMED
-    whole = train(task(**what), buffers=policy)
-    train(task(steps=10, **what), buffers=policy, out=tmp_path)
-    assert same_bits(train(task(**what), buffers=policy, out=tmp_path, resume=True), whole)
+    run = functools.partial(train, buffers=policy, transport="shared")  # it draws random numbers
+    whole = run(task(**what))
+    run(task(steps=10, **what), out=tmp_path)
+    assert same_bits(run(task(**what), out=tmp_path, resume=True), whole)
 
 
 def test_stopping_at_every_few_steps_changes_nothing(tmp_path):
-    whole = train(task(model=f"{HERE}:dropout"))
+    run = functools.partial(train, transport="shared")  # threads would share their random numbers
+    whole = run(task(model=f"{HERE}:dropout"))
     for stop in (1, 2, 7, 8, 14, 20, STEPS):
-        result = train(task(model=f"{HERE}:dropout", steps=stop), out=tmp_path, resume=stop > 1)
+        result = run(task(model=f"{HERE}:dropout", steps=stop), out=tmp_path, resume=stop > 1)
         assert result.summary.steps == stop
     assert same_bits(result, whole)
 
@@ -122,8 +129,8 @@ def test_stopping_at_every_few_steps_changes_nothing(tmp_path):
 def test_looking_and_writing_change_nothing(tmp_path):
     """Checkpoints and evaluations on the way draw no random numbers and touch no state."""
     what = {**NORMED, "epochs": 3, "steps": None}
-    quiet = train(task(**what), evaluate="never")
-    watched = train(task(**what), evaluate="epoch", out=tmp_path, checkpoint=2)
+    quiet = train(task(**what), evaluate="never", transport="shared")
+    watched = train(task(**what), evaluate="epoch", out=tmp_path, checkpoint=2, transport="shared")
     assert same_bits(quiet, watched)
 
 
