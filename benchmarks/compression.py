@@ -22,7 +22,6 @@ import torch
 from _measure import Burst, Candidate, Report, Spread, Target
 
 from manyhands.communication.compression.compressor import Compressor, Layout, OneShot, compressor_from
-from manyhands.communication.compression.half import Half
 from manyhands.communication.compression.powersgd import PowerSGD, orthogonalised
 from manyhands.communication.compression.random_k import RandomK
 from manyhands.training.allocator import tune
@@ -65,9 +64,6 @@ def parts(compressor: Compressor, x: torch.Tensor) -> tuple[Callable[[], object]
     if isinstance(compressor, OneShot):
         payload = compressor.encode(x, state)
         return lambda: compressor.encode(x, state), lambda: compressor.decode(payload, state), payload.numel()
-    if isinstance(compressor, Half):
-        half = compressor.encode(x)
-        return lambda: compressor.encode(x), half.float, half.nbytes
     if isinstance(compressor, RandomK):
         indices = compressor.indices(state)
         values = compressor.encode(x, indices)

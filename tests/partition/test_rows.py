@@ -82,7 +82,15 @@ def alone(comm: Communicator, text: str, optimizer: str, twice: bool) -> torch.T
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize(
     "text",
-    ["hogwild", "hogwild(lock='coordinate')", "asynchronous", "asynchronous(servers=3)", "synchronous", "ssp"],
+    [
+        "hogwild",
+        "hogwild(lock='coordinate')",
+        "asynchronous",
+        "asynchronous(servers=3)",
+        "synchronous",
+        "ssp",
+        "synchronous(compress=top_k)",
+    ],
 )
 def test_a_worker_with_a_sparse_table_is_torch_with_a_dense_one(text, optimizer):
     """1e-12: coalescing adds a row's contributions in another order."""
@@ -179,3 +187,26 @@ def test_hogwild_on_disjoint_supports_is_serial_sgd_bit_for_bit(on, lock):
                 opt.step()
     for result in run_ranks(apart, 3, on=on, args=(f"hogwild(lock={lock!r})",)):
         assert torch.equal(result, table.weight)
+
+
+def together(comm: Communicator, text: str, optimizer: str) -> tuple[torch.Tensor, list[int]]:
+    worker = started(comm, text, optimizer)
+    sent_B = []
+    for x, target in batches(12):
+        lo, hi = jobs.cut(len(target), comm.size, "uneven")[comm.rank]
+        before = comm.counters.sent_B("step")
+        worker.step(Batch(x[lo:hi], target[lo:hi], hi - lo, len(target)))
+        sent_B.append(comm.counters.sent_B("step") - before)
+    return jobs.vector(worker.replica.model.parameters()), sent_B
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("on", ["simulated", "shared"])
+def test_rows_that_anybody_has_looked_up_are_averaged_whole_under_a_compressor(on, optimizer):
+    """The dense layer is sent without loss; the table as the rows of all three workers, each with its number."""
+    results = run_ranks(together, 3, on=on, args=("synchronous(compress=entropy(of='none'))", optimizer))
+    assert (results[0][0] - plain(optimizer, 12)).abs().max() < 1e-12
+    assert all(torch.equal(mine, results[0][0]) for mine, _ in results)
+    dense_B = 4 * 8 * 8 + 64  # at most: 8 values gathered from three workers, with what the code adds
+    rows_B = 2 * 6 * 4 * (4 + WIDTH * 8)  # at most: 24 rows are looked up, nobody twice
+    assert all(0 < sent_B <= dense_B + rows_B for _, sent in results for sent_B in sent)

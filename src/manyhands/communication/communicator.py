@@ -30,6 +30,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from manyhands.communication.compression.meter import Meter
 from manyhands.communication.reduction import check_veto, slices
 from manyhands.communication.topology import Mesh
 from manyhands.errors import BadInput, CommunicationError
@@ -146,6 +147,7 @@ class Counters:
     moved_B: int = 0
     wait_s: float = 0.0  # time spent waiting for peers
     communicate_s: float = 0.0  # time inside operations, waiting excluded
+    compression: Meter = field(default_factory=Meter)
 
     def sent_B(self, purpose: str = "step") -> int:
         """Payload bytes sent for ``purpose``."""

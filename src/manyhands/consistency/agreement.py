@@ -42,14 +42,19 @@ def gather_weights(comm: Communicator, loss: Tensor, count: float, *, what: str 
 
     Nobody returns before everybody has called it, so all have finished reading the parameters for this step.
     """
-    if comm.size == 1:
-        weights = torch.tensor([weight_of(loss, count)], dtype=torch.float64)
-    else:
-        weights = torch.zeros(comm.size, dtype=torch.float64)
-        weights[comm.rank] = weight_of(loss, count)
-        with comm.counting("control"):
-            comm.all_gather(weights, [(p, p + 1) for p in range(comm.size)]).wait()
-    if not bool(torch.isfinite(weights).all()):
+    weights = told_weights(comm, weight_of(loss, count))
+    if not all(map(math.isfinite, weights)):
         raise NonFiniteLoss(comm.step, what=what)
+    return weights
+
+
+def told_weights(comm: Communicator, weight: float) -> list[float]:
+    """Everybody's ``weight`` in rank order. Collective, counted as ``control``."""
+    if comm.size == 1:
+        return [weight]
+    weights = torch.zeros(comm.size, dtype=torch.float64)
+    weights[comm.rank] = weight
+    with comm.counting("control"):
+        comm.all_gather(weights, [(p, p + 1) for p in range(comm.size)]).wait()
     result: list[float] = weights.tolist()
     return result

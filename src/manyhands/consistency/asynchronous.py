@@ -10,6 +10,7 @@ P times too large here.
 
 Payload per rank and step: n pushed and n pulled. Of a table with sparse gradients only the rows that a batch looks up
 are pulled, at the lookup, and pushed, each with its number: what a step costs does not depend on the table's size.
+``compress`` pushes something shorter than gradients, see `strategy.OnShards`.
 Approximation: which updates a gradient misses is decided by a race, so results differ from run to run, and a resume
 takes up parameters, server state and versions exactly but not the race. One worker is plain SGD bit for bit.
 """
@@ -44,7 +45,9 @@ class Asynchronous(OnShards):
 
     def start(self, replica: Replica, comm: Communicator) -> Worker:
         """This rank's worker."""
-        kept = opened(replica, comm, self.shards, optimizer=replica.optimizer, scaled=self.staleness_aware)
+        kept = opened(
+            replica, comm, self.shards, optimizer=replica.optimizer, scaled=self.staleness_aware, compressor=self.pushes
+        )
         return AsynchronousWorker(replica, comm, kept)
 
 

@@ -11,25 +11,32 @@ al. 2023, DiLoCo, arXiv:2311.08105, algorithm 1). The inner optimizer's state st
 μ = 0 the centre is the mean, and this is `local`. The paper trains language models with H = 500 steps of AdamW, η = 0.7
 and μ = 0.9; the default H here is for runs of hundreds of steps rather than of 88,000.
 
+``compress`` sends something shorter than parameters: θ_p − c and what was left out of it so far, see `local`. The outer
+step is then along what has been sent: Δ = −(1/P) Σ_p C(s_p (θ_p − c) + e_p), the same bits on every worker.
+
 The consensus is the centre as an outer step now would leave it: at a meeting the centre itself, between two of them
 with what has been learned since, so that nothing of a period that is cut short is lost.
 
-Payload per rank: 2(P−1)/P · n elements in every H-th step. Memory: the centre and its velocity, 2n.
+Payload per rank: 2(P−1)/P · n elements in every H-th step; compressed, what the compressor says, and at most that where
+it depends on the values. Memory: the centre and its velocity, 2n.
 Guarantee: none; an approximation, alone too (a second rule works on top of the user's optimizer).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from manyhands.checks import is_positive, is_whole
-from manyhands.communication.communicator import Communicator, reference_B
+from manyhands.communication.communicator import Communicator
+from manyhands.communication.compression.compressor import Shape
+from manyhands.consistency.compressed import Compressing, problems_of
 from manyhands.consistency.independent import IndependentWorker
-from manyhands.contract import Batch, Parameters, Reference, Replica, Strategy, Traffic, Worker
+from manyhands.contract import Batch, Parameters, Reference, Replica, Setting, Strategy, Traffic, Worker
+from manyhands.errors import Problem
 
 
 def outer_step(centre: Tensor, mean: Tensor, velocity: Tensor, lr: float, momentum: float) -> tuple[Tensor, Tensor]:
@@ -40,8 +47,10 @@ def outer_step(centre: Tensor, mean: Tensor, velocity: Tensor, lr: float, moment
 
 
 @dataclass(frozen=True)
-class DiLoCo(Strategy):
-    """``inner`` steps alone, then one of Nesterov's SGD (``lr``, ``momentum``) along the average displacement."""
+class DiLoCo(Compressing, Strategy):
+    """``inner`` steps alone, then one of Nesterov's SGD (``lr``, ``momentum``) along the average displacement;
+    ``compress``: what is sent for that.
+    """
 
     name: ClassVar[str] = "diloco"
     bears_cuts: ClassVar[bool] = True
@@ -58,8 +67,10 @@ class DiLoCo(Strategy):
     inner: int = 16
     lr: float = 0.7
     momentum: float = 0.9
+    compress: str = "none"
 
     def __post_init__(self) -> None:
+        self._read_compress()
         if not is_whole(self.inner, 1):
             raise ValueError(
                 f"inner={self.inner!r}: it is a whole number from 1, the steps from one outer step to the next"
@@ -76,9 +87,24 @@ class DiLoCo(Strategy):
         """With inner=1."""
         return self.inner == 1
 
+    @property
+    def sends_at_most(self) -> bool:
+        """Where a payload's length depends on the values."""
+        return self.compressor.variable
+
     def traffic(self, numel: int, size: int, itemsize: int = 4) -> Traffic:
-        """One all-reduce of n elements in every ``inner``-th step."""
-        return Traffic(reference_B("all_reduce", numel * itemsize, size), 2 * (size - 1), every=self.inner)
+        """In every ``inner``-th step an all-reduce of n elements, or what a compressor sends for it."""
+        return self.traffic_of(((numel,),), size, itemsize)
+
+    def traffic_of(self, shapes: Sequence[Shape], size: int, itemsize: int = 4) -> Traffic:
+        """See `traffic`."""
+        return Traffic(*self.mean_B(shapes, size, itemsize), every=self.inner)
+
+    def problems(self, setting: Setting) -> list[Problem]:
+        """What compressors cannot."""
+        asked = f"compress={self.compress} with {self.name}"
+        moves = "differences of parameters are"
+        return problems_of(self.compressor, asked, setting, moves=moves) if self.compresses else []
 
     def start(self, replica: Replica, comm: Communicator) -> Worker:
         """This rank's worker."""
@@ -93,6 +119,7 @@ class DiLoCoWorker(IndependentWorker):
         self._strategy = strategy
         self._centre: list[Tensor] = []  # made in the first step: a resume changes the parameters before it
         self._velocity: list[Tensor] = []
+        self._mean = self.compressed_mean(strategy.compressor) if strategy.compresses and comm.size > 1 else None
 
     def step(self, batch: Batch) -> Tensor:
         """One step; see the file's head."""
@@ -102,7 +129,10 @@ class DiLoCoWorker(IndependentWorker):
             self._velocity = [piece.flat.new_zeros(piece.flat.shape) for piece in pieces]
         loss = self.lock_step(batch) if self._strategy.lockstep else self.own_step(batch)
         if self.steps % self._strategy.inner == 0:
-            self.average_([piece.flat for piece in pieces], self.weight)
+            if self._mean is None:
+                self.average_([piece.flat for piece in pieces], self.weight)
+            else:
+                self.average_changes_(self._centre, self._mean, self.weight)
             made = self._outer_steps(tuple(piece.flat for piece in pieces))
             self._centre, self._velocity = [c for c, _ in made], [v for _, v in made]
             for piece, centre in zip(pieces, self._centre, strict=True):
@@ -122,8 +152,9 @@ class DiLoCoWorker(IndependentWorker):
         return mean if self.alike or not self._centre else tuple(c for c, _ in self._outer_steps(mean))
 
     def state_dict(self) -> dict[str, Any]:
-        """Centre and velocity too."""
-        return {**super().state_dict(), "centre": self._centre, "velocity": self._velocity}
+        """Centre and velocity too; compressed, what has not been sent."""
+        left = {} if self._mean is None else {"compression": self._mean.state_dict()}
+        return {**super().state_dict(), "centre": self._centre, "velocity": self._velocity, **left}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up a `state_dict` of the same rank."""
@@ -131,3 +162,5 @@ class DiLoCoWorker(IndependentWorker):
         devices = [piece.flat.device for piece in self.replica.pieces]
         self._centre = [x.to(d, copy=True) for x, d in zip(state["centre"], devices, strict=False)]
         self._velocity = [x.to(d, copy=True) for x, d in zip(state["velocity"], devices, strict=False)]
+        if self._mean is not None:
+            self._mean.load_state_dict(state["compression"])

@@ -8,7 +8,10 @@ f = ``fetch``, p = ``push``. Between exchanges a worker goes on by itself with t
 the sum of its gradients. Each shard of the servers applies ``server``, Adagrad in the paper, whose rates fall where
 many workers push much; by default it is the user's own optimizer.
 
-Payload per rank and step: n/f + n/p elements.
+``compress`` pushes something shorter than a, and keeps the rest for the next push (`strategy.OnShards`); by itself a
+worker goes on with its whole gradients.
+
+Payload per rank and step: n/f + n/p elements; compressed, n/f and what the compressor makes of a in p steps.
 Approximation; results differ from run to run. Guarantee: what is pushed is what was accrued. One worker with
 fetch=push=1 is the servers' optimizer bit for bit. A resume takes up accrued gradients, parameters and server state.
 """
@@ -16,7 +19,7 @@ fetch=push=1 is the servers' optimizer bit for bit. A resume takes up accrued gr
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -25,6 +28,7 @@ from torch import Tensor
 
 from manyhands.checks import is_whole
 from manyhands.communication.communicator import Communicator
+from manyhands.communication.compression.compressor import Shape
 from manyhands.consistency.parameter_server import store
 from manyhands.consistency.parameter_server.opening import opened
 from manyhands.consistency.parameter_server.strategy import OnShards
@@ -70,9 +74,13 @@ class Downpour(OnShards):
         return not self.server
 
     def traffic(self, numel: int, size: int, itemsize: int = 4) -> Traffic:
-        """A pull in ``fetch`` steps and a push in ``push`` steps."""
-        pulls = store.traffic(numel, size, itemsize, self.shards, every=self.fetch)
-        return pulls + store.traffic(numel, size, itemsize, self.shards, every=self.push)
+        """A pull in ``fetch`` steps and a push, compressed or not, in ``push`` steps."""
+        return self.traffic_of(((numel,),), size, itemsize)
+
+    def traffic_of(self, shapes: Sequence[Shape], size: int, itemsize: int = 4) -> Traffic:
+        """See `traffic`."""
+        pulls = store.traffic(shapes, size, itemsize, self.shards, every=self.fetch)
+        return pulls + self.pushed(shapes, size, itemsize, every=self.push)
 
     def exact(self, setting: Setting) -> bool:
         """Only alone."""
@@ -81,7 +89,7 @@ class Downpour(OnShards):
     def start(self, replica: Replica, comm: Communicator) -> Worker:
         """This rank's worker."""
         optimizer = _trial(self.server) if self.server else replica.optimizer
-        kept = opened(replica, comm, self.shards, optimizer=optimizer)
+        kept = opened(replica, comm, self.shards, optimizer=optimizer, compressor=self.pushes)
         return DownpourWorker(replica, comm, kept, self)
 
 

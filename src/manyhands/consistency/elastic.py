@@ -21,7 +21,12 @@ Stability on a quadratic of curvature 1 at learning rate η: α ≤ (4 − 2η)/
 Pα ≤ (4 − 2η − 2α)/(2 − η) where they come together (the larger eigenvalue of mean and centre stays above −1). Both are
 weakest as η → 0: α ≤ 1 and α ≤ 2/(P + 1) are necessary at any learning rate, and are what a plan is checked for.
 
-The consensus is the centre. Payload per rank in every k-th step: 2(P−1)/P · n elements together, n one by one.
+``compress`` (all at once only) sends something shorter than the pulls α (x_p − c), with what was left out of them so
+far: a worker goes back by its whole pull, the centre moves by what has arrived, and Σ x_p + c + Σ e_p is what stays as
+it is (residuals e_p, `consistency.compressed`).
+
+The consensus is the centre. Payload per rank in every k-th step: 2(P−1)/P · n elements together, n one by one;
+compressed, what the compressor says, and at most that where it depends on the values.
 Guarantee: none but for one worker, which is on no spring; an approximation.
 """
 
@@ -35,7 +40,9 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from manyhands.checks import is_positive, is_whole
-from manyhands.communication.communicator import Communicator, Work, reference_B
+from manyhands.communication.communicator import Communicator, Work
+from manyhands.communication.compression.compressor import Shape
+from manyhands.consistency.compressed import Compressing, problems_of
 from manyhands.consistency.independent import IndependentWorker
 from manyhands.contract import Batch, Parameters, Reference, Replica, Setting, Strategy, Traffic, Worker
 from manyhands.errors import Problem
@@ -63,8 +70,10 @@ def stable_alpha(lr: float, workers: int, *, together: bool) -> float:
 
 
 @dataclass(frozen=True)
-class Elastic(Strategy):
-    """Workers on springs around a centre, which pull in every ``every``-th step; ``momentum`` > 0 is EAMSGD."""
+class Elastic(Compressing, Strategy):
+    """Workers on springs around a centre, which pull in every ``every``-th step; ``momentum`` > 0 is EAMSGD,
+    ``compress`` what is sent of the pulls.
+    """
 
     name: ClassVar[str] = "elastic"
     bears_cuts: ClassVar[bool] = True
@@ -81,8 +90,10 @@ class Elastic(Strategy):
     every: int = 4
     mode: Literal["synchronous", "round_robin"] = "synchronous"
     momentum: float = 0.0
+    compress: str = "none"
 
     def __post_init__(self) -> None:
+        self._read_compress()
         alpha, momentum = self.alpha, self.momentum
         if alpha is not None and not (_is_zero(alpha) or (is_positive(alpha) and alpha <= 1)):
             raise ValueError(
@@ -105,22 +116,41 @@ class Elastic(Strategy):
         """α among so many workers."""
         return BETA / size if self.alpha is None else self.alpha
 
+    @property
+    def sends_at_most(self) -> bool:
+        """Where a payload's length depends on the values."""
+        return self.compressor.variable
+
     def traffic(self, numel: int, size: int, itemsize: int = 4) -> Traffic:
-        """In every ``every``-th step an all-reduce of n elements, or the centre handed on."""
-        n_B = numel * itemsize
+        """In every ``every``-th step a (compressed) all-reduce of n elements, or the centre handed on."""
+        return self.traffic_of(((numel,),), size, itemsize)
+
+    def traffic_of(self, shapes: Sequence[Shape], size: int, itemsize: int = 4) -> Traffic:
+        """See `traffic`."""
         if size == 1:
             return Traffic()
         if self.mode == "round_robin":
-            return Traffic(n_B, 1, every=self.every)
-        return Traffic(reference_B("all_reduce", n_B, size), 2 * (size - 1), every=self.every)
+            return Traffic(sum(map(math.prod, shapes)) * itemsize, 1, every=self.every)
+        return Traffic(*self.mean_B(shapes, size, itemsize), every=self.every)
 
     def exact(self, setting: Setting) -> bool:
         """Alone, and with no momentum but the user's optimizer's."""
         return setting.workers == 1 and self.momentum == 0
 
     def problems(self, setting: Setting) -> list[Problem]:
-        """Springs too stiff for so many workers, and momentum twice."""
+        """Springs too stiff for so many workers, momentum twice, and what compressors cannot."""
         found = []
+        asked = f"compress={self.compress} with {self.name}"
+        if self.compresses and self.mode == "round_robin":
+            found.append(
+                Problem(
+                    f"{asked}(mode='round_robin')",
+                    "the centre itself goes from worker to worker, and a compressed centre is another one.",
+                    "Use mode='synchronous', where workers send how far they are from it.",
+                )
+            )
+        elif self.compresses:
+            found += problems_of(self.compressor, asked, setting, moves="differences of parameters are")
         if self.mode == "synchronous" and setting.workers > 1:
             most = stable_alpha(0.0, setting.workers, together=True)
             if self.stiffness(setting.workers) > most:
@@ -160,8 +190,9 @@ class ElasticWorker(IndependentWorker):
         self._means = [
             group.allocate(flat.numel(), flat.dtype).to(flat.device)
             for flat, group in zip(flats, self.groups, strict=True)
-            if comm.size > 1 and strategy.mode == "synchronous"
+            if comm.size > 1 and strategy.mode == "synchronous" and not strategy.compresses
         ]
+        self._mean = self.compressed_mean(strategy.compressor) if strategy.compresses and comm.size > 1 else None
         self._centre: list[Tensor] = []  # made in the first step: a resume changes the parameters before it
         self._velocity = [flat.new_zeros(flat.shape) for flat in flats if strategy.momentum]
 
@@ -193,8 +224,16 @@ class ElasticWorker(IndependentWorker):
 
     def _exchange(self, flats: Sequence[Tensor]) -> list[Tensor]:
         """What the springs take off this worker; the centre has moved."""
+        weight = math.inf if self.stands_still else 1.0
+        if self._mean is not None:
+            pulls = [pull(x, c, alpha) for x, c, alpha in zip(flats, self._centre, self._alphas, strict=True)]
+            arrived = [taken.clone() for taken in pulls]
+            self._mean.average_(arrived, self.agreed_weights(arrived, weight))
+            for centre, mean, group in zip(self._centre, arrived, self.groups, strict=True):
+                centre.add_(mean, alpha=group.size)
+            return pulls
         _put(flats, self._means)
-        self.average_(self._means, math.inf if self.stands_still else 1.0)
+        self.average_(self._means, weight)
         pulls = [pull(x, c, alpha) for x, c, alpha in zip(flats, self._centre, self._alphas, strict=True)]
         for centre, mean, alpha, group in zip(self._centre, self._means, self._alphas, self.groups, strict=True):
             centre.add_(mean.sub_(centre), alpha=alpha * group.size)
@@ -207,8 +246,9 @@ class ElasticWorker(IndependentWorker):
         return tuple(centre.clone() for centre in self._centre)
 
     def state_dict(self) -> dict[str, Any]:
-        """Centre and velocity too."""
-        return {**super().state_dict(), "centre": self._centre, "velocity": self._velocity}
+        """Centre and velocity too; compressed, what has not been sent."""
+        left = {} if self._mean is None else {"compression": self._mean.state_dict()}
+        return {**super().state_dict(), "centre": self._centre, "velocity": self._velocity, **left}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up a `state_dict` of the same rank."""
@@ -216,6 +256,8 @@ class ElasticWorker(IndependentWorker):
         flats = [piece.flat for piece in self.replica.pieces]
         self._centre = [c.to(flat.device, copy=True) for c, flat in zip(state["centre"], flats, strict=False)]
         _put(state["velocity"], self._velocity)
+        if self._mean is not None:
+            self._mean.load_state_dict(state["compression"])
 
 
 class RoundRobinWorker(ElasticWorker):

@@ -10,16 +10,18 @@ weight, upon which all stop (`NonFiniteLoss`, naming the step in which it happen
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from manyhands.communication.communicator import Communicator
-from manyhands.consistency.agreement import agree_on_unused
+from manyhands.communication.compression.compressor import Compressor
+from manyhands.consistency.agreement import agree_on_unused, told_weights
 from manyhands.consistency.clipping import clip_own_
-from manyhands.contract import Batch, Parameters, Replica, StateSlice, Worker
+from manyhands.consistency.compressed import CompressedMean
+from manyhands.contract import Batch, Parameters, Replica, StateSlice, Worker, is_finite
 from manyhands.errors import NonFiniteLoss, Vetoed
 
 #: The weight of a worker that has seen no sample: lost in rounding beside any other's, and where nobody has seen one a
@@ -124,6 +126,33 @@ class IndependentWorker(Worker):
             self.raise_what_diverged()
             raise
 
+    def compressed_mean(self, compressor: Compressor) -> CompressedMean:
+        """Of one vector a piece, over the workers that hold it. Collective."""
+        axes = [piece.replicated_over & {"data"} for piece in self.replica.pieces]
+        return CompressedMean(self.replica, self.comm, compressor, axes)
+
+    def average_changes_(self, since: Sequence[Tensor], mean: CompressedMean, weight: float) -> None:
+        """Parameters become ``since``, on which all agreed, and the weighted mean of how far workers have gone from
+        there, as far as it is sent. Collective. A veto ends in `NonFiniteLoss` on all of them.
+        """
+        changes = [piece.flat - start for piece, start in zip(self.replica.pieces, since, strict=True)]
+        mean.average_(changes, self.agreed_weights(changes, weight))
+        for piece, start, change in zip(self.replica.pieces, since, changes, strict=True):
+            piece.flat.copy_(start).add_(change)
+
+    def agreed_weights(self, changes: Sequence[Tensor], weight: float) -> list[float]:
+        """Everybody's weight, before anything gets into anybody's residual. Collective.
+
+        A veto, of one whose ``changes`` are not finite, too, ends in `NonFiniteLoss` on all of them.
+        """
+        if math.isfinite(weight) and not all(map(is_finite, changes)):
+            self._stand_still(_WHAT[2])
+            weight = math.inf
+        weights = told_weights(self.comm, weight)
+        if math.inf in weights:
+            self.raise_what_diverged()
+        return weights
+
     def consensus(self) -> Parameters:
         """The mean of all workers' parameters, each counting alike."""
         return self.mean(1.0)
@@ -166,7 +195,7 @@ def replicas_of(comm: Communicator, replica: Replica) -> list[Communicator]:
     return [comm.over(piece.replicated_over & {"data"}) for piece in replica.pieces]
 
 
-_WHAT = ("loss", "gradient")
+_WHAT = ("loss", "gradient", "change of the parameters")
 
 
 def told_what_diverged(comm: Communicator, mine: tuple[int, str] | None) -> None:

@@ -24,7 +24,7 @@ from __future__ import annotations
 import functools
 import math
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -36,7 +36,7 @@ from manyhands.communication.communicator import Communicator
 from manyhands.communication.graphs import Graph, Mixing
 from manyhands.consistency.independent import IndependentWorker
 from manyhands.contract import Batch, Replica, Setting, Strategy, Traffic
-from manyhands.errors import PeerLost, Problem
+from manyhands.errors import DamagedPayload, PeerLost, Problem
 
 T = TypeVar("T")
 
@@ -70,6 +70,8 @@ class OverGraph(Strategy):
     def survives(self) -> bool:  # type: ignore[override]
         """On the graphs that there are for any number of workers."""
         return graphs.fits_any_size(self.graph, self.degree)
+
+    alike: ClassVar[bool] = True
 
     @property
     def lockstep(self) -> bool:
@@ -112,9 +114,13 @@ class NeighbourWorker(IndependentWorker):
     def __init__(self, replica: Replica, comm: Communicator, strategy: OverGraph) -> None:
         super().__init__(replica, comm)
         self.every, self._strategy = strategy.every, strategy
-        self._outboxes = [_Parcel(piece.flat) for piece in replica.pieces]
-        self._inboxes: list[list[_Parcel]] = [[] for _ in replica.pieces]
+        self.carry([piece.flat for piece in replica.pieces])
         self._draw()
+
+    def carry(self, likes: Sequence[Tensor]) -> None:
+        """What a `swap` of each piece sends is like these."""
+        self._outboxes = [_Parcel(like) for like in likes]
+        self._inboxes: list[list[_Parcel]] = [[] for _ in likes]
 
     def _draw(self) -> None:
         """The graph over those who are there."""
@@ -166,11 +172,7 @@ class NeighbourWorker(IndependentWorker):
             for q, work in works.items():
                 if work is not None:
                     self._across(i, q, work.wait)
-        sent = len(to) - len(self.broken[i].intersection(to))
-        tally = comm.counters.tallies[comm.context.purpose]["send"]
-        tally.calls += sent
-        tally.messages += sent
-        tally.sent_B += sent * vector.nbytes
+        self._count_sent(len(to) - len(self.broken[i].intersection(to)), vector)
         arrived = {}
         for p, parcel in zip(senders, inbox, strict=False):
             if p not in self.broken[i]:
@@ -178,6 +180,36 @@ class NeighbourWorker(IndependentWorker):
                 self._due, self._loss = min(self._due, due), self._loss or bool(loss)
                 arrived[p] = parcel.body, weight_of_p
         return arrived
+
+    def swap_payloads(self, i: int, mixing: Mixing, payload: Tensor, most_B: int) -> dict[int, Tensor]:
+        """Send bytes to the neighbours; theirs, of any length up to ``most_B``, by rank. Messages that say it go first.
+
+        Only among workers that do not go on without each other.
+        """
+        comm, group = self.comm, self.groups[i]
+        to, senders = mixing.receivers(group.rank), [p for p in mixing.taken(group.rank) if p != group.rank]
+        head = torch.tensor([self._due, self._loss, payload.numel()], dtype=torch.float64)
+        arrived: dict[int, Tensor] = {}
+        with comm.counting("parcels"):
+            works = [group.send(x, q) for q in to for x in (head, payload) if x.numel()]
+            for p in senders:
+                due, loss, length = group.recv(torch.zeros_like(head), p).tensor.tolist()
+                if not 0 <= length <= most_B:
+                    raise DamagedPayload(f"a payload of {length} bytes from rank {p}; {most_B} are the most")
+                self._due, self._loss = min(self._due, due), self._loss or bool(loss)
+                like = payload.new_empty(int(length))
+                arrived[p] = group.recv(like, p).tensor if length else like
+            for work in works:
+                work.wait()
+        self._count_sent(len(to), payload)
+        return arrived
+
+    def _count_sent(self, sent: int, vector: Tensor) -> None:
+        """As payload, which news are not."""
+        tally = self.comm.counters.tallies[self.comm.context.purpose]["send"]
+        tally.calls += sent
+        tally.messages += sent
+        tally.sent_B += sent * vector.nbytes
 
     def _across(self, i: int, peer: int, do: Callable[[], T]) -> T | None:
         """What ``do`` gives, unless the edge to ``peer`` is broken or breaks over it."""

@@ -15,7 +15,11 @@ none. All take equally many, one whose share is empty adds 0 and its clock ticks
 the last step (or at an evaluation or checkpoint), an all_gather, before all have come to it. Only the clock of a worker
 that was killed is ∞, see `board.NEVER`.
 
-Payload per rank and step: n pushed; n pulled at most, and once in s + 1 steps where workers keep pace.
+``compress`` writes something shorter than δ, and keeps the rest for the next write (`strategy.OnShards`); of its own δ
+a worker sees all until it reads again.
+
+Payload per rank and step: n pushed (compressed, what the compressor makes of δ); n pulled at most, and once in s + 1
+steps where workers keep pace.
 Approximation for s > 0; results differ from run to run. s = 0 equals one worker on the joined batch up to summation
 order where the update is stateless (plain SGD). A resume takes up clocks, own parameters and optimizer state.
 """
@@ -61,6 +65,7 @@ class StaleSynchronous(OnShards):
         survey="VI-A",
     )
     steadier: ClassVar[str] = "with ssp, a smaller staleness="
+    moves: ClassVar[str] = "changes of parameters are"
 
     staleness: int = 3
     cached: bool = True
@@ -82,7 +87,8 @@ class StaleSynchronous(OnShards):
 
     def exact(self, setting: Setting) -> bool:
         """In lock-step, with an update that keeps no state."""
-        return setting.workers == 1 or (self.staleness == 0 and setting.stateless and not setting.clip)
+        sums = self.staleness == 0 and setting.stateless and not setting.clip
+        return setting.workers == 1 or (sums and self.compressor.lossless)
 
     def start(self, replica: Replica, comm: Communicator) -> Worker:
         """This rank's worker."""
@@ -95,7 +101,7 @@ class StaleSynchronousWorker(IndependentWorker):
     def __init__(self, replica: Replica, comm: Communicator, strategy: StaleSynchronous) -> None:
         super().__init__(replica, comm)
         self._bound, self._cached = strategy.staleness, strategy.cached
-        self._store = opened(replica, comm, strategy.shards)
+        self._store = opened(replica, comm, strategy.shards, compressor=strategy.pushes)
         self._clocks = self._store.board()
         self._reads = self._store.board() if strategy.staleness == 0 else None  # who has read for which step
         self._offset = 0  # clocks count from a resume on
@@ -156,10 +162,12 @@ class StaleSynchronousWorker(IndependentWorker):
 
     def state_dict(self) -> dict[str, Any]:
         """Own parameters are the cache with own writes; how old it is comes along."""
-        return super().state_dict() | {"behind": self.steps - self._offset - self._seen}
+        behind = {"behind": self.steps - self._offset - self._seen}
+        return super().state_dict() | behind | self._store.left_over()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up a `state_dict` of the same rank: clocks begin anew at 0, the cache is as old as it was."""
         super().load_state_dict(state)
         self._offset = self.steps
         self._seen = -state["behind"]
+        self._store.take_left_over(state)

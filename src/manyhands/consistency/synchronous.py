@@ -15,7 +15,8 @@
 sends anything. Everybody then gathers all gradients and updates everything; see `robust.worker`.
 
 ``compress`` sends something shorter than the gradient: ``synchronous(compress=top_k(ratio=0.01))``, which is also what
-a plan's ``compress`` comes to; see `compressed`.
+a plan's ``compress`` comes to; see `compressed`. Of a table with sparse gradients (`partition.rows`) the rows that were
+looked up are then sent as they are, see `compression.table_rows`.
 
 Micro-batches (gradient accumulation, *bunch mode* in Färber & Asanović 1997) are the replica's business: one exchange
 per step however many.
@@ -32,14 +33,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from manyhands.communication.communicator import Communicator, Work, reference_B
-from manyhands.communication.compression.compressor import Compressor, Layout, Shape, compressor_from
+from manyhands.communication.compression.compressor import Shape
 from manyhands.consistency.agreement import agree_on_unused, weight_of
 from manyhands.consistency.clipping import clip_
-from manyhands.consistency.compressed import CompressedWorker
+from manyhands.consistency.compressed import CompressedWorker, Compressing, problems_of
 from manyhands.consistency.robust.aggregation import Aggregation, aggregation_from, too_few
 from manyhands.consistency.robust.worker import RobustWorker
 from manyhands.contract import Batch, Reference, Replica, Setting, Strategy, Traffic, Worker
@@ -47,7 +47,7 @@ from manyhands.errors import NonFiniteLoss, Problem, Vetoed
 
 
 @dataclass(frozen=True)
-class Synchronous(Strategy):
+class Synchronous(Compressing, Strategy):
     """All workers exchange gradients at every step; ``update`` says who applies them, ``aggregate`` what joins them,
     ``compress`` what is sent in their place.
     """
@@ -71,8 +71,7 @@ class Synchronous(Strategy):
             raise ValueError(f"update={self.update!r}: it is auto, sharded or replicated")
         if self.aggregate != "mean":
             object.__setattr__(self, "aggregate", str(self.rule))  # equal rules, equal text
-        if self.compress != "none":
-            object.__setattr__(self, "compress", str(self.compressor))
+        self._read_compress()
 
     @property
     def bears_cuts(self) -> bool:  # type: ignore[override]
@@ -85,9 +84,9 @@ class Synchronous(Strategy):
         return aggregation_from(self.aggregate)
 
     @property
-    def compressor(self) -> Compressor:
-        """What ``compress`` says."""
-        return compressor_from(self.compress)
+    def sparse(self) -> bool:  # type: ignore[override]
+        """Compressed, unless the scheme's momentum is to reach all rows."""
+        return self.compresses and not self.compressor.replaces_optimizer
 
     @property
     def plain_alone(self) -> bool:  # type: ignore[override]
@@ -109,8 +108,7 @@ class Synchronous(Strategy):
         """See `traffic`; compressed, what the compressor sends for tensors of these shapes."""
         if self.compress == "none":
             return super().traffic_of(shapes, size, itemsize)
-        cost = self.compressor.cost(Layout(shapes, torch.float64 if itemsize == 8 else torch.float32), size)
-        return Traffic(cost.sent_B, cost.messages)
+        return Traffic(*self.mean_B(shapes, size, itemsize))
 
     def traffic(self, numel: int, size: int, itemsize: int = 4) -> Traffic:
         """2(P−1)/P · n elements, as reduce-scatter and all-gather or as all-reduce; (P−1) · n under a robust rule."""
@@ -171,15 +169,7 @@ class Synchronous(Strategy):
                     "Use plain SGD, e.g. optimizer=sgd(lr=0.1), and the scheme's momentum=.",
                 )
             )
-        if setting.transport == "nccl":
-            found.append(
-                Problem(
-                    f"{said} on transport=nccl",
-                    "payloads are packed in the host's memory.",
-                    "Leave compress out; links between GPUs of a machine seldom gain by it.",
-                )
-            )
-        return found
+        return found + problems_of(self.compressor, said, setting)
 
     def _problems_of_rule(self, setting: Setting) -> list[Problem]:
         rule, workers = self.rule, setting.workers

@@ -72,6 +72,13 @@ class Measurement:
     bubble_by_worker: list[float] = field(default_factory=list)
     bubble_of_schedule: float | None = None
     bubble_of_flush: float | None = None
+    #: Of compressed exchanges, worker 0's (see `communication.compression.meter`): bytes of dense ones over those sent;
+    #: ‖x − C(x)‖ / ‖x‖ and ‖C(x)‖² / ‖x‖² in the exchanges that were looked at; what a step spent making and reading
+    #: payloads. None: nothing was compressed.
+    compression_ratio: float | None = None
+    compression_error: float | None = None
+    compression_kept: float | None = None
+    compression_s: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values only, ready for JSON."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from manyhands.communication.communicator import Communicator
+from manyhands.communication.compression.compressor import Compressor, Layout
 from manyhands.contract.block import Block
 
 #: ``ready(i, lo, hi, loss, count)``; see `Replica.gradients`.
@@ -148,6 +149,10 @@ class Replica(Protocol):
 
     def own_norm(self) -> Tensor:
         """Two-norm of all gradients of this replica, of which other ranks may hold some. Collective among those."""
+        ...
+
+    def coded(self, compressor: Compressor, layout: Layout, encoded: float, decoded: float) -> None:
+        """So many vectors have been made payloads, or read out of some: takes time where that is virtual."""
         ...
 
     def any_of_us(self, flag: bool) -> bool:

@@ -157,6 +157,9 @@ class Strategy(ABC):
         """`traffic` is a bound: what is really sent depends on who is late, or has anything to send."""
         return False
 
+    #: Whether all ranks send the like to others and receive the like, so that one of them can be measured alone.
+    alike: ClassVar[bool] = False
+
     @property
     def lockstep(self) -> bool:
         """All workers exchange in every step: what stops one stops all in that very step."""

@@ -17,6 +17,8 @@ def rows_of(tree: Any, lo: int, hi: int) -> Any:
 
 
 def is_finite(x: Tensor) -> bool:
-    """Whether all numbers are."""
+    """Whether all numbers are; of a tensor that has a size only, yes."""
+    if x.is_meta:
+        return True
     # A finite sum has finite summands, and is quicker told; one that is not may have overflowed.
     return math.isfinite(x.sum().item()) or bool(x.isfinite().all())

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from manyhands.communication.communicator import Communicator
+from manyhands.communication.compression.compressor import Compressor, Layout
 from manyhands.contract import Batch, Block, Piece, Ready, StateSlice, carried, put_down, rows_of
 from manyhands.errors import BadInput
 from manyhands.partition.backward import backward
@@ -476,6 +477,9 @@ class DataReplica:
         with group.counting("control"):
             group.all_reduce(square).wait()
         return square.sqrt()[0]
+
+    def coded(self, compressor: Compressor, layout: Layout, encoded: float, decoded: float) -> None:
+        """See `contract.Replica.coded`: here time passes by itself."""
 
     def any_of_us(self, flag: bool) -> bool:
         """See `contract.Replica.any_of_us`."""

@@ -25,10 +25,11 @@ at k/n = 2/P entries.
 from __future__ import annotations
 
 import math
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -39,7 +40,7 @@ from torch import Tensor
 from manyhands.calling import described
 from manyhands.catalogue import Reference
 from manyhands.communication.communicator import Communicator, reference_B
-from manyhands.communication.compression import compressors
+from manyhands.communication.compression import compressors, meter
 from manyhands.communication.reduction import slices
 from manyhands.errors import BadInput, DamagedPayload
 from manyhands.grammar import format_description
@@ -115,6 +116,12 @@ class State:
     numbers: dict[str, float] = field(default_factory=dict)
     #: Of the slices, then of this rank's own slice when it is encoded again; see the scatter route.
     parts: list[State] = field(default_factory=list)
+    exchanges: int = 0  # of this process; no part of a checkpoint
+
+    def is_looked_at(self) -> bool:
+        """Whether the exchange that begins is one whose error is told (see `meter`)."""
+        self.exchanges += 1
+        return meter.is_looked_at(self.exchanges - 1)
 
     def count(self, name: str = "step") -> int:
         """How often this has been called before."""
@@ -168,6 +175,8 @@ class Cost(NamedTuple):
 
 
 NOTHING = Cost(0, 0, "nothing")
+#: A collective, and the bytes of a rank's tensor in it.
+Round = tuple[Literal["all_reduce", "all_gather", "all_to_all"], int]
 
 
 def sum_cost(route: Literal["sum", "dense"], size: int, *nbytes: int) -> Cost:
@@ -210,6 +219,16 @@ class Compressor(ABC):
         """How long a payload is depends on the values; `payload_B` and `cost` are then bounds."""
         return False
 
+    @property
+    def approaches(self) -> bool:
+        """‖x − C(x)‖ ≤ ‖x‖, to rounding: differences to what is known, sent again and again, get there."""
+        return True
+
+    @property
+    def votes(self) -> bool:
+        """What comes out are signs, and not of the size of what went in."""
+        return False
+
     def contraction(self, numel: int) -> float:
         """δ of ‖x − C(x)‖² ≤ (1 − δ) ‖x‖² for every x of so many values (in the mean, where C is random).
 
@@ -228,6 +247,10 @@ class Compressor(ABC):
     @abstractmethod
     def cost(self, layout: Layout, size: int) -> Cost:
         """What each of ``size`` ranks sends in a step; a bound where it is `variable`."""
+
+    def rounds(self, layout: Layout, size: int, payload_B: int) -> list[Round]:
+        """What `exchange` asks of the communicator if a payload has so many bytes; of ``control`` nothing."""
+        return [("all_reduce", payload_B)] if size > 1 and layout.numel else []
 
     @abstractmethod
     def exchange(self, x: Tensor, out: Tensor, comm: Communicator, state: State) -> Sent:
@@ -260,12 +283,25 @@ class Compressor(ABC):
         """
         if comm.size == 1:
             return gradient
+        counters, began = comm.counters, time.perf_counter()
+        before = counters.sent_B(comm.context.purpose), counters.communicate_s + counters.wait_s
         x = gradient.to(state.layout.dtype)
         if self.feedback:
-            residual = state.tensors["residual"].add_(x)
-            self.exchange(residual, x, comm, state)(residual)
+            left = state.tensors["residual"].add_(x)
+            given = left.clone() if state.is_looked_at() else None
+            self.exchange(left, x, comm, state)(left)
         else:
-            self.exchange(x, x, comm, state)
+            given = x.clone() if state.is_looked_at() and not self.votes else None
+            left = x if given is None else x.clone()
+            subtract = self.exchange(x, x, comm, state)
+            if given is not None:
+                subtract(left)
+        counted = counters.compression
+        counted.dense_B += reference_B("all_reduce", gradient.nbytes, comm.size)
+        counted.sent_B += counters.sent_B(comm.context.purpose) - before[0]
+        counted.coding_s += time.perf_counter() - began - (counters.communicate_s + counters.wait_s - before[1])
+        if given is not None:
+            counted.looked(given, left)
         return x if x is gradient else gradient.copy_(x)
 
 
@@ -285,6 +321,9 @@ class OneShot(Compressor):
 
         Raises `DamagedPayload` for one that does not fit, before anything is written out of bounds.
         """
+
+    def trim(self, state: State) -> None:
+        """What becomes of the residual after a payload has been sent; nothing, as a rule."""
 
     def decode(self, payload: Tensor, state: State) -> Tensor:
         """What ``payload`` stands for."""
@@ -318,6 +357,18 @@ class OneShot(Compressor):
         best = min(routes, key=lambda cost: cost[:2])
         # Any route but the dense one may turn out to be shorter than it.
         return best._replace(messages=2 * (size - 1)) if self.variable else best
+
+    def rounds(self, layout: Layout, size: int, payload_B: int) -> list[Round]:
+        """See `Compressor.rounds`: those of the route that is taken."""
+        if size == 1 or not layout.numel:
+            return []
+        if self.cost(layout, size).route == "scatter":
+            both_B = size * self._slice_B(layout, size)
+            return [("all_to_all", both_B), ("all_gather", both_B)]
+        gathered_B, dense_B = size * payload_B, layout.numel * layout.itemsize
+        if reference_B("all_gather", gathered_B, size) <= reference_B("all_reduce", dense_B, size):
+            return [("all_gather", gathered_B)]
+        return [("all_reduce", dense_B)]
 
     def _slice_B(self, layout: Layout, size: int) -> int:
         """Of the longest slice's payload: messages to all owners are as long."""
@@ -421,4 +472,12 @@ def check_numbers(found: NDArray[Any], name: str, most: float = 1.0) -> None:
 
 def compressor_from(value: str | Compressor) -> Compressor:
     """A compressor from its text; `str` of the result reads back to an equal one."""
+    return _read(value) if isinstance(value, str) else _described(value)
+
+
+def _described(value: str | Compressor) -> Compressor:
     return described("compressor", value, compressors, Compressor, "top_k(ratio=0.01)")  # type: ignore[type-abstract]
+
+
+#: Strategies read their text at every look.
+_read = lru_cache(maxsize=256)(_described)

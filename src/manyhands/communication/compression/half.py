@@ -21,10 +21,22 @@ from torch import Tensor
 
 from manyhands.catalogue import Reference
 from manyhands.communication.communicator import Communicator
-from manyhands.communication.compression.compressor import NOTHING, Compressor, Cost, Layout, Sent, State, sum_cost
+from manyhands.communication.compression.compressor import (
+    NOTHING,
+    Compressor,
+    Cost,
+    Layout,
+    OneShot,
+    Round,
+    Sent,
+    State,
+    check_length,
+    sum_cost,
+)
+from manyhands.errors import DamagedPayload
 
 
-class Half(Compressor):
+class Half(OneShot):
     """Values of two bytes, added up by the transport."""
 
     summable: ClassVar[bool] = True
@@ -38,19 +50,35 @@ class Half(Compressor):
         """An all-reduce of them."""
         return sum_cost("sum", size, self.payload_B(layout)) if size > 1 and layout.numel else NOTHING
 
-    def encode(self, x: Tensor) -> Tensor:
+    def rounds(self, layout: Layout, size: int, payload_B: int) -> list[Round]:
+        """See `Compressor.rounds`."""
+        return Compressor.rounds(self, layout, size, payload_B)
+
+    def rounded(self, x: Tensor) -> Tensor:
         """``x`` in the format."""
         return x.to(self.format)
 
+    def encode(self, x: Tensor, state: State) -> Tensor:
+        """See `OneShot.encode`; for payloads that are not added up."""
+        return self.rounded(x).view(torch.uint8)
+
+    def add_(self, out: Tensor, payload: Tensor, state: State, sign: int = 1) -> None:
+        """See `OneShot.add_`."""
+        check_length(payload, self.payload_B(state.layout), self.name)
+        values = payload.view(self.format)
+        if not bool(torch.isfinite(values).all()):
+            raise DamagedPayload(f"{self.name}: a value that is not finite")
+        out.add_(values, alpha=sign)
+
     def exchange(self, x: Tensor, out: Tensor, comm: Communicator, state: State) -> Sent:
         """See `Compressor.exchange`."""
-        payload = self.encode(x)
-        sent = payload.clone() if self.feedback else payload
+        payload = self.rounded(x)
+        sent = payload.clone() if self.feedback else None
         comm.all_reduce(payload, weight=1.0).wait()
         out.copy_(payload)
 
         def subtract(residual: Tensor) -> None:
-            residual.sub_(sent)
+            residual.sub_(self.rounded(residual) if sent is None else sent)
 
         return subtract
 
@@ -67,7 +95,7 @@ class Float16(Half):
 
     feedback: bool = field(default=False, kw_only=True)
 
-    def encode(self, x: Tensor) -> Tensor:
+    def rounded(self, x: Tensor) -> Tensor:
         """``x`` in float16, kept within its range."""
         largest = torch.finfo(torch.float16).max
         return x.clamp(-largest, largest).to(torch.float16)

@@ -16,9 +16,11 @@ from torch import Tensor
 from manyhands.catalogue import Reference
 from manyhands.communication.compression.compressor import (
     NOTHING,
+    Compressor,
     Cost,
     Layout,
     OneShot,
+    Round,
     State,
     check_length,
     check_numbers,
@@ -59,6 +61,10 @@ class Uncompressed(OneShot):
     def cost(self, layout: Layout, size: int) -> Cost:
         """An all-reduce."""
         return sum_cost("dense", size, self.payload_B(layout)) if size > 1 and layout.numel else NOTHING
+
+    def rounds(self, layout: Layout, size: int, payload_B: int) -> list[Round]:
+        """See `Compressor.rounds`."""
+        return Compressor.rounds(self, layout, size, payload_B)
 
     def encode(self, x: Tensor, state: State) -> Tensor:
         """See `OneShot.encode`."""

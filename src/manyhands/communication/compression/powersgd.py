@@ -29,7 +29,16 @@ from torch import Tensor
 from manyhands.catalogue import Reference
 from manyhands.checks import is_whole
 from manyhands.communication.communicator import Communicator
-from manyhands.communication.compression.compressor import NOTHING, Compressor, Cost, Layout, Sent, State, sum_cost
+from manyhands.communication.compression.compressor import (
+    NOTHING,
+    Compressor,
+    Cost,
+    Layout,
+    Round,
+    Sent,
+    State,
+    sum_cost,
+)
 
 
 class Matrix(NamedTuple):
@@ -102,9 +111,15 @@ class PowerSGD(Compressor):
         """Two all-reduces; one if there is nothing of low rank."""
         if size == 1 or not layout.numel:
             return NOTHING
+        return sum_cost("sum", size, *(n_B for _, n_B in self.rounds(layout, size, 0)))
+
+    def rounds(self, layout: Layout, size: int, payload_B: int) -> list[Round]:
+        """See `Compressor.rounds`."""
+        if size == 1 or not layout.numel:
+            return []
         ps, whole, qs = self._lengths(layout)
-        rounds = [(ps + whole) * layout.itemsize, qs * layout.itemsize]
-        return sum_cost("sum", size, *(rounds if qs else rounds[:1]))
+        first: Round = "all_reduce", (ps + whole) * layout.itemsize
+        return [first, ("all_reduce", qs * layout.itemsize)] if qs else [first]
 
     def prepare(self, state: State) -> None:
         """See `Compressor.prepare`; all workers begin with the same Qs."""

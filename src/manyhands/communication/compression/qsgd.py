@@ -94,6 +94,11 @@ class QSGD(OneShot):
         d = min(self.bucket, numel)
         return min(d / self.levels**2, math.sqrt(d) / self.levels)
 
+    @property
+    def approaches(self) -> bool:
+        """Drawn by chance, it may be farther off than nothing would be."""
+        return False
+
     def payload_B(self, layout: Layout) -> int:
         """A sign and a level each, and a value a bucket."""
         return int(self.variable) + self._head_B(layout) + planes_B(layout.numel, 1 + self.bits)

@@ -98,6 +98,6 @@ class RandomK(Compressor):
         out.numpy()[indices] = values.numpy()
 
         def subtract(residual: Tensor) -> None:
-            residual.numpy()[indices] = 0
+            residual.numpy()[indices] *= 0 if self.feedback else 1 - x.numel() / len(indices)
 
         return subtract

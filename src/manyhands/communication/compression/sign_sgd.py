@@ -46,9 +46,19 @@ class SignSGD(OneShot):
 
     feedback: bool = field(default=False, kw_only=True)
 
+    @property
+    def votes(self) -> bool:
+        """Without feedback."""
+        return not self.feedback
+
     def contraction(self, numel: int) -> float:
         """1/n with feedback."""
         return 1 / numel if self.feedback else 0.0
+
+    @property
+    def approaches(self) -> bool:
+        """With feedback: signs have a scale."""
+        return self.feedback
 
     def payload_B(self, layout: Layout) -> int:
         """A bit each, and with feedback a value a tensor."""

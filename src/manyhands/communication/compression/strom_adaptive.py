@@ -90,12 +90,17 @@ class StromAdaptive(OneShot):
     def aggregate(self, gradient: Tensor, comm: Communicator, state: State) -> Tensor:
         """See `Compressor.aggregate`; cuts the residual now and then."""
         result = super().aggregate(gradient, comm, state)
-        if self.clip_every and comm.size > 1 and state.numbers["step"] % self.clip_every == 0:
+        if comm.size > 1:
+            self.trim(state)
+        return result
+
+    def trim(self, state: State) -> None:
+        """See `OneShot.trim`: the residual is cut now and then."""
+        if self.clip_every and state.numbers["step"] % self.clip_every == 0:
             residual, bound = state.tensors["residual"], self.clip * state.numbers["threshold"]
             before = float(residual.abs().sum(dtype=torch.float64))
             residual.clamp_(-bound, bound)
             state.numbers["clipped"] += before - float(residual.abs().sum(dtype=torch.float64))
-        return result
 
     def encode(self, x: Tensor, state: State) -> Tensor:
         """See `OneShot.encode`; the threshold then moves."""

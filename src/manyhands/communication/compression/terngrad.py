@@ -34,6 +34,7 @@ from manyhands.communication.compression.compressor import (
     Cost,
     Layout,
     OneShot,
+    Round,
     Sent,
     State,
     check_length,
@@ -80,6 +81,11 @@ class TernGrad(OneShot):
         """√n − 1, if nothing is clipped."""
         return math.inf if self.clip else math.sqrt(numel) - 1
 
+    @property
+    def approaches(self) -> bool:
+        """Drawn by chance, it is mostly farther off than nothing would be."""
+        return False
+
     def payload_B(self, layout: Layout) -> int:
         """Two bits each, and a value a tensor."""
         return layout.itemsize * len(layout.tensors) + planes_B(layout.numel, 2)
@@ -91,6 +97,13 @@ class TernGrad(OneShot):
         sums_B = reference_B("all_reduce", 8 * -(-layout.numel // (63 // bits_of_sum(size))), size)
         added = Cost(scales_B + sums_B, 3 * (size - 1), "sum")
         return min(one, added, key=lambda cost: cost[:2])
+
+    def rounds(self, layout: Layout, size: int, payload_B: int) -> list[Round]:
+        """See `Compressor.rounds`."""
+        if self.cost(layout, size).route != "sum":
+            return super().rounds(layout, size, payload_B)
+        words = -(-layout.numel // (63 // bits_of_sum(size)))
+        return [("all_gather", size * layout.itemsize * len(layout.tensors)), ("all_reduce", 8 * words)]
 
     def scales(self, x: Tensor, layout: Layout) -> Tensor:
         """Of every tensor: its largest value, or where that is less ``clip`` standard deviations."""

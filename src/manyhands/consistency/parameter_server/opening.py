@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from manyhands.communication.communicator import Communicator
+from manyhands.communication.compression.compressor import Compressor
 from manyhands.consistency.parameter_server.remote_store import RemoteStore
 from manyhands.consistency.parameter_server.store import CommonStore, Store
 from manyhands.consistency.parameter_server.window_store import WindowStore
@@ -18,7 +19,8 @@ def opened(
     *,
     optimizer: torch.optim.Optimizer | None = None,
     scaled: bool = False,
+    compressor: Compressor | None = None,
 ) -> Store:
     """The servers of ``comm``, which cut each piece into so many shards; see `CommonStore`. Collective."""
     kind = RemoteStore if comm.servers is not None else WindowStore if comm.one_sided else CommonStore
-    return kind(replica, comm, servers, optimizer=optimizer, scaled=scaled)
+    return kind(replica, comm, servers, optimizer=optimizer, scaled=scaled, compressor=compressor)

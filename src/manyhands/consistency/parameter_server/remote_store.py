@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 
 from manyhands.communication.communicator import Board, Communicator, Work
+from manyhands.communication.compression.compressor import Compressor
+from manyhands.consistency.compressed import layout_of
 from manyhands.consistency.parameter_server.remote_board import RemoteBoard
 from manyhands.consistency.parameter_server.requests import ANSWER, ANSWERED_B, PAYLOAD, REQUEST, Ask, frame, header
 from manyhands.consistency.parameter_server.rounds import Outcome, late_for_a_round
-from manyhands.consistency.parameter_server.store import Store, within
+from manyhands.consistency.parameter_server.store import Shard, Store, within
 from manyhands.consistency.robust.aggregation import Aggregation
 from manyhands.contract import Parameters, Replica
 from manyhands.errors import DeadlineExceeded
@@ -39,8 +41,10 @@ class RemoteStore(Store):
         *,
         optimizer: torch.optim.Optimizer | None = None,
         scaled: bool = False,
+        compressor: Compressor | None = None,
     ) -> None:
-        super().__init__(replica, servers)
+        super().__init__(replica, comm, servers, compressor)
+        self._compress = None if self._parcels is None else str(compressor)
         assert comm.servers is not None
         self._comm, self._world, self._optimizer = comm, comm.servers, optimizer
         self._stopped, self._boards = False, 0
@@ -74,6 +78,7 @@ class RemoteStore(Store):
                     "width": self.replica.pieces[shard.piece].width,
                     "spans": [(u.lo - shard.lo, u.hi - shard.lo) for u in self.units[shard.units]],
                     **({} if self._optimizer is None else self._rule(shard.piece)),
+                    **({} if self._compress is None else self._packing(shard)),
                 }
             )
         text = json.dumps({"shards": described, "updates": self._optimizer is not None, "scaled": scaled}).encode()
@@ -81,6 +86,11 @@ class RemoteStore(Store):
         works = self._ask(rank, header(Ask.OPEN, count=len(payload)), payload)
         self._answer(rank)
         _finish(works)
+
+    def _packing(self, shard: Shard) -> dict[str, Any]:
+        """How to read payloads of a shard."""
+        shapes = layout_of(self.replica.pieces[shard.piece]).shapes
+        return {"compress": self._compress, "shapes": shapes, "lo": shard.lo, "hi": shard.hi}
 
     def _rule(self, i: int) -> dict[str, Any]:
         assert self._optimizer is not None
@@ -94,7 +104,8 @@ class RemoteStore(Store):
         return self.replica.pieces[i].group if self._optimizer is self.replica.optimizer else 0
 
     def _ask(self, rank: int, request: Tensor, *payload: Tensor) -> list[Work]:
-        return [self._world.send(request, rank, REQUEST), *(self._world.send(x, rank, PAYLOAD) for x in payload)]
+        asked = self._world.send(request, rank, REQUEST)
+        return [asked, *(self._world.send(x, rank, PAYLOAD) for x in payload if x.numel())]
 
     def _answer(self, rank: int) -> None:
         """One without values, of no shard."""
@@ -110,6 +121,10 @@ class RemoteStore(Store):
         self._stopped |= bool(stopped)
         return int(version), int(late), there
 
+    def _packed(self, payload: Tensor) -> int:
+        """See `requests.header`."""
+        return 0 if self._parcels is None else 1 + payload.numel()
+
     def _slice(self, s: int, vectors: Sequence[Tensor]) -> Tensor:
         shard = self.shards[s]
         return vectors[shard.piece][shard.lo : shard.hi]
@@ -120,7 +135,8 @@ class RemoteStore(Store):
         """The shards become what rank 0's pieces hold. Collective."""
         if self._comm.rank == 0:
             with self._comm.counting("service"):
-                self._give(Ask.SET, [piece.flat for piece in self.replica.pieces])
+                flats = [piece.flat for piece in self.replica.pieces]
+                self._give(Ask.SET, [self._slice(s, flats) for s in range(len(self.shards))], [0] * len(self.shards))
         self._comm.barrier()
 
     def pull(self) -> None:
@@ -132,13 +148,15 @@ class RemoteStore(Store):
         """See `Store.push`."""
         assert self._optimizer is not None
         in_use = self._share_what_is_in_use()
-        pushed = {s: payload for s in self._at if (payload := self._payload(s, vectors))}
+        packed, _ = self._pack(vectors)
+        pushed = {s: payload for s in self._at if (payload := self._payload(s, packed[s], vectors))}
         returned = {s for s, payload in pushed.items() if pull and len(payload) == 1}
+        mine = [piece.flat for piece in self.replica.pieces]
         for s, payload in pushed.items():
             for x in payload:
                 self._comm.access("push", x)
             if s in returned:
-                self._comm.access("pull", payload[0])
+                self._comm.access("pull", self._slice(s, mine))
         with self._comm.counting("service"):
             works = []
             for s, payload in pushed.items():
@@ -146,9 +164,9 @@ class RemoteStore(Store):
                 group = self._optimizer.param_groups[self._group_of(self.shards[s].piece)]
                 what, count = (Ask.PUSH, s in returned) if len(payload) == 1 else (Ask.PUSH_ROWS, len(payload[0]))
                 rows_here = payload if len(payload) == 1 else (self._here(s, payload[0]), payload[1])
-                asked = header(what, i, read=self.read[s], count=count, in_use=in_use, group=group)
+                length = self._packed(payload[0]) if len(payload) == 1 else 0
+                asked = header(what, i, read=self.read[s], count=count, in_use=in_use, packed=length, group=group)
                 works += self._ask(rank, asked, *rows_here)
-            mine = [piece.flat for piece in self.replica.pieces]
             for s in pushed:
                 version, late, values = self._answer_of(s, values=s in returned)
                 self.staleness[late] += 1
@@ -157,12 +175,12 @@ class RemoteStore(Store):
                     self.read[s] = version
             _finish(works)
 
-    def _payload(self, s: int, vectors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def _payload(self, s: int, packed: Tensor, vectors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """What a push to shard ``s`` carries: its gradient; of a table the rows in it, if any, and theirs."""
         shard = self.shards[s]
         piece = self.replica.pieces[shard.piece]
         if not piece.width:
-            return (self._slice(s, vectors),)
+            return (packed,)
         assert piece.rows is not None
         rows = within(piece.rows, shard, piece.width)
         if not len(rows):
@@ -199,15 +217,17 @@ class RemoteStore(Store):
 
     def add(self, vectors: Sequence[Tensor]) -> None:
         """See `Store.add`."""
+        packed, _ = self._pack(vectors)
         for s in self._at:
-            self._comm.access("push", self._slice(s, vectors))
+            self._comm.access("push", packed[s])
         with self._comm.counting("service"):
-            self._give(Ask.ADD, vectors)
+            self._give(Ask.ADD, packed, [self._packed(x) for x in packed])
 
-    def _give(self, what: Ask, vectors: Sequence[Tensor]) -> None:
+    def _give(self, what: Ask, parts: Sequence[Tensor], packed: Sequence[int]) -> None:
+        """A part a shard, which may be a payload of so many bytes less 1."""
         works = []
         for s, (rank, i) in self._at.items():
-            works += self._ask(rank, header(what, i), self._slice(s, vectors))
+            works += self._ask(rank, header(what, i, packed=packed[s]), parts[s])
         for s in self._at:
             self._answer_of(s, values=False)
         _finish(works)
@@ -341,7 +361,7 @@ class RemoteStore(Store):
 
     def state_dict(self) -> dict[str, Any]:
         """What `CommonStore.state_dict` says, rank 0's fetched from the servers."""
-        state: dict[str, Any] = {"read": list(self.read)}
+        state: dict[str, Any] = {"read": list(self.read), **self.left_over()}
         if self._comm.rank != 0:
             return state
         slots = [
@@ -366,6 +386,7 @@ class RemoteStore(Store):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up a `state_dict` of the same rank. Collective."""
         self.read = list(state["read"])
+        self.take_left_over(state)
         if self._comm.rank == 0:
             with self._comm.counting("service"):
                 for s, (rank, i) in self._at.items():

@@ -41,7 +41,9 @@ HYPERPARAMETERS = (
     "initial_accumulator_value",
     "decoupled_weight_decay",
 )
-HEADER = 5 + len(HYPERPARAMETERS) + 2
+#: Numbers of a header before those.
+FIXED = 6
+HEADER = FIXED + len(HYPERPARAMETERS) + 2
 ANSWERED_B = 3 * 8
 
 
@@ -59,6 +61,7 @@ def header(
     read: int = 0,
     count: int = 0,
     in_use: bool = False,
+    packed: int = 0,
     group: Mapping[str, Any] | None = None,
 ) -> Tensor:
     """A request's beginning.
@@ -67,11 +70,12 @@ def header(
     BRING, whether there is a vote.
     ``in_use``: all parameters are. Of POST and WAIT, ``shard`` is the board and ``read`` the counter.
     Of ASIDE, ``read`` is by how many workers.
+    ``packed``: what PUSH and ADD bring is a compressor's payload, of so many bytes less 1; 0: it is the vector.
     """
     group = group or {}
     numbers = [group.get(name) or 0.0 for name in HYPERPARAMETERS]
     return torch.tensor(
-        [what, shard, read, count, in_use, *numbers, *group.get("betas", (0.0, 0.0))], dtype=torch.float64
+        [what, shard, read, count, in_use, packed, *numbers, *group.get("betas", (0.0, 0.0))], dtype=torch.float64
     )
 
 

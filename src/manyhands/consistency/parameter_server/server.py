@@ -20,11 +20,15 @@ from torch import Tensor
 
 from manyhands.communication.board import NEVER
 from manyhands.communication.communicator import Communicator
+from manyhands.communication.compression.compressor import Layout, OneShot, compressor_from
+from manyhands.communication.compression.parcel import unpacked
 from manyhands.communication.transports.single import SingleCommunicator
+from manyhands.consistency.compressed import layout_for
 from manyhands.consistency.parameter_server.remote_board import Boards
 from manyhands.consistency.parameter_server.requests import (
     ANSWER,
     ANSWERED_B,
+    FIXED,
     HEADER,
     PAYLOAD,
     REQUEST,
@@ -37,7 +41,7 @@ from manyhands.consistency.parameter_server.rounds import Round
 from manyhands.consistency.parameter_server.store import CommonStore
 from manyhands.consistency.robust.aggregation import aggregation_from
 from manyhands.contract import Piece
-from manyhands.errors import CommunicationError, NonFiniteLoss, PeerLost
+from manyhands.errors import CommunicationError, DamagedPayload, NonFiniteLoss, PeerLost
 from manyhands.models.update_rules import Rule, adagrad_, adam_, sgd_
 
 RULES = {rule.__name__: rule for rule in (sgd_, adagrad_, adam_)}
@@ -81,7 +85,7 @@ def _serve(world: Communicator, workers: int) -> None:
         while there:
             try:
                 worker = world.listen(request, there, REQUEST).source
-                what, shard, read, count, in_use = map(int, request[:5].tolist())
+                what, shard, read, count, in_use, packed = map(int, request[:FIXED].tolist())
                 if what == Ask.LEAVE:
                     there.discard(worker)
                 elif what == Ask.OPEN:
@@ -96,8 +100,8 @@ def _serve(world: Communicator, workers: int) -> None:
                     raise CommunicationError(f"server {world.rank}: {Ask(what).name} from rank {worker} before OPEN")
                 elif what in (Ask.PUSH, Ask.PUSH_ROWS):
                     rows = count if what == Ask.PUSH_ROWS else 0
-                    group = group_of(request[5:].tolist())
-                    late = held.push_from(worker, shard, read, group, rows=rows, in_use=bool(in_use))
+                    group = group_of(request[FIXED:].tolist())
+                    late = held.push_from(worker, shard, read, group, rows=rows, in_use=bool(in_use), packed=packed)
                     held.answer(worker, shard, late, values=bool(count and not rows))
                 elif what == Ask.ROUNDS:
                     text = world.recv(torch.empty(count, dtype=torch.uint8), worker, PAYLOAD).tensor
@@ -109,7 +113,7 @@ def _serve(world: Communicator, workers: int) -> None:
                 elif what in (Ask.USE, Ask.KEEP, Ask.LOOK_UP):
                     held.tell(worker, Ask(what), shard, count)
                 else:
-                    held.change(worker, Ask(what), shard, read)
+                    held.change(worker, Ask(what), shard, read, packed)
             except PeerLost as e:
                 if e.peer is None or not world.goes_on_without(e.peer):
                     raise
@@ -136,6 +140,7 @@ class _Held(CommonStore):
         super().__init__(replica, SingleCommunicator(), 1, optimizer=updates, scaled=description["scaled"])
         self._frames = [frame(p.flat.numel(), p.flat.dtype) for p in pieces]
         self.flats = [values for _, _, values in self._frames]
+        self._readers: dict[int, tuple[OneShot, Layout]] = {}
 
     def _rule(self, i: int) -> Rule:
         return Rule(RULES[self._described[i]["rule"]], self._described[i]["slots"])
@@ -146,11 +151,13 @@ class _Held(CommonStore):
     def rebase(self) -> None:
         """Values come by SET."""
 
-    def push_from(self, worker: int, s: int, read: int, group: Mapping[str, Any], *, rows: int, in_use: bool) -> int:
+    def push_from(
+        self, worker: int, s: int, read: int, group: Mapping[str, Any], *, rows: int, in_use: bool, packed: int
+    ) -> int:
         """Update shard ``s`` by the gradient that follows, of so many rows or of the whole; how late it is."""
         assert self._optimizer is not None
         which = self._rows(worker, rows)
-        gradient = self._like(self._table(s)[:rows] if rows else self.flats[s], worker)
+        gradient = self._like(self._table(s)[:rows], worker) if rows else self._vector(s, worker, packed)
         used = self._used[self.shards[s].units]  # a parameter here is a unit
         if in_use:
             used[:] = 1
@@ -189,7 +196,7 @@ class _Held(CommonStore):
         if in_use:
             self._used[:] = 1
         self.replica.watching = not self._used.all()
-        self.replica.optimizer.param_groups[:] = [group_of(numbers[5:]) for numbers in headers.tolist()]
+        self.replica.optimizer.param_groups[:] = [group_of(numbers[FIXED:]) for numbers in headers.tolist()]
         self._round.take(gradients, weight, votes=votes)
         self._waiting.append(worker)
         self._end_and_tell()
@@ -214,12 +221,12 @@ class _Held(CommonStore):
         for s in range(len(self.flats)):
             self.answer(worker, s, late, values=True)
 
-    def change(self, worker: int, what: Ask, s: int, read: int) -> None:
+    def change(self, worker: int, what: Ask, s: int, read: int, packed: int) -> None:
         """What is answered as usual: SET, PULL, ADD, RESTORE, STOP."""
         if what == Ask.SET:
             self._world.recv(self.flats[s], worker, PAYLOAD)
         elif what == Ask.ADD:
-            self.flats[s].add_(self._like(self.flats[s], worker))
+            self.flats[s].add_(self._vector(s, worker, packed))
             self._versions[s] += 1
         elif what == Ask.RESTORE:
             counts, *slots = self._state(s)
@@ -260,6 +267,27 @@ class _Held(CommonStore):
 
     def _table(self, s: int) -> Tensor:
         return self.flats[s].view(-1, self.replica.pieces[s].width)
+
+    def _vector(self, s: int, worker: int, packed: int) -> Tensor:
+        """A vector of shard ``s`` that follows, as it is or as a payload; see `requests.header`."""
+        if not packed:
+            return self._like(self.flats[s], worker)
+        compressor, layout = self._readers.get(s) or self._readers.setdefault(s, self._reader(s))
+        length, most_B = packed - 1, compressor.payload_B(layout)
+        if not 0 <= length <= most_B:
+            raise DamagedPayload(f"a payload of {length} bytes from rank {worker}; {most_B} are the most")
+        payload = torch.empty(length, dtype=torch.uint8)
+        if length:
+            payload = self._world.recv(payload, worker, PAYLOAD).tensor
+        return unpacked(payload, compressor, layout)
+
+    def _reader(self, s: int) -> tuple[OneShot, Layout]:
+        """What reads payloads of shard ``s``."""
+        described = self._described[s]
+        shapes = [tuple(shape) for shape in described["shapes"]]
+        compressor = compressor_from(described["compress"])
+        assert isinstance(compressor, OneShot)
+        return compressor, layout_for(shapes, self.flats[s].element_size()).part(described["lo"], described["hi"])
 
     def _like(self, other: Tensor, worker: int) -> Tensor:
         return self._world.recv(torch.empty_like(other), worker, PAYLOAD).tensor

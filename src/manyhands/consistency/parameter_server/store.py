@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -31,7 +32,9 @@ from torch import Tensor
 
 from manyhands.communication.board import NEVER
 from manyhands.communication.communicator import Board, Communicator
+from manyhands.communication.compression.compressor import Compressor, Shape
 from manyhands.communication.reduction import slices
+from manyhands.consistency.compressed import Parcels, layout_for, layout_of
 from manyhands.consistency.parameter_server.rounds import END_OF_A_ROUND, Outcome, Round, late_for_a_round
 from manyhands.consistency.robust.aggregation import Aggregation
 from manyhands.contract import Parameters, Replica, Traffic
@@ -65,17 +68,39 @@ def bounds(numel: int, servers: int, width: int = 0) -> list[tuple[int, int]]:
     return [(lo, hi) for lo, hi in slices(numel, servers) if hi > lo]
 
 
-def traffic(numel: int, size: int, itemsize: int, servers: int, *, every: int = 1) -> Traffic:
-    """Of pulling or pushing all shards of a piece once in ``every`` steps: n elements. A worker alone sends nothing."""
+def traffic(
+    shapes: Sequence[Shape],
+    size: int,
+    itemsize: int,
+    servers: int,
+    *,
+    every: int = 1,
+    compressor: Compressor | None = None,
+) -> Traffic:
+    """Of pulling or pushing all shards of a piece once in ``every`` steps: n elements, or a payload a shard.
+
+    A worker alone sends nothing.
+    """
     if size == 1:
         return Traffic()
-    return Traffic(numel * itemsize, len(bounds(numel, servers)), every)
+    numel = sum(map(math.prod, shapes))
+    shards = bounds(numel, servers)
+    if compressor is None:
+        return Traffic(numel * itemsize, len(shards), every)
+    layout = layout_for(shapes, itemsize)
+    return Traffic(sum(compressor.payload_B(layout.part(lo, hi)) for lo, hi in shards), len(shards), every)
 
 
 class Store(ABC):
-    """One worker's end of the servers."""
+    """One worker's end of the servers.
 
-    def __init__(self, replica: Replica, servers: int) -> None:
+    With a ``compressor`` what is pushed and added are its payloads, one a shard, and what they leave out is kept here.
+    Rows of tables go as they are.
+    """
+
+    def __init__(
+        self, replica: Replica, comm: Communicator, servers: int, compressor: Compressor | None = None
+    ) -> None:
         self.replica = replica
         #: How often an update was so many updates late.
         self.staleness: Counter[int] = Counter()
@@ -93,6 +118,21 @@ class Store(ABC):
             parameters += len(spans)
         self.parameters = parameters
         self.read = [0] * len(self.shards)  # the version of each shard that this worker has pulled
+        self._parcels: Parcels | None = None
+        if compressor is not None and comm.size > 1:
+            wholes = [layout_of(piece) for piece in replica.pieces]
+            self._parcels = Parcels(replica, comm, compressor, [wholes[s.piece].part(s.lo, s.hi) for s in self.shards])
+
+    def _pack(self, vectors: Sequence[Tensor]) -> tuple[list[Tensor], Sequence[Tensor]]:
+        """What goes to each shard of ``vectors``, a piece each, and vectors of what that stands for."""
+        if self._parcels is None:
+            return [vectors[s.piece][s.lo : s.hi] for s in self.shards], vectors
+        told = [x if piece.width else x.clone() for x, piece in zip(vectors, self.replica.pieces, strict=True)]
+        payloads = []
+        for i, s in enumerate(self.shards):
+            own = told[s.piece][s.lo : s.hi]
+            payloads.append(own if self.replica.pieces[s.piece].width else self._parcels.pack_(i, own))
+        return payloads, told
 
     @abstractmethod
     def pull(self) -> None:
@@ -158,6 +198,15 @@ class Store(ABC):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up a `state_dict` of the same rank. Collective."""
 
+    def left_over(self) -> dict[str, Any]:
+        """What a compressor keeps of this worker's pushes."""
+        return {} if self._parcels is None else {"compression": self._parcels.state_dict()}
+
+    def take_left_over(self, state: Mapping[str, Any]) -> None:
+        """Take it up again."""
+        if self._parcels is not None:
+            self._parcels.load_state_dict(state["compression"])
+
 
 class To(Enum):
     """What is done with a shard: READ values and version, change (ADD to) them, or UPDATE the optimizer's state too."""
@@ -180,8 +229,9 @@ class CommonStore(Store):
         *,
         optimizer: torch.optim.Optimizer | None = None,
         scaled: bool = False,
+        compressor: Compressor | None = None,
     ) -> None:
-        super().__init__(replica, servers)
+        super().__init__(replica, comm, servers, compressor)
         self._comm, self._scaled = comm, scaled
         self._optimizer = optimizer
         self.flats = [comm.allocate(p.flat.numel(), p.flat.dtype, common=True) for p in replica.pieces]
@@ -253,13 +303,14 @@ class CommonStore(Store):
     def push(self, vectors: Sequence[Tensor], *, pull: bool = False) -> None:
         """See `Store.push`."""
         self._share_what_is_in_use()
+        payloads, vectors = self._pack(vectors)
         for s in self._order:
             shard = self.shards[s]
             if self.replica.pieces[shard.piece].width:
                 self._push_rows(s, vectors[shard.piece])
                 continue
             theirs, mine = self._both(shard)
-            self._comm.access("push", vectors[shard.piece][shard.lo : shard.hi], at=shard.server)
+            self._comm.access("push", payloads[s], at=shard.server)
             if pull:
                 self._comm.access("pull", mine, at=shard.server)
             with self._holding(s, To.UPDATE):
@@ -376,10 +427,11 @@ class CommonStore(Store):
 
     def add(self, vectors: Sequence[Tensor]) -> None:
         """See `Store.add`."""
+        payloads, vectors = self._pack(vectors)
         for s in self._order:
             shard = self.shards[s]
             change = vectors[shard.piece][shard.lo : shard.hi]
-            self._comm.access("push", change, at=shard.server)
+            self._comm.access("push", payloads[s], at=shard.server)
             with self._holding(s, To.ADD):
                 self.flats[shard.piece][shard.lo : shard.hi].add_(change)
                 self._versions[s] += 1
@@ -464,7 +516,7 @@ class CommonStore(Store):
 
     def state_dict(self) -> dict[str, Any]:
         """Of this worker its versions; of rank 0 the servers' state, too, without the parameters themselves."""
-        state: dict[str, Any] = {"read": list(self.read)}
+        state: dict[str, Any] = {"read": list(self.read), **self.left_over()}
         if self._comm.rank == 0:
             state["slots"] = [[slot.clone() for slot in slots] for slots in self._slots]
             state |= {name: each.tolist() for name, each in self._counts().items()}
@@ -473,6 +525,7 @@ class CommonStore(Store):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up a `state_dict` of the same rank. Collective."""
         self.read = list(state["read"])
+        self.take_left_over(state)
         if self._comm.rank == 0:
             for slots, saved in zip(self._slots, state["slots"], strict=True):
                 for slot, values in zip(slots, saved, strict=True):

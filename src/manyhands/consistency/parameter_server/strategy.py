@@ -7,10 +7,13 @@ that could train, so there is one unless more are asked for.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Self
 
 from manyhands.checks import is_whole
+from manyhands.communication.compression.compressor import Compressor, Shape
+from manyhands.consistency.compressed import Compressing, problems_of
 from manyhands.consistency.parameter_server import store
 from manyhands.contract import Setting, Strategy, Traffic
 from manyhands.errors import Problem
@@ -44,7 +47,8 @@ class OnServers(Strategy):
 
     def traffic(self, numel: int, size: int, itemsize: int = 4) -> Traffic:
         """A push and a pull."""
-        return store.traffic(numel, size, itemsize, self.shards) + store.traffic(numel, size, itemsize, self.shards)
+        both = store.traffic(((numel,),), size, itemsize, self.shards)
+        return both + both
 
     def exact(self, setting: Setting) -> bool:
         """Only alone."""
@@ -77,18 +81,23 @@ class OnServers(Strategy):
 
 
 @dataclass(frozen=True)
-class OnShards(OnServers):
+class OnShards(Compressing, OnServers):
     """… with as many servers as one likes.
 
     ``servers``: into how many shards parameters are cut, each with its own lock or rank. None: as many as there are
-    workers where servers are memory, one where they are ranks.
+    workers where servers are memory, one where they are ranks. ``compress``: what is pushed instead of dense vectors;
+    what it leaves out stays with its worker for the next push. Pulls are dense.
     """
 
     survives: ClassVar[bool] = True
+    #: What is pushed, if not gradients.
+    moves: ClassVar[str] = ""
 
     servers: int | None = field(default=None, kw_only=True)
+    compress: str = field(default="none", kw_only=True)
 
     def __post_init__(self) -> None:
+        self._read_compress()
         if self.servers is not None and not is_whole(self.servers, 1):
             raise ValueError(f"servers={self.servers!r}: the number of shards is a whole number from 1, or None")
 
@@ -96,6 +105,30 @@ class OnShards(OnServers):
     def shards(self) -> int:
         """``servers``; 1 as long as that is not decided."""
         return self.servers or 1
+
+    @property
+    def pushes(self) -> Compressor | None:
+        """What makes payloads of what is pushed, if anything."""
+        return self.compressor if self.compresses else None
+
+    def pushed(self, shapes: Sequence[Shape], size: int, itemsize: int, *, every: int = 1) -> Traffic:
+        """What pushes send of one piece."""
+        return store.traffic(shapes, size, itemsize, self.shards, every=every, compressor=self.pushes)
+
+    def traffic(self, numel: int, size: int, itemsize: int = 4) -> Traffic:
+        """A push, compressed or not, and a pull."""
+        return self.traffic_of(((numel,),), size, itemsize)
+
+    def traffic_of(self, shapes: Sequence[Shape], size: int, itemsize: int = 4) -> Traffic:
+        """See `traffic`."""
+        return store.traffic(shapes, size, itemsize, self.shards) + self.pushed(shapes, size, itemsize)
+
+    def problems(self, setting: Setting) -> list[Problem]:
+        """See `OnServers.problems`; and what compressors cannot."""
+        found, asked = super().problems(setting), f"compress={self.compress} with {self.name}"
+        if self.compresses:
+            found += problems_of(self.compressor, asked, setting, alone="a server", moves=self.moves)
+        return found
 
     def resolve(self, setting: Setting) -> Self:
         """A shard a worker where that costs no rank."""
