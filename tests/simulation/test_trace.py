@@ -36,7 +36,7 @@ def test_the_rows_add_up_to_the_summary(tmp_path):
         spent = sum(e["dur"] for e in events if e["ph"] == "X" and e["tid"] == 0 and e["cat"] == kind)
         assert spent / 1e6 == pytest.approx(5 * mean_s), kind
     names = {e["args"]["name"] for e in events if e["ph"] == "M"}
-    assert names == {f"worker {rank}" for rank in range(4)}
+    assert names == {"simulated", *(f"worker {rank}" for rank in range(4))}
 
 
 def test_a_file_that_cannot_be_written_is_said(tmp_path):

@@ -1,35 +1,15 @@
-"""Who did what when, for chrome://tracing and Perfetto: one row a worker, of compute, communicate, update and wait.
-
-The file is the Trace Event Format's JSON (Google, 2016): complete events, ``ts`` and ``dur`` in µs of virtual time.
-"""
+"""Who did what when in virtual time; the file is that of a real run (`training.trace`)."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 
 from manyhands.communication.transports.events import Elapsed, Event, Meeting
 from manyhands.communication.transports.inprocess import InProcessCommunicator
-from manyhands.errors import BadInput
 from manyhands.simulation.folded import FoldedObserver, Vector
-
-#: More make a file that no viewer opens (100 bytes each).
-MOST = 1_000_000
-_COLOURS = {"compute": "good", "update": "olive", "wait": "terrible", "communicate": "thread_state_running"}
-
-
-class Span(NamedTuple):
-    """Part of a worker's time."""
-
-    rank: int
-    kind: str  # compute | update | communicate | wait
-    name: str
-    begun: float
-    ended: float
-    step: int | None
+from manyhands.training.trace import MOST, Span, write
 
 
 class Spans:
@@ -75,32 +55,7 @@ class Spans:
 
         return observe
 
-    def as_dict(self) -> dict[str, Any]:
-        """The Trace Event Format."""
-        ranks = sorted({span.rank for span in self.spans})
-        names = [
-            {"ph": "M", "pid": 0, "tid": rank, "name": "thread_name", "args": {"name": f"worker {rank}"}}
-            for rank in ranks
-        ]
-        events = [
-            {
-                "ph": "X",
-                "pid": 0,
-                "tid": span.rank,
-                "name": span.name if span.kind != "wait" else f"wait: {span.name}",
-                "cat": span.kind,
-                "cname": _COLOURS[span.kind],
-                "ts": span.begun * 1e6,
-                "dur": (span.ended - span.begun) * 1e6,
-                "args": {"step": span.step},
-            }
-            for span in self.spans
-        ]
-        return {"traceEvents": [*names, *events], "displayTimeUnit": "ms", "otherData": {"left_out": self.left_out}}
-
     def write(self, file: Path) -> None:
         """As JSON."""
-        try:
-            file.write_text(json.dumps(self.as_dict()), encoding="utf-8")
-        except OSError as e:
-            raise BadInput(f"--trace {file} cannot be written: {e.strerror or e}.") from None
+        workers = sorted({span.rank for span in self.spans})
+        write(file, self.spans, workers, title="simulated", said={"left_out": self.left_out, "clock": "virtual"})

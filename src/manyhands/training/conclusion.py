@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.metadata
 import platform
 import sys
@@ -157,10 +158,16 @@ def _of_schedule(replica: DataReplica) -> dict[str, Any]:
     }
 
 
+@functools.cache
+def _own_version() -> str:
+    """Read once: it is some milliseconds of parsing, and predictions ask a thousand times."""
+    return importlib.metadata.version("manyhands")
+
+
 def versions() -> dict[str, str]:
     """What the figures of a run depend on."""
     return {
-        "manyhands": importlib.metadata.version("manyhands"),
+        "manyhands": _own_version(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from manyhands.communication.compression.meter import Meter
 from manyhands.contract import Spread, StepParts
 from manyhands.training.run import Run
 
@@ -33,12 +34,18 @@ class Cost:
     busy_before_s: float = 0.0
     seen: int = 0  # samples, of all ranks
     moved_B: int = 0
+    compressed_before: Meter = field(default_factory=Meter)
+    compressed_logged: Meter = field(default_factory=Meter)
+    logged_step: int = 0
 
     @classmethod
     def begun(cls, run: Run) -> Cost:
         """Now."""
         sent_B = _sent_B(run)
-        return cls(run.cursor.step, time.perf_counter(), run.trained_s, sent_B, _spent(run), busy_before_s=_busy_s(run))
+        step, now, meter = run.cursor.step, time.perf_counter(), run.comm.counters.compression
+        begun = cls(step, now, run.trained_s, sent_B, _spent(run), busy_before_s=_busy_s(run))
+        begun.compressed_before, begun.compressed_logged, begun.logged_step = meter.copy(), meter.copy(), step
+        return begun
 
     def took(self, run: Run, step_s: float) -> None:
         """One more step; parts count from the end of the warm-up, as times do."""
@@ -61,6 +68,12 @@ class Cost:
         self.parts_before = tuple(x + s for x, s in zip(self.parts_before, spent, strict=True))
         self.busy_before_s = _busy_s(run)
 
+    def compressing(self, run: Run) -> dict[str, float]:
+        """What compressing has come to since this was last asked; error and kept mass if they were looked at since."""
+        since, steps = run.comm.counters.compression - self.compressed_logged, run.cursor.step - self.logged_step
+        self.compressed_logged, self.logged_step = run.comm.counters.compression.copy(), run.cursor.step
+        return {k: v for k, v in _compressed(since, steps).items() if v is not None}
+
     def measured(self, run: Run, wall_s: float) -> dict[str, Any]:
         """The figures of the summary that are about cost."""
         steps = run.cursor.step - self.first_step
@@ -74,12 +87,23 @@ class Cost:
             "moved_B_per_step": self.moved_B / steps if steps and run.comm.counts_moved else None,
             "wall_s": wall_s,
             "bubble_by_worker": self._bubble(),
+            **_compressed(run.comm.counters.compression - self.compressed_before, steps),
         }
 
     def _bubble(self) -> list[float]:
         """This rank's, of a step's time; nothing where there is no pipeline."""
         idle = self.idle[self.parts_from :] or self.idle
         return [statistics.median(idle)] if idle else []
+
+
+def _compressed(meter: Meter, steps: int) -> dict[str, float | None]:
+    """The summary's figures of compression."""
+    return {
+        "compression_ratio": meter.ratio,
+        "compression_error": meter.error,
+        "compression_kept": meter.kept,
+        "compression_s": meter.coding_s / steps if meter.used and steps else None,
+    }
 
 
 def _busy_s(run: Run) -> float:

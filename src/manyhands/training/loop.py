@@ -5,9 +5,11 @@ Nothing in here knows a strategy, a transport or a cut; it knows `Worker.step` a
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from manyhands.training.member import Member
 from manyhands.training.metrics import MetricsLog
 from manyhands.training.preparation import prepare, sampler_of, total_steps
 from manyhands.training.progress import Progress
+from manyhands.training.recorder import Recorder
 from manyhands.training.run import Options, Run, device_of
 from manyhands.training.sampler import Cursor, Share
 
@@ -81,6 +84,7 @@ def train(run: Run, metrics: MetricsLog, member: Member) -> dict[str, Any]:
     device = device_of(run.plan, comm)
     clock = time.perf_counter
     good = [buffer.clone() for buffer in replica.buffers]  # as they were before the step under way
+    recorder = None if run.options.trace is None else Recorder.of(run)
     cost, counters = Cost.begun(run), comm.counters
     next_log = cost.began
     logged_seen, logged_s = 0, run.trained_s
@@ -131,17 +135,18 @@ def train(run: Run, metrics: MetricsLog, member: Member) -> dict[str, Any]:
                         "lr": replica.optimizer.param_groups[0].get("lr"),
                         "step_s": t1 - t0,
                         "samples_per_s": (cost.seen - logged_seen) / (run.trained_s - logged_s),
+                        **cost.compressing(run),
                     },
                 )
                 logged_seen, logged_s = cost.seen, run.trained_s
             reached = False
             if record_due:
-                with cost.aside(run):
+                with cost.aside(run), _as("evaluate", recorder):
                     record(run, share.before.epoch, metrics)
                 recorded_step = cursor.step
                 reached = run.reached_target
             if checkpoint_due:
-                with cost.aside(run):
+                with cost.aside(run), _as("checkpoint", recorder):
                     if run.at_full_length and recorded_step != cursor.step:  # the last checkpoint has the last record
                         record(run, cursor.epoch, metrics, cut_short=True)
                         recorded_step = cursor.step
@@ -157,10 +162,18 @@ def train(run: Run, metrics: MetricsLog, member: Member) -> dict[str, Any]:
         except NonFiniteLoss as e:
             raise stopped(run, e, run.cursor, good, metrics, saved_step=saved_step) from None
     if recorded_step != run.cursor.step:  # a run that ends within an epoch, or between two evaluations
-        record(run, run.cursor.epoch, metrics, cut_short=True)
+        with _as("evaluate", recorder):
+            record(run, run.cursor.epoch, metrics, cut_short=True)
     if saved_step != run.cursor.step:
-        save(run, run.cursor, metrics)
-    return conclude(run, measured, metrics, member)
+        with _as("checkpoint", recorder):
+            save(run, run.cursor, metrics)
+    untraced = "" if recorder is None else recorder.write(run, Path(run.options.trace or ""))
+    outcome = conclude(run, measured, metrics, member)
+    return outcome and outcome | {"untraced": untraced}
+
+
+def _as(kind: str, recorder: Recorder | None) -> AbstractContextManager[None]:
+    return contextlib.nullcontext() if recorder is None else recorder.during(kind)
 
 
 def shares(run: Run) -> Iterator[Share]:

@@ -89,16 +89,27 @@ class Outline:
         }
 
 
-def outline(task: Task, plan: Plan, notes: Sequence[str], model: nn.Module, splits: Splits) -> Outline:
-    """Of a plan that is decided, for ``model`` as its factory made it, which is left as it is."""
+def outline(
+    task: Task,
+    plan: Plan,
+    notes: Sequence[str],
+    model: nn.Module,
+    splits: Splits,
+    *,
+    ranks: Sequence[int] | None = None,
+) -> Outline:
+    """Of a plan that is decided, for ``model`` as its factory made it, which is left as it is; of all ``ranks`` if
+    none are named.
+    """
     mesh = plan.mesh
     assert isinstance(mesh, Mesh)
     rows = min(len(splits.train), shares(task.batch_size, mesh["data"])[0][1])
     if isinstance(plan.strategy, AMPNet):
         return _of_nodes(task, plan, notes, model, splits, rows)
-    sent = {} if axis_of(plan.tensor) == "data" else _cut_B(plan, mesh, model, splits, max(rows, 1))
+    whole = axis_of(plan.tensor) == "data" or mesh["tensor"] == mesh["pipeline"] == 1  # nothing passes a cut in a step
+    sent = {} if whole else _cut_B(plan, mesh, model, splits, max(rows, 1))
     slots, parts, schedule = _slots(task), [], None
-    for rank in range(mesh.size):
+    for rank in range(mesh.size) if ranks is None else ranks:
         comm = Rehearsal(rank, mesh.size)
         comm.mesh = mesh
         mine = copy.deepcopy(model)
@@ -128,8 +139,8 @@ def outline(task: Task, plan: Plan, notes: Sequence[str], model: nn.Module, spli
             held, held_B = sum(p.numel() for p in model.parameters()), sum(p.nbytes for p in model.parameters())
             part = dataclasses.replace(part, parameters=held, parameters_B=held_B, holds=dict.fromkeys(holds))
         parts.append(part)
-    whole = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    return Outline(plan, tuple(notes), whole, parts, schedule)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    return Outline(plan, tuple(notes), shapes, parts, schedule)
 
 
 def _of_nodes(task: Task, plan: Plan, notes: Sequence[str], model: nn.Module, splits: Splits, rows: int) -> Outline:

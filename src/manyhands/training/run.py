@@ -30,6 +30,7 @@ class Options:
     progress: bool = True
     described: str = ""  # what plan.toml shall say
     data: list[Any] | None = None  # the launcher's `signature` of the data; None: rank 0's counts
+    trace: str | None = None  # the file that shall tell who did what when
 
 
 @dataclass

@@ -113,6 +113,8 @@ class Pipeline:
         #: None: gradients of all micro-batches add up to that of the batch.
         self.apart: Apart | None = None
         self.times = Times()
+        #: Told of every action: when it began and when it had computed.
+        self.observe: Callable[[Action, float, float], None] | None = None
         #: Most (stage, micro-batch) that were held at once so far.
         self.peak_in_flight = 0
         self._comm, self._recompute, self._shares, self._autocast = comm, recompute, shares, autocast
@@ -196,7 +198,7 @@ class Pipeline:
                 outputs, alone = self._compute(stage, i, held)
         else:
             outputs, alone = self._compute(stage, i, held)
-        self.times.compute_s += time.perf_counter() - t0
+        self._computed(Action("F", stage, i), t0)
         if stage == self._last:
             if not again:
                 held.outputs = [x for x in outputs if x.requires_grad]
@@ -205,6 +207,12 @@ class Pipeline:
         if not again:
             held.outputs = [x for x, n in zip(outputs, needs, strict=True) if n]
         self._handover.send(stage, i, hi - lo, outputs, Form.of(outputs, needs, alone=alone))
+
+    def _computed(self, action: Action, t0: float) -> None:
+        now = time.perf_counter()
+        self.times.compute_s += now - t0
+        if self.observe is not None:
+            self.observe(action, t0, now)
 
     def _compute(self, stage: int, i: int, held: _Held) -> tuple[list[Tensor], bool]:
         """The outputs of a stage, at the last one the objective; and whether it is a tensor alone."""
@@ -278,7 +286,7 @@ class Pipeline:
             else:
                 backward_from(tuple(held.outputs), tuple(gradients))
         held.outputs = []  # the graph ends here
-        self.times.compute_s += time.perf_counter() - t0
+        self._computed(Action("B", stage, i), t0)
         del self._held[stage, i]
         self._after_backward(stage, i, held, [x.grad for x in held.inputs])
 
@@ -289,7 +297,7 @@ class Pipeline:
         found, held.later = inputs_first(held.outputs, gradients or [None] * len(held.outputs), wanted)
         by_input = dict(zip(map(id, wanted), found, strict=True))
         held.outputs, held.given = [], None
-        self.times.compute_s += time.perf_counter() - t0
+        self._computed(Action("I", stage, i), t0)
         self._after_backward(stage, i, held, [by_input.get(id(x)) for x in held.inputs])
         held.inputs = []
 
@@ -298,7 +306,7 @@ class Pipeline:
         later = self._held.pop((stage, i)).later
         assert later is not None
         later.accumulate()
-        self.times.compute_s += time.perf_counter() - t0
+        self._computed(Action("W", stage, i), t0)
 
     def _before_backward(self, stage: int, i: int) -> tuple[_Held, list[Tensor]]:
         """What was held, with its graph, and the gradients of its outputs."""
@@ -307,7 +315,7 @@ class Pipeline:
             t0 = time.perf_counter()
             outputs = self._again(stage, i, held)
             held.outputs = [x for x in outputs if x.requires_grad]
-            self.times.compute_s += time.perf_counter() - t0
+            self._computed(Action("F", stage, i), t0)
         lo, hi = self._batch.bounds[i]
         return held, [] if stage == self._last else self._handover.receive_gradients(stage, i, hi - lo)
 
