@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, get_origin, get_type_hints
 
 from manyhands.cluster.figure import Figure, Plausible
+from manyhands.cluster.measured import Measured
 from manyhands.errors import BadInput
 
 #: The levels, from a device outwards.
@@ -103,6 +104,8 @@ class Cluster:
     nodes: Annotated[Figure | None, Plausible("the nodes of a cluster", "number", 1, 1e6, "16 count")] = None
     #: Of programs that measured the figures, if they were measured.
     versions: Mapping[str, str] = field(default_factory=dict)
+    #: Tables beside the figures, where `manyhands calibrate` made the file.
+    measured: Measured | None = None
 
     @property
     def devices_per_node(self) -> int:

@@ -14,11 +14,13 @@
     [link.within]
     …
 
-Whatever is missing, unknown, absurd or in another unit is refused with the line, the unit and what would be plausible.
+The tables that `manyhands calibrate` adds under [measured] are the business of `tables`. Whatever is missing, unknown,
+absurd or in another unit is refused with the line, the unit and what would be plausible.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -32,6 +34,8 @@ import tomli_w
 from manyhands.cluster import clusters
 from manyhands.cluster.description import LEVELS, Cluster, Device, Link, Node, plausible, required
 from manyhands.cluster.figure import Figure, Plausible
+from manyhands.cluster.measured import Measured
+from manyhands.cluster.tables import measured_from, measured_text
 from manyhands.errors import BadInput, UnknownName
 
 KINDS = ("cpu", "cuda")
@@ -77,21 +81,25 @@ def write(cluster: Cluster, path: str | os.PathLike[str]) -> None:
         beside.write_text(dumps(cluster), encoding="utf-8")
         beside.replace(path)
     except OSError as e:
-        beside.unlink(missing_ok=True)
         raise BadInput(f"cluster file {os.fspath(path)}: it cannot be written: {e.strerror}.") from None
+    finally:  # also of Ctrl-C
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
 
 
 def dumps(cluster: Cluster) -> str:
     """The text of a cluster file."""
     table = _table(cluster)
     table["link"] = table.pop("links")
-    return tomli_w.dumps(table)
+    return tomli_w.dumps(table) + ("" if cluster.measured is None else "\n" + measured_text(cluster.measured))
 
 
 def _table(described: Any) -> dict[str, Any]:
     found = {}
     for f in dataclasses.fields(described):
         value = getattr(described, f.name)
+        if isinstance(value, Measured):
+            continue
         if dataclasses.is_dataclass(value):
             value = _table(value)
         elif isinstance(value, Mapping):
@@ -109,7 +117,7 @@ class _Reader:
         self._lines = _lines(text)
 
     def cluster(self, table: Mapping[str, Any]) -> Cluster:
-        self._only(table, ("name", "about", "nodes", "device", "node", "link", "versions"), ())
+        self._only(table, ("name", "about", "nodes", "device", "node", "link", "versions", "measured"), ())
         links = self._section(table, ("link",))
         self._only(links, LEVELS, ("link",))
         versions = self._section(table, ("versions",))
@@ -130,7 +138,13 @@ class _Reader:
                 if level in links
             },
             versions=dict(versions),
+            measured=self._measured(table),
         )
+
+    def _measured(self, table: Mapping[str, Any]) -> Measured | None:
+        if "measured" not in table:
+            return None
+        return measured_from(self._section(table, ("measured",)), self._only, self._refuse)
 
     def _described(self, kind: type[Any], table: Mapping[str, Any], at: tuple[str, ...]) -> Any:
         names = [f.name for f in dataclasses.fields(kind)]
@@ -223,15 +237,29 @@ _ENTRY = re.compile(r"^\s*([A-Za-z0-9_.\-\"' ]+?)\s*=")
 
 
 def _lines(text: str) -> dict[tuple[str, ...], int]:
-    """Where each entry stands, as tomllib does not tell: headers and keys at the start of a line."""
+    """Where each entry stands, as tomllib does not tell: headers and keys at the start of a line.
+
+    Rows of an array of arrays that begin on a line of their own are numbered from 0.
+    """
     found: dict[tuple[str, ...], int] = {}
     table: tuple[str, ...] = ()
+    rows: tuple[str, ...] | None = None  # the array whose rows follow
+    count = 0
     for number, line in enumerate(text.splitlines(), 1):
-        if header := _HEADER.match(line):
-            table = _path(header.group(1))
+        if rows is not None and line.lstrip().startswith("["):
+            found[*rows, str(count)] = number
+            count += 1
+        elif header := _HEADER.match(line):
+            table, rows = _path(header.group(1)), None
             found.setdefault(table, number)
         elif entry := _ENTRY.match(line):
-            found.setdefault((*table, *_path(entry.group(1))), number)
+            keys = _path(entry.group(1))
+            for i in range(len(keys)):
+                found.setdefault((*table, *keys[: i + 1]), number)
+            here = (*table, *keys)
+            rows, count = (here, 0) if line.rstrip().endswith("= [") else (None, 0)
+        elif line.strip() == "]":
+            rows = None
     return found
 
 

@@ -17,6 +17,9 @@ of one node an all-gather is a barrier. A parameter server is a port of its own,
 other; so it is a queue.
 
 Approximation: links are priced as if nobody else used them, but for the devices of a node that share a port.
+
+On a machine that `manyhands calibrate` has measured, what one node does is read off the curves of the transport
+(`curves`), where there are any. Closed forms then only carry a curve to another number of ranks.
 """
 
 from __future__ import annotations
@@ -26,7 +29,9 @@ import math
 from collections.abc import Hashable
 
 from manyhands.cluster import Cluster, Link
+from manyhands.cluster.measured import COMMON_GATHER, REREAD
 from manyhands.communication.transports.events import Operation
+from manyhands.simulation.curves import CURVE, EXTRAPOLATED, FORMULA, UNKNOWN, Curves, Priced, curves_of
 
 #: Counted apart, and no part of a step: what is exchanged only so that somebody can look.
 FREE = ("consensus",)
@@ -35,22 +40,35 @@ SERVED = ("pull", "push")
 
 
 class Prices:
-    """Seconds of an operation; nothing costs anything before `begin`, so that setting up takes no time."""
+    """Seconds of an operation; nothing costs anything before `begin`, so that setting up takes no time.
 
-    def __init__(self, cluster: Cluster | None, workers: int) -> None:
+    ``transport``: whose measured curves are used, if the cluster has some; None: those of shared memory. A machine that
+    was measured takes more workers than it has cores.
+    """
+
+    def __init__(self, cluster: Cluster | None, workers: int, transport: str | None = None) -> None:
         self._cluster = cluster
         self._begun = False
         self._per_node = workers if cluster is None else cluster.devices_per_node
         self._gamma = 0.0
         self._links: dict[str, Link] = {}
+        self._curves: Curves | None = None
+        #: Seconds priced so far, by where the prices come from.
+        self.sources = {CURVE: 0.0, EXTRAPOLATED: 0.0, FORMULA: 0.0}
+        #: By how much those seconds may be off, all of them in one direction.
+        self.spread_s = 0.0
         if cluster is not None and workers > 1:
-            levels = ["between"] if cluster.nodes_for(workers) > 1 else []
+            measured = curves_of(cluster.measured, transport)
+            if measured:
+                self._curves = Curves(measured, workers, self._per_node, self._form)
+                self._per_node = max(self._per_node, workers)
+            levels = ["between"] if not measured and cluster.nodes_for(workers) > 1 else []
             levels += ["within"] if min(workers, self._per_node) > 1 else []
             self._links = {level: cluster.link(level) for level in levels}
             memory, share = cluster.device.memory_bandwidth.si, cluster.device.memory_efficiency
             self._gamma = 3 / (memory * (1.0 if share is None else share.si))  # two numbers read, one written
         self._collective = functools.lru_cache(maxsize=256)(self._price)
-        self._messages: dict[tuple[str, int], float] = {}  # by level and size
+        self._messages: dict[tuple[str, str, int], Priced] = {}  # by name, level and size
 
     def begin(self) -> None:
         """From here on time passes."""
@@ -61,24 +79,46 @@ class Prices:
         if not self._links or not self._begun or operation.purpose in FREE:
             return 0.0
         if operation.name in SERVED:
-            return self._message("between" if "between" in self._links else "within", operation.payload_B)
-        if operation.name == "send":
+            priced = self._message(operation, "between" if "between" in self._links else "within")
+        elif operation.name == "send":
             a, b = operation.ranks
             level = "within" if a // self._per_node == b // self._per_node else "between"
-            return self._message(level, operation.payload_B)
-        return self._collective(operation)
+            priced = self._message(operation, level)
+        else:
+            priced = self._collective(operation)
+        seconds, spread_s, source = priced
+        self.sources[source] += seconds
+        self.spread_s += spread_s
+        return seconds
 
     def queue(self, operation: Operation) -> Hashable | None:
         """What the operation occupies: the server's port."""
         return operation.destination if operation.name in SERVED else None
 
-    def _message(self, level: str, n: int) -> float:
+    def _message(self, operation: Operation, level: str) -> Priced:
+        name, n = operation.name, operation.payload_B
         try:
-            return self._messages[level, n]
+            return self._messages[name, level, n]
         except KeyError:
-            return self._messages.setdefault((level, n), self._links[level].seconds(n))
+            priced = None if self._curves is None else self._curves.price(name, n, 2)
+            return self._messages.setdefault((name, level, n), priced or _by_formula(self._links[level].seconds(n)))
 
-    def _price(self, operation: Operation) -> float:
+    def _price(self, operation: Operation) -> Priced:
+        priced = None
+        if self._curves is not None:
+            priced = self._curves.price(operation.name, operation.payload_B, operation.size, common=operation.common)
+        return priced or _by_formula(self._closed(operation))
+
+    def _form(self, name: str, n: float, ranks: int) -> float:
+        """On one node, for `Curves`."""
+        link = self._links["within"]
+        if name == REREAD:
+            return (ranks - 1) / ranks * n / link.bandwidth_Bps()
+        if name in (*SERVED, "send"):
+            return link.seconds(n)
+        return _flat("barrier" if name == COMMON_GATHER else name, n, ranks, link, 1, self._gamma)
+
+    def _closed(self, operation: Operation) -> float:
         name, n, gamma = operation.name, operation.payload_B, self._gamma
         nodes = {rank // self._per_node for rank in operation.ranks}
         p, m = operation.size, len(nodes)
@@ -95,6 +135,10 @@ class Prices:
             return ends + _flat(name, n / d, m, between, d, gamma)
         part = n / d if name in ("reduce_scatter", "all_gather") else n
         return _flat(name, n, d, within, 1, gamma) + _flat(name, part, m, between, d if part < n else 1, gamma)
+
+
+def _by_formula(seconds: float) -> Priced:
+    return Priced(seconds, UNKNOWN * seconds, FORMULA)
 
 
 def _flat(name: str, n: float, p: int, link: Link, users: int, gamma: float) -> float:

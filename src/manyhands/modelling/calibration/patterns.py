@@ -1,0 +1,210 @@
+"""One round of an operation as a training step has it: write one's input anew, compute a little, enter.
+
+A tight loop measures something else: inputs that nobody has written since, caches that hold nothing but the transport,
+and ranks that arrive together. So before each round all ranks meet, each fills its tensors as a backward pass does, and
+multiplies two matrices. What strategies of common memory do is measured in their order: scatter the gradients, update a
+slice, gather (a barrier there), read all.
+
+A pattern names its series, each timed by two stamps of every rank, and how its stamps become a time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from manyhands.cluster.measured import COMMON_GATHER, REREAD
+from manyhands.communication.communicator import Communicator
+from manyhands.modelling.calibration import stamps
+from manyhands.modelling.calibration.stamps import Stamps
+
+#: The round for so many floats: stamps of arrival and leaving, a pair for each series.
+Round = Callable[[int], list[float]]
+_NOT_HERE = [float("nan"), float("nan")]
+#: What reading takes of what the rank has written itself; `REREAD` is what reading takes more of what others wrote.
+OWN_READ = "own_read"
+#: Some 20 µs of a core: 48 KB and more than the first cache holds.
+_WORK = 80
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """``make(comm, floats)`` gives the round of tensors up to that long; collective."""
+
+    series: tuple[str, ...]
+    make: Callable[[Communicator, int], Round]
+    times: Callable[[Stamps, Stamps], Stamps] = stamps.since_last_arrival
+    #: Series that a rank does by itself.
+    alone: tuple[str, ...] = ()
+    sized: bool = True
+
+
+def _computing() -> Callable[[], object]:
+    factor, product = torch.full((_WORK, _WORK), 0.5), torch.empty(_WORK, _WORK)
+    return lambda: torch.mm(factor, factor, out=product)
+
+
+def _meeting(operation: Callable[[Communicator, Tensor], object]) -> Callable[[Communicator, int], Round]:
+    """A collective on memory of each rank's own, in the transport's kind of it."""
+
+    def make(comm: Communicator, most: int) -> Round:
+        whole, compute, clock = comm.allocate(most), _computing(), time.perf_counter
+
+        def once(n: int) -> list[float]:
+            x = whole[:n]
+            comm.barrier()
+            x.fill_(1.0)
+            compute()
+            arrived = clock()
+            operation(comm, x)
+            return [arrived, clock()]
+
+        return once
+
+    return make
+
+
+def _barrier(comm: Communicator, most: int) -> Round:
+    compute, clock = _computing(), time.perf_counter
+
+    def once(n: int) -> list[float]:
+        compute()
+        arrived = clock()
+        comm.barrier()
+        return [arrived, clock()]
+
+    return once
+
+
+def _sharded(comm: Communicator, most: int) -> Round:
+    """A step of ``synchronous(update='sharded')`` without its model."""
+    grads, params = comm.allocate(most), comm.allocate(most, common=True)
+    mine, compute, clock = torch.empty(most), _computing(), time.perf_counter
+
+    def once(n: int) -> list[float]:
+        grad, flat, private = grads[:n], params[:n], mine[:n]
+        comm.barrier()
+        grad.fill_(1.0)
+        compute()
+        a = clock()
+        lo, hi = comm.reduce_scatter(grad, weight=1.0)
+        b = clock()
+        flat[lo:hi].add_(grad[lo:hi], alpha=-1e-3)
+        c = clock()
+        comm.all_gather(flat).wait()
+        d = clock()
+        flat.sum()
+        e = clock()
+        private.fill_(1.0)
+        f = clock()
+        private.sum()
+        return [a, b, c, d, d, e, f, clock()]
+
+    return once
+
+
+def _scattered(comm: Communicator, most: int) -> Round:
+    """The same where every rank has parameters of its own."""
+    grads, params, compute, clock = comm.allocate(most), comm.allocate(most), _computing(), time.perf_counter
+
+    def once(n: int) -> list[float]:
+        grad, flat = grads[:n], params[:n]
+        comm.barrier()
+        grad.fill_(1.0)
+        compute()
+        a = clock()
+        lo, hi = comm.reduce_scatter(grad, weight=1.0)
+        b = clock()
+        flat[lo:hi].add_(grad[lo:hi], alpha=-1e-3)
+        c = clock()
+        comm.all_gather(flat).wait()
+        return [a, b, c, clock()]
+
+    return once
+
+
+def _send(comm: Communicator, most: int) -> Round:
+    """Rank 2k sends to 2k + 1, all pairs at once."""
+    whole, compute, clock = torch.empty(most), _computing(), time.perf_counter
+    peer = comm.rank ^ 1
+    sends, takes_part = comm.rank % 2 == 0, peer < comm.size
+
+    def once(n: int) -> list[float]:
+        x = whole[:n]
+        comm.barrier()
+        x.fill_(1.0)
+        compute()
+        arrived = clock()
+        if takes_part and sends:
+            comm.send(x, peer).wait()
+        elif takes_part:
+            comm.recv(x, peer)
+        return [arrived, clock()]
+
+    return once
+
+
+def _served(comm: Communicator, most: int) -> Round:
+    """A server that is memory: ranks take turns to add a gradient to it and to read it, under its lock.
+
+    Each reads what another has written last. Nobody waits for the lock: queues are the simulation's business.
+    """
+    window = comm.window(most * 4) if not comm.shares_memory else None
+    shard = comm.allocate(most, common=True) if window is None else torch.empty(most)
+    lock, mine, clock = comm.locks(1)[0], torch.ones(most), time.perf_counter
+    turn = 0
+
+    def push(n: int) -> None:
+        with lock:
+            if window is not None:
+                window.get(0, (0, shard[:n]))
+            shard[:n].add_(mine[:n], alpha=-1e-3)
+            if window is not None:
+                window.put(0, (0, shard[:n]))
+
+    def pull(n: int) -> None:
+        with lock:
+            if window is None:
+                mine[:n].copy_(shard[:n])
+            else:
+                window.get(0, (0, mine[:n]))
+
+    def once(n: int) -> list[float]:
+        nonlocal turn
+        turn += 1
+        found: list[float] = []
+        for place, access in enumerate((pull, push)):
+            comm.barrier()
+            if (turn + place) % comm.size != comm.rank:
+                found += _NOT_HERE
+                continue
+            arrived = clock()
+            access(n)
+            found += [arrived, clock()]
+        return found
+
+    return once
+
+
+PATTERNS: dict[str, Pattern] = {
+    "sharded": Pattern(("reduce_scatter", COMMON_GATHER, REREAD, OWN_READ), _sharded, alone=(REREAD, OWN_READ)),
+    "scattered": Pattern(("reduce_scatter", "all_gather"), _scattered),
+    "all_reduce": Pattern(("all_reduce",), _meeting(lambda comm, x: comm.all_reduce(x, weight=1.0).wait())),
+    "all_gather": Pattern(("all_gather",), _meeting(lambda comm, x: comm.all_gather(x).wait())),
+    "broadcast": Pattern(("broadcast",), _meeting(lambda comm, x: comm.broadcast(x).wait())),
+    "all_to_all": Pattern(("all_to_all",), _meeting(lambda comm, x: comm.all_to_all(x))),
+    "barrier": Pattern(("barrier",), _barrier, sized=False),
+    "send": Pattern(("send",), _send, stamps.of_pairs),
+    "served": Pattern(("pull", "push"), _served, alone=("pull", "push")),
+}
+
+
+def patterns_of(*, shares_memory: bool, one_sided: bool, ranks: int) -> Sequence[str]:
+    """What a transport is measured in; a server that is memory once, as one rank at a time is there."""
+    steps = ("sharded", "all_gather") if shares_memory else ("scattered",)
+    served = ("served",) if (shares_memory or one_sided) and ranks == 2 else ()
+    return (*steps, "all_reduce", "broadcast", "all_to_all", "barrier", "send", *served)
