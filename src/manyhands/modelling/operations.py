@@ -57,6 +57,9 @@ class Operation:
     options: tuple[Any, ...] = ()
     #: Parameters that it reads or, backward, whose gradient it makes.
     parameters: tuple[str, ...] = ()
+    #: The order of dims in memory of each operand and, after ``>``, result: ``0231`` is channels-last, nothing
+    #: contiguous. Empty: all are contiguous.
+    layout: str = ""
 
     @property
     def moved_B(self) -> int:
@@ -73,6 +76,9 @@ class Operations:
     parameter_B: Mapping[str, int] = field(default_factory=dict)
     #: Where tracing ended and what was done instead; empty: everything was traced.
     untraced: str = ""
+    #: What runs and moves nothing: operators that give views, and calls of modules.
+    views: int = 0
+    calls: int = 0
 
     def __iter__(self) -> Iterator[Operation]:
         return iter(self.each)
@@ -137,7 +143,7 @@ class _Untraceable(Exception):
 
 def _traced(model: nn.Module, inputs: Any, target: Any, loss: Callable[..., Any] | None) -> Operations:
     fake = FakeTensorMode(allow_non_fake_inputs=True)  # a model may keep tensors that are neither parameter nor buffer
-    recorder = _Recorder()
+    recorder = Recorder()
     try:
         with fake:
             state: dict[str, Tensor] = {}
@@ -145,8 +151,8 @@ def _traced(model: nn.Module, inputs: Any, target: Any, loss: Callable[..., Any]
             for name, tensor in [*_named(model.named_parameters), *_named(model.named_buffers)]:
                 state[name] = by_tensor.setdefault(id(tensor), fake.from_tensor(tensor))
             batch, goal = (pytree.tree_map_only(Tensor, fake.from_tensor, x) for x in (inputs, target))
-            recorder.parameters = {_storage(state[name]): name for name, _ in model.named_parameters()}
-            with torch.enable_grad(), recorder, _names(model, recorder):
+            recorder.parameters = {storage(state[name]): name for name, _ in model.named_parameters()}
+            with torch.enable_grad(), recorder, naming(model, recorder):
                 total = _total(torch.func.functional_call(model, state, arguments(batch, goal, loss)), goal, loss)
                 recorder.phase = "backward"
                 if total.requires_grad:
@@ -154,7 +160,7 @@ def _traced(model: nn.Module, inputs: Any, target: Any, loss: Callable[..., Any]
     except Exception as e:
         culprit = getattr(e, "func", None)  # what depends on values names itself
         raise _Untraceable(f"at {culprit}" if culprit is not None else f"after {recorder.last}", recorder.at, e) from e
-    return Operations(tuple(recorder.operations), _sizes(model))
+    return Operations(tuple(recorder.operations), _sizes(model), views=recorder.views, calls=recorder.calls)
 
 
 def _named(named: Callable[..., Iterator[tuple[str, Tensor]]]) -> Iterator[tuple[str, Tensor]]:
@@ -171,8 +177,8 @@ def _total(outputs: Any, target: Any, loss: Callable[..., Any] | None) -> Tensor
     return total
 
 
-class _Recorder(TorchDispatchMode):
-    """Sees every operator below autograd, forward and backward."""
+class Recorder(TorchDispatchMode):
+    """Sees every operator below autograd, forward and backward, of fake tensors or of real ones."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -180,6 +186,7 @@ class _Recorder(TorchDispatchMode):
         self.operations: list[Operation] = []
         self.parameters: dict[int, str] = {}
         self.last, self.modules = "the first operator", [""]
+        self.views = self.calls = 0
         self._forward: dict[int, tuple[str, tuple[str, ...]]] = {}  # by autograd's number of the operator
 
     @property
@@ -193,11 +200,13 @@ class _Recorder(TorchDispatchMode):
             self.last = f"{func.namespace}.{name}"
         out = func(*args, **(kwargs or {}))
         if func.namespace == "prim" or _moves_nothing(func, name):
+            self.views += func.namespace != "prim"
             return out
-        self._record(func, name, args, kwargs or {}, out)
+        self.record(func, name, args, kwargs or {}, out)
         return out
 
-    def _record(self, func: Any, name: str, args: Any, kwargs: Any, out: Any) -> None:
+    def record(self, func: Any, name: str, args: Any, kwargs: Any, out: Any) -> None:
+        """Keep what has run."""
         operands = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         results = [x for x in pytree.tree_leaves(out) if isinstance(x, Tensor)]
         if not results:
@@ -218,6 +227,7 @@ class _Recorder(TorchDispatchMode):
                 sum(map(_bytes, results)),
                 options,
                 parameters,
+                _layout(operands, results),
             )
         )
 
@@ -226,17 +236,21 @@ class _Recorder(TorchDispatchMode):
         number = _autograd_number(self.phase)
         if self.phase == "backward":
             return self._forward.get(number, ("", ()))
-        read = tuple(dict.fromkeys(self.parameters[s] for x in operands if (s := _storage(x)) in self.parameters))
+        read = tuple(dict.fromkeys(self.parameters[s] for x in operands if (s := storage(x)) in self.parameters))
         self._forward[number] = self.at, read
         return self.at, read
 
 
 @contextmanager
-def _names(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
+def naming(model: nn.Module, recorder: Recorder) -> Iterator[None]:
     """While inside, the recorder knows the name of the module that runs."""
 
     def enters(name: str) -> Callable[..., None]:
-        return lambda *_: recorder.modules.append(name)
+        def enter(*_: Any) -> None:
+            recorder.modules.append(name)
+            recorder.calls += 1
+
+        return enter
 
     def leaves(*_: Any) -> None:
         recorder.modules.pop()
@@ -319,7 +333,19 @@ def _bytes(x: Tensor) -> int:
     return min(x.numel() * x.element_size(), x.untyped_storage().nbytes()) if x.layout == torch.strided else 0
 
 
-def _storage(x: Tensor) -> int:
+def _layout(operands: list[Tensor], results: list[Tensor]) -> str:
+    said = ">".join(",".join(map(_order, some)) for some in (operands, results))
+    return said if said.strip(",>") else ""
+
+
+def _order(x: Tensor) -> str:
+    if x.layout != torch.strided or x.is_contiguous():
+        return ""
+    return "".join(map(str, sorted(range(x.dim()), key=lambda d: -x.stride()[d])))
+
+
+def storage(x: Tensor) -> int:
+    """By which it is told whether two tensors lie in the same memory."""
     return int(x.untyped_storage()._cdata) if x.layout == torch.strided else 0
 
 

@@ -1,0 +1,199 @@
+"""Steps put together of operators: what was measured is read off, what lies between is bounded by it."""
+
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from manyhands.cluster import load
+from manyhands.cluster.measured import OperatorTime
+from manyhands.errors import BadInput
+from manyhands.modelling.operations import count
+from manyhands.modelling.operators import measure, measuring, overhead, price, updates
+from manyhands.modelling.operators.fitting import inverse_distance, nonnegative
+from manyhands.modelling.operators.measuring import observe, observed, table_of
+from manyhands.modelling.operators.networks import NETWORKS, OPTIMIZERS, Network, cells
+from manyhands.modelling.operators.table import Table, key, said
+from manyhands.models import losses, optimizers
+from manyhands.training.team import team
+
+LOSS = losses.build("cross_entropy")
+SMALL = Network("perceptron(hidden=8)", (16,), 4, (5,))
+GRID = Network("perceptron(hidden=8)", (16,), 4, (2, 5, 8, 16))
+
+positive = st.floats(1e-3, 1e3)
+points = st.lists(st.floats(-5, 5), min_size=1, max_size=6, unique_by=lambda x: round(x, 2))
+
+
+def traced(network=SMALL, batch=5):
+    return count(network.build(), *network.samples(batch), LOSS)
+
+
+def row(x, seconds, **changes):
+    fields = {
+        "name": x.name, "phase": x.phase, "operands": x.operands, "results": x.results, "options": said(x.options),
+        "dtype": x.dtype, "layout": x.layout, "flops": x.flops, "moved_B": x.moved_B, "threads": 1, "co_runners": 1,
+        "seconds": seconds, "spread": 0.1,
+    }  # fmt: skip
+    return OperatorTime(**fields | changes)
+
+
+# -- fitting -----------------------------------------------------------------------------------------------------------
+
+
+@given(points, st.data())
+def test_interpolation_is_exact_at_every_point(x, data):
+    values = np.array(data.draw(st.lists(st.floats(-3, 3), min_size=len(x), max_size=len(x))))
+    apart = np.abs(np.subtract.outer(np.array(x), np.array(x)))
+    assert inverse_distance(apart, values) == pytest.approx(values, abs=1e-12)
+
+
+@given(points, st.floats(-9, 9), st.data())
+def test_interpolation_stays_between_its_points(x, at, data):
+    values = np.array(data.draw(st.lists(st.floats(-3, 3), min_size=len(x), max_size=len(x))))
+    found = inverse_distance(np.abs(np.array([x]) - at), values)[0]
+    assert values.min() - 1e-12 <= found <= values.max() + 1e-12
+
+
+@given(st.lists(st.floats(0, 1), min_size=2, max_size=5), st.floats(-3, 3), st.floats(-3, 3))
+def test_between_two_points_interpolation_is_monotone(at, left, right):
+    at = np.sort(at)
+    found = inverse_distance(np.column_stack([at, 1 - at]), np.array([left, right]))
+    assert (np.diff(found) * np.sign(right - left) >= -1e-9).all()
+
+
+@given(st.lists(st.tuples(positive, positive), min_size=3, max_size=8), positive, positive)
+def test_costs_that_add_up_are_found(quantities, a, b):
+    q = np.array(quantities)
+    found = nonnegative(q, q @ [a, b])
+    assert (found >= 0).all()
+    assert q @ found == pytest.approx(q @ [a, b], rel=1e-6)
+
+
+@given(st.lists(st.tuples(positive, positive, positive), min_size=2, max_size=8))
+def test_coefficients_are_never_negative(rows):
+    q = np.array(rows)
+    assert (nonnegative(q[:, :2], q[:, 2]) >= 0).all()
+
+
+def test_the_host_is_what_the_operators_leave():
+    steps = [
+        (1e-3 + 5e-6 * n + 2e-6 * v, 1e-3, n, v, c) for n, v, c in ((10, 4, 3), (50, 9, 2), (7, 90, 8), (9, 1, 30))
+    ]
+    rows = {x.name: x for x in overhead.fit(steps, threads=1, co_runners=1)}
+    assert rows["operator"].seconds == pytest.approx(5e-6)
+    assert rows["view"].seconds == pytest.approx(2e-6)
+    assert overhead.seconds(rows, operators=20, views=10, calls=5) == pytest.approx(20 * 5e-6 + 10 * 2e-6)
+
+
+# -- pricing -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_step_of_measured_operators_is_their_sum():
+    step = traced()
+    table = [row(x, 1e-6 * (i + 1)) for i, x in enumerate({key(x): x for x in step}.values())]
+    known = {key(x): x.seconds for x in table}
+    found = price(replace(step, parameter_B={}), table, threads=1, co_runners=1)
+    assert found.seconds["backward"] == pytest.approx(
+        sum(known[key(x)] for x in step if x.phase == "backward" and x.name != "ones_like")
+    )
+    assert found.shares["hit"] == pytest.approx(1)
+    assert 0 < found.error_s <= 0.1 * found.total_s * (1 + 1e-9)
+
+
+@given(st.integers(1, 4096), st.sampled_from(["forward", "backward"]))
+def test_between_measured_batches_a_time_is_positive_and_in_the_range_of_their_corrections(batch, phase):
+    linear = [x for n in (4, 64, 1024) for x in LINEAR[n]]
+    table = Table(row(x, 1e-6 + x.flops / 1e9) for x in linear)
+    x = replace(linear[0], operands=((16,), (batch, 8), (8, 16)), results=((batch, 16),), phase=phase,
+                flops=2 * batch * 8 * 16, written_B=64 * batch)  # fmt: skip
+    seconds, error = table.between(x)
+    assert seconds == pytest.approx(1e-6 + x.flops / 1e9, rel=0.05)  # what the roofline gives exactly, stays
+    assert error < 0.05
+
+
+LINEAR = {
+    n: [x for x in count(torch.nn.Linear(8, 16), torch.zeros(n, 8), None, lambda y, t: y.sum()) if x.name == "addmm"]
+    for n in (4, 64, 1024)
+}
+
+
+def test_an_operator_that_nobody_has_measured_has_the_roofline_of_all():
+    step = traced()
+    table = [row(x, 1e-5) for x in step if x.name != "relu"]
+    found = price(replace(step, parameter_B={}), table, threads=1, co_runners=1)
+    assert found.shares["fallback"] > 0
+    assert found.total_s > 0
+
+
+def test_rows_of_other_threads_are_not_used():
+    step, device = traced(), load("laptop").device
+    table = [row(x, 1.0) for x in step]
+    found = price(step, table, threads=2, co_runners=1, device=device)
+    assert found.shares == {"hit": 0, "interpolation": 0, "fallback": pytest.approx(1)}
+    assert found.total_s < 1.0
+    with pytest.raises(BadInput, match=r"threads=2 and co_runners=1.*device"):
+        price(step, table, threads=2, co_runners=1)
+
+
+def test_an_update_is_known_by_what_it_does():
+    adam, momentum = optimizers.trial("adam"), optimizers.trial("sgd(lr=0.1, momentum=0.9)")
+    assert updates.of(adam, [8, 4]).name == "update:adam"
+    assert updates.of(momentum, [8, 4]).name == "update:sgd+momentum"
+    assert updates.of(adam, [8, 4]).moved_B == 4 * 12 * (4 + 3)  # parameter, gradient and two of state
+
+
+# -- measuring ---------------------------------------------------------------------------------------------------------
+
+
+def test_networks_of_every_kind_come_before_a_second_batch_of_any():
+    todo = cells()
+    assert len({x.network for x in todo[: len(NETWORKS)]}) == len(NETWORKS)
+    assert len(set(todo)) == len(todo) == sum(len(x.batches) for x in NETWORKS)
+    assert {x.optimizer for x in todo} == set(OPTIMIZERS)
+
+
+@pytest.mark.timeout(60)
+def test_what_was_measured_is_all_hits():
+    with team("single", 1, threads=1, allocator="plain") as here:
+        found = here.run(f"{measuring.__name__}:work", 0.2, 2, [asdict(SMALL)])
+    table = table_of(observed(found, [SMALL], 1, 1))
+    found = price(traced(), table, threads=1, co_runners=1, optimizer=optimizers.trial(OPTIMIZERS[0]))
+    host = found.seconds["host"] / found.total_s
+    assert found.shares["hit"] == pytest.approx(1 - host)
+    assert found.shares["fallback"] == 0
+    assert all(s > 0 for k, s in found.seconds.items() if k != "host")
+    assert {x.phase for x in table} == {"forward", "backward", "update", "host"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_traced_steps_of_every_network_are_what_runs():
+    """Each operator of the trace is among those that passed the dispatcher of the real step."""
+    first = [replace(x, batches=x.batches[:1]) for x in NETWORKS]
+    seen = observe(12.0, 1, 1, first, rounds=1)
+    for one in seen:
+        found = price(
+            count(one.cell.network.build(), *one.cell.network.samples(one.cell.batch), LOSS),
+            table_of([one]), threads=1, co_runners=1, optimizer=optimizers.trial(one.cell.optimizer),
+        )  # fmt: skip
+        # A recurrent layer's two biases have one gradient, of which a trace makes a copy.
+        assert found.shares["fallback"] < 0.01, one.cell
+        assert found.shares["hit"] + found.seconds["host"] / found.total_s > 0.98, one.cell
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_two_co_runners_fill_one_table():
+    table = measure(2.0, threads=1, co_runners=2, networks=[GRID])
+    assert {(x.threads, x.co_runners) for x in table} == {(1, 2)}
+    keys = [key(x) for x in table]
+    assert len(set(keys)) == len(keys)
+
+
+def test_nonsense_is_refused():
+    with pytest.raises(BadInput, match="budget_s=0"):
+        measure(0)
