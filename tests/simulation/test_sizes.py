@@ -64,6 +64,7 @@ def test_lock_step_is_the_max_plus_recurrence():
         "local(every=4)",
         "slice_update",
         "diloco(inner=3)",
+        "local(every=4, compress=int8)",
     ],
 )
 def test_one_rank_for_all_has_the_clocks_of_each_by_itself(text):

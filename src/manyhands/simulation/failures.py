@@ -25,9 +25,12 @@ from typing import ClassVar
 import numpy as np
 
 from manyhands.calling import call
+from manyhands.catalogue import Catalogue
 from manyhands.checks import is_positive
 from manyhands.errors import BadInput
 from manyhands.grammar import format_description, parse_call
+
+failures = Catalogue("failures", {"failures": "manyhands.simulation.failures:Failures"})
 
 #: Nobody waits for a job that gets nowhere: an attempt of τ + δ succeeds with e^{−(τ+δ)/M}.
 HOPELESS = 1e-6
@@ -43,7 +46,11 @@ def daly_s(checkpoint_s: float, mtbf_s: float) -> float:
 
 @dataclass(frozen=True)
 class Failures:
-    """``every_s`` 0: Daly's."""
+    """All workers stop when one breaks down, once in ``mtbf_s`` each, and go on from the last checkpoint.
+
+    A checkpoint is written after every ``every_s`` of work (0: Daly's interval) and takes ``checkpoint_s``, a restart
+    ``restart_s``.
+    """
 
     name: ClassVar[str] = "failures"
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from manyhands.communication.compression.meter import Meter
+
 
 @dataclass
 class Clocks:
@@ -22,6 +24,7 @@ class Clocks:
     update_s: float = 0.0
     staleness: Counter[int] = field(default_factory=Counter)
     sent_B: int = 0  # by rank 0
+    compression: Meter = field(default_factory=Meter)  # of rank 0; its time is no virtual one
 
     @property
     def step_s(self) -> list[float]:

@@ -5,12 +5,13 @@ A strategy asks either as it asks the one that trains. `TimedReplica` computes a
 replayed at their virtual times. `PricedReplica` computes nothing: its pieces have a size and no numbers (`sized`), and
 its loss is 0.
 
-Not priced: clipping, averaging and compressing (a strategy's own arithmetic), and what memory that stands for a server
-does to what is pushed.
+Making and reading payloads of compressors takes time, too (`coding`). Not priced: clipping and averaging (a strategy's
+own arithmetic), and what memory that stands for a server does to what is pushed.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from manyhands.communication.communicator import Communicator
+from manyhands.communication.compression.compressor import Compressor, Layout
 from manyhands.contract import Batch, Block, Piece, Ready, StateSlice
 from manyhands.errors import BadInput
 from manyhands.partition.data import DataReplica
@@ -49,9 +51,9 @@ class TimedReplica(DataReplica):
         spent = self.compute_s
         found = None if self.together is None else self.together.take(self, batch)
         loss, count = super().gradients(batch, ready) if found is None else self._take(*found)
-        seconds = self.pace.compute_s(batch.count)
-        self.compute_s = spent + float(seconds)
-        self.clock.elapse(float(seconds))
+        seconds = float(self.pace.compute_s(batch.count))
+        self.compute_s = spent + seconds
+        self.clock.elapse(seconds + self.pace.rest_s)
         return loss, count
 
     def plain_gradients(self, batch: Batch) -> tuple[Tensor, float]:
@@ -72,6 +74,12 @@ class TimedReplica(DataReplica):
         if seconds:
             self.clock.elapse(seconds, "update")
 
+    def coded(self, compressor: Compressor, layout: Layout, encoded: float, decoded: float) -> None:
+        """See `contract.Replica.coded`."""
+        seconds = self.pace.coding_s(compressor, layout.numel, encoded, decoded)
+        if seconds:
+            self.clock.elapse(seconds)
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -82,6 +90,7 @@ class Sizes:
     numel: int
     dtype: torch.dtype
     spans: tuple[tuple[int, int], ...]
+    shapes: tuple[tuple[int, ...], ...] = ()
 
 
 def sizes_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer, *, numbers: bool = False) -> list[Sizes]:
@@ -90,21 +99,21 @@ def sizes_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer, *, number
     Refuses what cannot do without ``numbers``.
     """
     names = {id(p) for p in model.parameters()}
-    chunks: dict[tuple[int, torch.dtype], list[int]] = {}
+    chunks: dict[tuple[int, torch.dtype], list[tuple[int, ...]]] = {}
     for g, group in enumerate(optimizer.param_groups):
         for p in group["params"]:
             if p.requires_grad and id(p) in names:
-                chunks.setdefault((g, p.dtype), []).append(p.numel())
+                chunks.setdefault((g, p.dtype), []).append(tuple(p.shape))
     found = []
-    for (g, dtype), numels in chunks.items():
+    for (g, dtype), shapes in chunks.items():
         if dtype is torch.float64 and not numbers:
             raise BadInput(
                 "sizes only of a model in float64: what strategies agree on is float64, too, and keeps its numbers. "
                 "Use float32; or values."
             )
-        ends = torch.tensor(numels).cumsum(0).tolist()
+        ends = torch.tensor([math.prod(shape) for shape in shapes]).cumsum(0).tolist()
         spans = tuple(zip([0, *ends[:-1]], ends, strict=True))
-        found.append(Sizes(f"group{g}.{str(dtype)[6:]}", g, ends[-1], dtype, spans))
+        found.append(Sizes(f"group{g}.{str(dtype)[6:]}", g, ends[-1], dtype, spans, tuple(shapes)))
     return found
 
 
@@ -130,6 +139,7 @@ class PricedReplica:
         self.compute_s = self.update_s = self.count = 0.0
         self._pace, self._clock, self._shares = pace, clock, shares
         self._loss = torch.zeros(())
+        self._comm = comm
         #: Of so many, every rank's part; where this is the replica of all ranks at once.
         self.samples_of_all: Callable[[int], Vector] | None = None
         self.pieces = [
@@ -140,6 +150,7 @@ class PricedReplica:
                 name=s.name,
                 group=s.group,
                 spans=s.spans,
+                shapes=s.shapes,
             )
             for s in sizes
         ]
@@ -149,7 +160,7 @@ class PricedReplica:
         count = batch.count if self.samples_of_all is None else self.samples_of_all(batch.total or 0)
         seconds = self._pace.compute_s(count)
         self.compute_s = self.compute_s + seconds
-        self._clock.elapse(seconds)
+        self._clock.elapse(seconds + self._pace.rest_s)
         self.count = float(batch.count)
         return self._loss, self.count
 
@@ -159,6 +170,13 @@ class PricedReplica:
         self.update_s += seconds
         if seconds:
             self._clock.elapse(seconds, "update")
+
+    def coded(self, compressor: Compressor, layout: Layout, encoded: float, decoded: float) -> None:
+        """See `contract.Replica.coded`: time passes."""
+        seconds = self._pace.coding_s(compressor, layout.numel, encoded, decoded)
+        if seconds:
+            self._comm.counters.compression.coding_s += seconds
+            self._clock.elapse(seconds)
 
     def share(self, batch: Batch) -> float:
         """See `contract.Replica.share`."""

@@ -153,7 +153,7 @@ def simulated(
         broken = wall(max(outcome.clocks.last), options.failures, workers, task.seed)
         for record in outcome.history:
             record["wall_s"] = broken.at(record["train_s"])
-    summary = _summary(task, plan, splits, outcome, sum(p.numel() for p in model.parameters()), broken)
+    summary = summed_up(task, plan, splits, outcome, sum(p.numel() for p in model.parameters()), broken)
     took_s = time.perf_counter() - began
     return Simulation(
         plan,
@@ -192,9 +192,10 @@ def _cost(task: Task, plan: Plan, splits: Splits, options: Options, elements: in
     return StepCost(options.compute_s, options.update_s or 0.0, share, elements)
 
 
-def _summary(
+def summed_up(
     task: Task, plan: Plan, splits: Splits, outcome: Outcome, parameters: int, broken: Wall | None
 ) -> Measurement:
+    """The record of a run, of what a virtual one came to."""
     clocks, steps = outcome.clocks, max(outcome.steps, 1)
     trained_s = max(clocks.last)
     late = clocks.staleness
@@ -229,6 +230,9 @@ def _summary(
         wait_s_by_worker=[wait_s / steps for wait_s in clocks.wait_s],
         staleness_mean=sum(by * n for by, n in late.items()) / late.total() if late.total() else None,
         staleness_max=max(late) if late.total() else None,
+        compression_ratio=clocks.compression.ratio,
+        compression_error=clocks.compression.error,
+        compression_kept=clocks.compression.kept,
     )
 
 

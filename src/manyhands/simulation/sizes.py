@@ -29,7 +29,7 @@ from manyhands.simulation.prices import Prices
 from manyhands.simulation.ranks import SizedWorld
 from manyhands.simulation.replica import Clock, PricedReplica, Sizes
 from manyhands.simulation.sized import NoNumbers
-from manyhands.simulation.stragglers import Delays
+from manyhands.simulation.stragglers import Delays, Recorded
 from manyhands.simulation.trace import Spans
 
 
@@ -64,7 +64,7 @@ class Sized:
     batch_size: int
     length: dict[str, int | None]
     cost: StepCost
-    delays: Delays
+    delays: Delays | Recorded
     shares_memory: bool
     clip: float | None = None
 

@@ -122,6 +122,39 @@ def stragglers_from(value: str | Stragglers) -> Stragglers:
     return described("stragglers", value, stragglers, Stragglers, "lognormal(sigma=0.3)")  # type: ignore[type-abstract]
 
 
+class Recorded:
+    """Factors as they were measured on workers side by side, in their order: what `Delays` draws, replayed.
+
+    ``factors`` is (steps × workers that were measured); rows are moments, so that what slows down all of them at once
+    still does. Workers beyond those have the columns of others, begun elsewhere.
+    """
+
+    kinds = ("recorded",)
+
+    def __init__(self, factors: NDArray[np.float64], workers: int) -> None:
+        self._factors, self.workers = factors, workers
+
+    def of(self, rank: int) -> Iterator[float]:
+        """One worker's, without end."""
+        width = self._factors.shape[1]
+        column = np.roll(self._factors[:, rank % width], self._shift(rank // width))
+        while True:
+            yield from column.tolist()
+
+    def rows(self) -> Iterator[NDArray[np.float64]]:
+        """All workers' factors of a step, without end; the same numbers as `of` gives."""
+        width = self._factors.shape[1]
+        blocks = -(-self.workers // width)
+        turned = [np.roll(self._factors, self._shift(n), axis=0) for n in range(blocks)]
+        table = np.concatenate(turned, axis=1)[:, : self.workers]
+        while True:
+            yield from table
+
+    def _shift(self, block: int) -> int:
+        """Blocks begin at places that the golden ratio spreads evenly."""
+        return int(len(self._factors) * (block * 0.6180339887498949 % 1.0))
+
+
 class Delays:
     """The factors of all workers, step by step; nothing is drawn where nobody is late."""
 

@@ -265,6 +265,7 @@ class _Rank:
         if comm.rank == 0:
             clocks.compute_s, clocks.update_s = replica.compute_s, replica.update_s
             clocks.communicate_s, clocks.sent_B = comm.counters.communicate_s, comm.counters.sent_B()
+            clocks.compression = comm.counters.compression
 
     def _conclude(self) -> None:
         comm, replica = self.comm, self.replica

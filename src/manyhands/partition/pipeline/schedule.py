@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
@@ -45,6 +45,10 @@ class Action(NamedTuple):
 
     def __repr__(self) -> str:
         return str(self)
+
+
+#: What actions cost, by their kind or one by one.
+Costs = Mapping[Kind, float] | Callable[[Action], float]
 
 
 class Timed(NamedTuple):
@@ -240,11 +244,15 @@ def parse(text: str) -> Schedule:
 _KINDS: dict[str, Kind] = {k: k for k in get_args(Kind)}
 
 
-def simulate(schedule: Schedule, costs: Mapping[Kind, float]) -> tuple[list[list[Timed]], dict[int, int]]:
-    """When each action runs if it costs what ``costs`` says, nothing else costs anything and each starts when it can.
+def simulate(
+    schedule: Schedule, costs: Costs, hop_s: Callable[[Action, Action], float] | None = None
+) -> tuple[list[list[Timed]], dict[int, int]]:
+    """When each action runs if it costs what ``costs`` says and each starts when it can.
 
-    Also where each rank stands that can never go on (empty: all get to their ends).
+    ``hop_s``: what passes between the end of one and the beginning of another that needs it on another rank; nothing
+    else costs anything. Also where each rank stands that can never go on (empty: all get to their ends).
     """
+    cost = costs if callable(costs) else lambda action: costs[action.kind]
     ends: dict[Action, float] = {}
     times: list[list[Timed]] = [[] for _ in schedule.rows]
     moved = True
@@ -256,17 +264,20 @@ def simulate(schedule: Schedule, costs: Mapping[Kind, float]) -> tuple[list[list
                 needs = _needs(action, schedule)
                 if not all(d in ends for d in needs):
                     break
-                start = max([timed[-1].end if timed else 0.0, *(ends[d] for d in needs)])
-                ends[action] = start + costs[action.kind]
+                start = timed[-1].end if timed else 0.0
+                for d in needs:
+                    far = hop_s is not None and schedule.stage_rank(d.stage) != schedule.stage_rank(action.stage)
+                    start = max(start, ends[d] + (hop_s(d, action) if far and hop_s is not None else 0.0))
+                ends[action] = start + cost(action)
                 timed.append(Timed(action, start, ends[action]))
                 moved = True
     stuck = {r: len(t) for r, (t, row) in enumerate(zip(times, schedule.rows, strict=True)) if len(t) < len(row)}
     return times, stuck
 
 
-def makespan(schedule: Schedule, costs: Mapping[Kind, float] = UNIT) -> float:
-    """How long a batch takes, in the unit of ``costs``."""
-    return max((t.end for row in simulate(schedule, costs)[0] for t in row), default=0.0)
+def makespan(schedule: Schedule, costs: Costs = UNIT, hop_s: Callable[[Action, Action], float] | None = None) -> float:
+    """How long a batch takes, in the unit of ``costs``; see `simulate`."""
+    return max((t.end for row in simulate(schedule, costs, hop_s)[0] for t in row), default=0.0)
 
 
 def bubble(schedule: Schedule, costs: Mapping[Kind, float] = UNIT) -> float:

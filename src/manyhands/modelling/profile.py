@@ -1,0 +1,387 @@
+"""The cost of a worker's step, measured: the user's own training step, for a quarter of a second, on this machine.
+
+As many processes as the plan has workers (and this host takes) each run a rank's own code (the model or its part, the
+optimizer, the strategy's arithmetic) side by side on a `MirrorCommunicator`, so that they press on each other's caches
+and memory as they will, and no exchange takes part. What they compute is what is missing from the prices of
+communication to make a step.
+
+    compute, update, rest   medians of a step of one worker, seconds
+    factors                 step by step, by how much each was above or below; of all workers at the same moments
+    exchanges               operations of a step that the prices are asked for
+
+Cost: starting the workers and ``seconds``. Kept in the user's cache by everything that it depends on; of a task with
+live objects only while this process lives.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from manyhands.cluster import Cluster
+from manyhands.communication import futex
+from manyhands.communication.topology import Mesh
+from manyhands.communication.transports.events import Operation
+from manyhands.communication.transports.single import SingleCommunicator
+from manyhands.consistency.synchronous import Synchronous
+from manyhands.contract import Batch, Piece, Strategy
+from manyhands.data.places import cache
+from manyhands.modelling.fed import Actions, feed
+from manyhands.partition.pipeline import description as pipeline
+from manyhands.partition.pipeline.cut import cut as cut_into_stages
+from manyhands.partition.pipeline.replica import PipelineReplica
+from manyhands.plan import Plan
+from manyhands.plan.facts import SHARE_MEMORY
+from manyhands.simulation.folded import NotAlike
+from manyhands.simulation.mirror import MirrorCommunicator
+from manyhands.simulation.prices import Prices
+from manyhands.task import Task
+from manyhands.training import environment
+from manyhands.training.conclusion import versions
+from manyhands.training.loop import advance
+from manyhands.training.member import Member
+from manyhands.training.preparation import build_model, prepare
+from manyhands.training.run import Options, Run, replicas
+from manyhands.training.team import Team, team
+from manyhands.training.whole_file import replacing
+
+JOB, JOBS = f"{__name__}:job", f"{__name__}:jobs"
+#: As long is measured, and half of it goes before: allocators, caches and the kernel's page tables settle.
+SECONDS = 0.25
+FEWEST_STEPS = 8
+#: More steps than this are not kept; a median does not need them.
+MOST_STEPS = 1000
+#: A measurement holds for so long: the host's neighbours change.
+FRESH_S = 24 * 3600.0
+#: A gap in the deadline for building model and data in every worker.
+DEADLINE_S = 120.0
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What a step of each of ``ranks`` workers side by side takes, without its exchanges."""
+
+    compute_s: float
+    update_s: float
+    rest_s: float
+    #: Inside ``compute_s``: exchanges of a cut model, as they are priced.
+    cut_s: float
+    samples: float  # of the largest share
+    elements: float  # that the optimizer goes over in a step
+    steps: int
+    #: (steps × ranks), of a step's computing over its median.
+    factors: NDArray[np.float64]
+    #: Relative, of the medians of the first and the second half.
+    spread: float
+    #: Operations of an average step and how often, those inside the model (``cut``) too.
+    exchanges: tuple[tuple[Operation, float], ...]
+    when: float
+    #: Of a pipeline: (kind, stage, seconds) of its actions, and (boundary, bytes) of a micro-batch's hand-over.
+    actions: tuple[tuple[str, int, float], ...] = ()
+    hops: tuple[tuple[int, int], ...] = ()
+    #: Of a plain synchronous step, since the plan's own has more than collectives.
+    plain: bool = False
+
+    @property
+    def sent_here_B(self) -> int:
+        """Bytes that rank 0 hands over for a micro-batch; in a pipeline."""
+        return next((n for boundary, n in self.hops if boundary == 0), 0)
+
+    @property
+    def alone_s(self) -> float:
+        """A step if nobody else were there."""
+        return self.compute_s + self.update_s + self.rest_s
+
+
+def profile(
+    task: Task,
+    plan: Plan,
+    cluster: Cluster | None = None,
+    *,
+    data_dir: str | None = None,
+    seconds: float = SECONDS,
+    fresh: bool = False,
+) -> Profile:
+    """Measured, or as it was measured within the last day. ``plan`` is decided.
+
+    Strategies that do more than meet in collectives are measured as plain synchronous ones: gradients, and an update of
+    everything.
+    """
+    key = _key(task, plan)
+    found = None if fresh else _kept(key)
+    if found is None:
+        try:
+            found = _measured(task, plan, cluster, data_dir, seconds)
+        except NotAlike:
+            plain = dataclasses.replace(plan, strategy=Synchronous(update="replicated"))
+            found = dataclasses.replace(_measured(task, plain, cluster, data_dir, seconds), plain=True)
+        _keep(key, found, lasts=_lasting(task))
+    return found
+
+
+def profiles(
+    task: Task,
+    plan: Plan,
+    batches: Sequence[int],
+    cluster: Cluster | None = None,
+    *,
+    data_dir: str | None = None,
+    seconds: float = SECONDS,
+    fresh: bool = False,
+) -> dict[int, Profile]:
+    """`profile` at several global batches, by one team of workers, which is most of what a single one costs.
+
+    ``plan``: one that meets in collectives alone.
+    """
+    tasks = {n: dataclasses.replace(task, batch_size=n) for n in batches}
+    found = {n: None if fresh else _kept(_key(each, plan)) for n, each in tasks.items()}
+    missing = [n for n, kept in found.items() if kept is None]
+    if missing:
+        with _crew(task, plan, cluster) as crew:
+            told = crew.run(JOBS, missing, seconds, data_dir, deadline_s=DEADLINE_S + 2 * seconds * len(missing))
+        for i, n in enumerate(missing):
+            made = found[n] = joined([one[i] for one in told])
+            _keep(_key(tasks[n], plan), made, lasts=_lasting(task))
+    return {n: kept for n, kept in found.items() if kept is not None}
+
+
+def co_runners(plan: Plan) -> int:
+    """How many of the plan's workers are measured side by side: all, as far as this host has cores; 2 at least.
+
+    Of a pipeline all: every stage is another.
+    """
+    assert plan.workers is not None
+    assert isinstance(plan.mesh, Mesh)
+    if plan.mesh["pipeline"] > 1:
+        return plan.workers
+    return min(plan.workers, max(futex.cores() // max(plan.threads, 1), 2))
+
+
+# -- in the workers ----------------------------------------------------------------------------------------------------
+
+
+def job(member: Member, seconds: float, data_dir: str | None) -> dict[str, Any]:
+    """What a worker does: its rank's steps on a mirror, beside the others."""
+    task, plan, cluster = member.live
+    try:
+        steps = mirrored(member, task, plan, cluster, data_dir)
+        member.comm.barrier()
+        steps.take(seconds / 2)
+        steps.begin()
+        member.comm.barrier()
+        steps.take(seconds)
+    except NotAlike as e:
+        return {"not_alike": str(e)}
+    member.comm.barrier()
+    return steps.told()
+
+
+def mirrored(member: Member, task: Task, plan: Plan, cluster: Cluster | None, data_dir: str | None) -> Steps:
+    """This rank's run among mirrors, ready for its first step. Collective; raises `NotAlike` in it or at the first."""
+    assert plan.workers is not None
+    assert isinstance(plan.mesh, Mesh)
+    assert isinstance(plan.strategy, Strategy)
+    prices = Prices(cluster, plan.workers, plan.transport if cluster is not None and cluster.measured else None)
+    prices.begin()
+    piped = plan.mesh["pipeline"] > 1
+    mirror = MirrorCommunicator(
+        member.comm.rank if piped else 0,  # whose share is the largest; the others' parts are as large or smaller
+        plan.workers,
+        transport=plan.transport,
+        shares_memory=plan.transport in SHARE_MEMORY,
+        price=prices,
+        really=member.comm if piped else None,
+        messages=plan.strategy.alike,
+    )
+    run = prepare(Member(mirror, (task, plan), allocator=member.allocator), task, plan, Options(data_dir=data_dir))
+    mirror.really = None
+    return Steps(run, mirror, _fed(run) if piped else None)
+
+
+def _fed(run: Run) -> Actions:
+    """The run's pipeline without its neighbours."""
+    replica = run.replica
+    assert isinstance(replica, PipelineReplica)
+    with torch.random.fork_rng(devices=[]):
+        whole = build_model(run.task, run.splits, SingleCommunicator(), cut=True)
+        said = pipeline.parse(run.plan.pipeline, run.plan.strategy)
+        assert said.cut is not None
+        count = run.task.batch_size // replicas(run.comm).size
+        inputs, _ = run.splits.train.rows(torch.arange(min(count, len(run.splits.train))))
+        return feed(replica, cut_into_stages(whole, said.cut).stages, inputs, count)
+
+
+def jobs(member: Member, batches: Sequence[int], seconds: float, data_dir: str | None) -> list[dict[str, Any]]:
+    """`job` at one global batch after the other."""
+    task, plan, cluster = member.live
+    each = [(dataclasses.replace(task, batch_size=n), plan, cluster) for n in batches]
+    return [job(dataclasses.replace(member, live=live), seconds, data_dir) for live in each]
+
+
+class Steps:
+    """Steps as the training loop does them, each with its parts."""
+
+    def __init__(self, run: Run, mirror: MirrorCommunicator, actions: Actions | None) -> None:
+        self._run, self._mirror, self._actions = run, mirror, actions
+        self._shares = run.sampler.batches(epochs=10**9, steps=None)
+        self._elements = 0
+        self._apply = run.replica.apply
+        run.replica.apply = self._counted  # type: ignore[method-assign]
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget the steps so far."""
+        self._rows: list[tuple[float, float, float, float]] = []
+        self._elements = self._samples = 0
+        self._mirror.exchanges.clear()
+        if self._actions is not None:
+            self._actions.clear()
+
+    def _counted(self, piece: Piece, lo: int, hi: int) -> None:
+        self._elements += max(hi - lo, 0)
+        self._apply(piece, lo, hi)
+
+    def take(self, seconds: float, *, skipped: int = 0) -> None:
+        """So long, but `FEWEST_STEPS` more, of which the first ``skipped`` are not kept."""
+        run, replica, cut, spent = self._run, self._run.replica, self._mirror.spent_cut, self._mirror.spent
+        clock, rows = time.perf_counter, self._run.splits.train.rows
+        until, before_now, taken = clock() + seconds, len(self._rows), 0
+        while taken < FEWEST_STEPS or (clock() < until and taken < MOST_STEPS):
+            taken += 1
+            share = next(self._shares)
+            run.comm.step = share.before.step
+            before = replica.compute_s, replica.update_s, cut.priced_s, cut.here_s, spent.here_s
+            t0 = clock()
+            inputs, target = rows(share.indices)
+            run.worker.step(Batch(inputs, target, len(share.indices), share.global_count))
+            if run.schedule is not None:
+                advance(run.schedule)
+            whole_s = clock() - t0
+            compute_s, update_s = replica.compute_s - before[0], replica.update_s - before[1]
+            priced_s, mirrored_s = cut.priced_s - before[2], cut.here_s - before[3]
+            rest_s = max(whole_s - compute_s - update_s - (spent.here_s - before[4]), 0.0)
+            self._rows.append((compute_s - mirrored_s, update_s, rest_s, priced_s))
+            self._samples = max(self._samples, len(share.indices))
+        del self._rows[before_now : before_now + skipped]
+
+    def told(self) -> dict[str, Any]:
+        """As it travels."""
+        n = len(self._rows)
+        return {
+            "rows": torch.tensor(self._rows, dtype=torch.float64),
+            "samples": self._samples,
+            "elements": self._elements / n,
+            "exchanges": [[*operation, times / n] for operation, times in self._mirror.exchanges.items()],
+            "actions": [] if self._actions is None else self._actions.told(),
+            "hops": [] if self._actions is None else [list(x) for x in self._actions.sent_B().items()],
+        }
+
+
+# -- in the launcher ---------------------------------------------------------------------------------------------------
+
+
+def _measured(task: Task, plan: Plan, cluster: Cluster | None, data_dir: str | None, seconds: float) -> Profile:
+    with _crew(task, plan, cluster) as crew:
+        told = crew.run(JOB, seconds, data_dir, deadline_s=DEADLINE_S + seconds)
+    if any("not_alike" in one for one in told):
+        raise NotAlike(next(one["not_alike"] for one in told if "not_alike" in one))
+    return joined(told)
+
+
+def _crew(task: Task, plan: Plan, cluster: Cluster | None) -> Team:
+    engine = "threads" if plan.transport == "threads" else "shared" if environment.shared_memory_works() else "gloo"
+    live = (task, plan, cluster)
+    return team(engine, co_runners(plan), threads=plan.threads, allocator=plan.allocator, live=live)  # type: ignore[arg-type]
+
+
+def joined(told: Sequence[dict[str, Any]]) -> Profile:
+    """Of all ranks, over the steps that all have done."""
+    steps = min(len(one["rows"]) for one in told)
+    rows = np.stack([one["rows"][:steps].numpy() for one in told], axis=1)  # (step, rank, part)
+    medians = np.median(rows, axis=(0, 1))
+    cut_s = float(medians[3])
+    computing = rows[:, :, 0] + rows[:, :, 2]
+    middle = float(np.median(computing))
+    halves = [float(np.median(part)) for part in (computing[: steps // 2], computing[steps // 2 :])]
+    return Profile(
+        compute_s=float(medians[0]) + cut_s,
+        update_s=float(medians[1]),
+        rest_s=float(medians[2]),
+        cut_s=cut_s,
+        samples=float(max(one["samples"] for one in told)),
+        elements=float(told[0]["elements"]),
+        steps=steps,
+        factors=computing / middle,
+        spread=abs(halves[0] - halves[1]) / middle,
+        exchanges=tuple((_operation(said), times) for *said, times in told[0]["exchanges"]),
+        when=time.time(),
+        actions=tuple((kind, int(stage), float(s)) for one in told for kind, stage, s in one["actions"]),
+        hops=tuple((int(boundary), int(n)) for one in told for boundary, n in one["hops"]),
+    )
+
+
+def _operation(said: Sequence[Any]) -> Operation:
+    """As it has travelled."""
+    return Operation._make([*said[:3], tuple(said[3]), *said[4:]])
+
+
+# -- kept --------------------------------------------------------------------------------------------------------------
+
+_HERE: dict[str, Profile] = {}
+
+
+def _key(task: Task, plan: Plan) -> str:
+    """Of everything that a step's cost depends on; live objects by their identity."""
+    parts = [getattr(task, name) for name in ("model", "data", "loss", "optimizer", "schedule")]
+    said = [x if isinstance(x, str) or x is None else f"<{id(x)}>" for x in parts]
+    table = {k: str(v) for k, v in plan.as_table().items() if k != "timeout_s"}
+    every = [*said, task.clip, task.batch_size, sorted(table.items()), sorted(versions().items()), futex.cores()]
+    return hashlib.sha256(json.dumps(every, default=str).encode()).hexdigest()[:32]
+
+
+def _lasting(task: Task) -> bool:
+    """Whether the text of a task says all: a factory of the user's may be another one tomorrow."""
+    parts = (getattr(task, name) for name in ("model", "data", "loss", "optimizer", "schedule"))
+    return all(x is None or (isinstance(x, str) and ":" not in x) for x in parts)
+
+
+def _kept(key: str) -> Profile | None:
+    found = _HERE.get(key) or _read(key)
+    return found if found is not None and time.time() - found.when < FRESH_S else None
+
+
+def _keep(key: str, found: Profile, *, lasts: bool) -> None:
+    """A cache that cannot be written costs a quarter of a second the next time."""
+    _HERE[key] = found
+    if lasts:
+        table = dataclasses.asdict(found) | {"factors": found.factors.tolist()}
+        with contextlib.suppress(OSError):
+            _place(key).parent.mkdir(parents=True, exist_ok=True)
+            with replacing(_place(key)) as file:
+                json.dump(table, file)
+
+
+def _read(key: str) -> Profile | None:
+    try:
+        table = json.loads(_place(key).read_bytes())
+        exchanges = tuple((_operation(said), float(n)) for said, n in table["exchanges"])
+        made = {"factors": np.array(table["factors"]), "exchanges": exchanges}
+        made |= {name: tuple(map(tuple, table[name])) for name in ("actions", "hops")}
+        return Profile(**table | made)
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def _place(key: str) -> Path:
+    return cache("profiles") / f"{key}.json"

@@ -1,0 +1,329 @@
+"""Predicted steps against steps measured on this machine: ``python -m validation.measured [--quick] [--write]``.
+
+Every row is a configuration (model, batch, workers, threads, transport, strategy, cut) that nothing was fitted to. Its
+real steps and the profile that predicts it alternate within the same processes, eight turns of an eighth of a second,
+so that both meet the same state of the host (`interleaved`); transports' prices are those of the last calibration.
+What is compared are medians; the noise floor is what odd turns differ by from even ones. Beside it, on the same rows:
+
+    operators    computing from this machine's tables of operators
+    roofline     the calibrated device's specification alone
+    one factor   the same times one constant, which makes the single-worker rows exact in the geometric mean
+    last known   the step on one worker (one thread) of the same model and share, as if more were free
+
+Regret: of each model and batch, the plan with the least predicted time a sample against the best one measured. Workers
+times threads never exceed the cores. ``--write`` puts the report into docs/validation.md, between its marks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import math
+import os
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import manyhands as mh
+from manyhands import verbs
+from manyhands.cluster import Cluster
+from manyhands.communication import futex
+from manyhands.errors import BadInput, ManyhandsError
+from manyhands.modelling import calibration, prediction
+from manyhands.modelling.profile import joined
+from manyhands.training.rehearsal import rehearsed
+from manyhands.training.team import team
+from validation import interleaved, scores
+
+PAGE = Path(__file__).parent.parent / "docs" / "validation.md"
+BEGIN, END = "<!-- measured steps: begin -->", "<!-- measured steps: end -->"
+HEAD = ("prediction", "mean %", "median %", "p90 %", "max %", "bias %", "rows", "failures")
+MODELS = (
+    ("perceptron(hidden=50)", "mnist", (50, 200, 1000)),
+    ("perceptron(hidden=1000)", "mnist", (100, 400)),
+    ("logistic", "mnist", (100,)),
+    ("cnn", "mnist", (24, 100)),
+    ("gpt(layers=2, width=64)", "tinyshakespeare", (8, 24)),
+    ("gpt", "tinyshakespeare", (8,)),
+)
+PLANS: tuple[dict[str, Any], ...] = (
+    {"workers": 1, "threads": 1},
+    {"workers": 1, "threads": 2},
+    {"workers": 2, "threads": 1, "transport": "shared"},
+    {"workers": 2, "threads": 1, "transport": "shared", "strategy": "synchronous(update='replicated')"},
+    {"workers": 2, "threads": 1, "transport": "gloo"},
+    {"workers": 2, "threads": 1, "transport": "mpi"},
+    {"workers": 2, "threads": 1, "transport": "shared", "strategy": "local(every=8)"},
+    {"workers": 2, "threads": 1, "transport": "shared", "strategy": "ssp(staleness=2)"},
+    {"workers": 2, "threads": 1, "transport": "shared", "strategy": "gossip"},
+)
+#: For models that can be cut so.
+CUTS: tuple[dict[str, Any], ...] = (
+    {"mesh": "tensor=2", "threads": 1, "transport": "shared"},
+    {"mesh": "pipeline=2", "threads": 1, "transport": "shared"},
+)
+CUT_MODELS = ("gpt", "gpt(layers=2, width=64)")
+WAYS = ("measured", "operators", "roofline", "one factor", "last known")
+
+
+@dataclass
+class Row:
+    """One configuration, and what came of it."""
+
+    model: str
+    data: str
+    batch: int
+    plan: dict[str, Any]
+    runs_s: list[float] = field(default_factory=list)
+    predicted_s: dict[str, list[float]] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+    error: float = 0.0  # the error bar that came with the prediction
+
+    @property
+    def step_s(self) -> float:
+        """The median of turns' medians."""
+        return statistics.median(self.runs_s)
+
+    @property
+    def floor(self) -> float:
+        """By how much its odd turns differ from its even ones."""
+        return abs(statistics.median(self.runs_s[::2]) - statistics.median(self.runs_s[1::2])) / self.step_s
+
+    @property
+    def case(self) -> tuple[str, int]:
+        """What plans are chosen for."""
+        return self.model, self.batch
+
+    def best_guess(self, way: str) -> float | None:
+        """The median prediction of one way."""
+        found = self.predicted_s.get(way)
+        return statistics.median(found) if found else None
+
+    def __str__(self) -> str:
+        plan = ", ".join(f"{k}={v}" for k, v in self.plan.items())
+        return f"{self.model}, batch {self.batch}, {plan}"
+
+    def task(self, steps: int) -> mh.Task:
+        """The task of so many steps."""
+        return mh.Task(model=self.model, data=self.data, batch_size=self.batch, steps=steps, optimizer="sgd(lr=0.01)")
+
+
+def rows(quick: bool) -> Iterator[Row]:
+    """Every configuration; of the quick form a few."""
+    cores = futex.cores()
+    for model, data, batches in MODELS[:1] + MODELS[3:4] if quick else MODELS:
+        for batch in batches[:1] if quick else batches:
+            for plan in (PLANS + (CUTS if model in CUT_MODELS else ()))[:: 3 if quick else 1]:
+                workers = plan.get("workers", 2)
+                if workers * plan["threads"] <= cores:
+                    yield Row(model, data, batch, dict(plan))
+
+
+def measure(row: Row, ways: Sequence[str], turns: int, cluster: Cluster) -> None:
+    """Run and profile in turn, then predict by what was profiled; and by every other way."""
+    try:
+        task = row.task(200)
+        decided = verbs.resolved(task, mh.Plan(**row.plan))
+        model, splits = verbs._built(task, None)
+        plan = rehearsed(decided, model, task, splits.train).plan
+        assert plan.workers is not None
+        tables = {"task": task.as_table(), "plan": plan.as_table()}
+        transport = "shared" if plan.workers == 1 else plan.transport
+        with team(transport, plan.workers, threads=plan.threads) as crew:
+            told = crew.run(interleaved.JOB, turns, tables, deadline_s=300.0)
+    except ManyhandsError as e:
+        row.failures["run"] = str(e).splitlines()[0]
+        return
+    times = told[0]["times"].numpy()
+    row.runs_s = [float(np.median(turn)) for turn in times]
+    found = dataclasses.replace(joined(told), plain=told[0]["plain"])
+    for way in ways:
+        computed = prediction.as_measured(plan, found) if way == "measured" else None
+        source = None if way == "measured" else way
+        try:
+            guess = prediction.predicted(
+                task,
+                plan,
+                cluster,
+                model,
+                splits,
+                here=True,
+                compute=source,
+                computed=computed,  # type: ignore[arg-type]
+            )
+        except ManyhandsError as e:
+            row.failures[way] = str(e).splitlines()[0]
+        else:
+            row.predicted_s[way] = [guess.step_s]
+            if way == "measured":
+                row.error = guess.error
+
+
+def baselines(every: Sequence[Row]) -> None:
+    """One factor on the roofline, from single workers; and the single worker's step as everybody's."""
+    single = [r for r in every if r.runs_s and r.plan.get("workers") == 1 and r.plan["threads"] == 1]
+    ratios = [r.step_s / guess for r in single if (guess := r.best_guess("roofline"))]
+    factor = statistics.geometric_mean(ratios) if ratios else 1.0
+    alone = {r.case: r.step_s for r in single}
+    for r in every:
+        if (guess := r.best_guess("roofline")) is not None:
+            r.predicted_s["one factor"] = [guess * factor]
+        if r.case in alone and r not in single:
+            r.predicted_s["last known"] = [alone[r.case] / r.plan.get("workers", 1)]
+
+
+def regrets(every: Sequence[Row]) -> list[tuple[str, float, str, str]]:
+    """Of each model and batch: what was lost by following the predictions, the plan chosen and the best one."""
+    cases: dict[tuple[str, int], list[Row]] = {}
+    for r in every:
+        if r.runs_s and r.best_guess("measured") is not None:
+            cases.setdefault(r.case, []).append(r)
+    found = []
+    for (model, batch), each in cases.items():
+        chosen = min(each, key=lambda r: r.best_guess("measured") or math.inf)
+        best = min(each, key=lambda r: r.step_s)
+        found.append((f"{model}, batch {batch}", chosen.step_s / best.step_s - 1, _plan(chosen), _plan(best)))
+    return found
+
+
+def processes_or_threads(every: Sequence[Row]) -> tuple[int, int]:
+    """How often the prediction says rightly whether two workers or two threads are quicker; of how many cases."""
+    right = asked = 0
+    cases: dict[tuple[str, int], dict[str, Row]] = {}
+    for r in every:
+        kind = "threads" if r.plan == PLANS[1] else "processes" if r.plan == PLANS[2] else ""
+        if kind and r.runs_s and r.best_guess("measured") is not None:
+            cases.setdefault(r.case, {})[kind] = r
+    for each in cases.values():
+        if len(each) == 2:
+            a, b = each["threads"], each["processes"]
+            asked += 1
+            right += (a.step_s < b.step_s) == ((a.best_guess("measured") or 0) < (b.best_guess("measured") or 0))
+    return right, asked
+
+
+def _plan(row: Row) -> str:
+    return ", ".join(f"{k}={v}" for k, v in row.plan.items())
+
+
+# -- the report --------------------------------------------------------------------------------------------------------
+
+
+def report(every: Sequence[Row], command: str) -> list[str]:
+    """Markdown."""
+    ran = [r for r in every if r.runs_s]
+    floors = sorted(r.floor for r in ran)
+    p90 = floors[min(len(floors) - 1, int(0.9 * len(floors)))]
+    said = [
+        f"{len(ran)} configurations on {futex.cores()} cores, `{command}`; torch {_torch()}. By how much runs of one "
+        f"configuration differ, the noise floor: median {statistics.median(floors):.1%}, mean "
+        f"{statistics.fmean(floors):.1%}, 90 % under {p90:.1%}.",
+        "",
+    ]
+    table = []
+    for way in WAYS:
+        pairs = [(r.best_guess(way), r.step_s) for r in ran if way in r.predicted_s or way in r.failures]
+        if pairs:
+            table.append([way, *scores.Score.of(pairs).cells()])
+    said += scores.table(HEAD, table)
+    quiet = [r for r in ran if r.floor <= statistics.median(floors)]
+    pairs = [(r.best_guess("measured"), r.step_s) for r in quiet]
+    said += ["", f"On the quieter half of the rows, where runs differ by {statistics.median(floors):.1%} or less:", ""]
+    said += scores.table(HEAD, [["measured", *scores.Score.of(pairs).cells()]])
+    for title, key in (("model", lambda r: r.model), ("plan", _plan)):
+        groups: dict[str, list[Row]] = {}
+        for r in ran:
+            groups.setdefault(key(r), []).append(r)
+        each = [
+            [name, *scores.Score.of([(r.best_guess("measured"), r.step_s) for r in group]).cells()]
+            for name, group in groups.items()
+        ]
+        said += ["", f"By {title}, computing measured:", "", *scores.table((title, *HEAD[1:]), each)]
+    lost = regrets(ran)
+    right, asked = processes_or_threads(ran)
+    inside = [r for r in ran if (g := r.best_guess("measured")) is not None and abs(g / r.step_s - 1) <= 2 * r.error]
+    said += [
+        "",
+        f"Planner regret: mean {statistics.fmean(x[1] for x in lost):.1%}, worst {max(x[1] for x in lost):.1%} over "
+        f"{len(lost)} models and batches. Two processes or two threads: right in {right} of {asked}. Within twice "
+        f"its own error bar: {len(inside)} of {len(ran)}.",
+        "",
+        *scores.table(
+            ("model, batch", "regret %", "chosen", "best"), [[n, f"{100 * x:.1f}", a, b] for n, x, a, b in lost]
+        ),
+    ]
+    worst = sorted(ran, key=lambda r: -abs((r.best_guess("measured") or r.step_s) / r.step_s - 1))[:10]
+    said += ["", "The ten worst:", ""]
+    said += scores.table(
+        ("configuration", "measured ms", "predicted ms", "error %", "runs differ by %"),
+        [
+            [
+                str(r),
+                f"{1e3 * r.step_s:.3f}",
+                f"{1e3 * (r.best_guess('measured') or 0):.3f}",
+                f"{100 * ((r.best_guess('measured') or 0) / r.step_s - 1):+.1f}",
+                f"{100 * r.floor:.1f}",
+            ]
+            for r in worst
+        ],
+    )
+    failed = {f"{way}: {why}" for r in every for way, why in r.failures.items()}
+    return said + (["", "Not predicted or not run:", "", *(f"- {x}" for x in sorted(failed))] if failed else [])
+
+
+def _torch() -> str:
+    import torch
+
+    return torch.__version__
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, predict, print."""
+    parser = argparse.ArgumentParser(prog="python -m validation.measured", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="a few configurations, once: a smoke run")
+    parser.add_argument("--turns", type=int, default=interleaved.TURNS, help="of runs and of profiles, each")
+    parser.add_argument("--only", default="", help="rows whose text contains this")
+    parser.add_argument("--json", type=Path, help="all rows as one JSON document")
+    parser.add_argument("--write", action="store_true", help=f"put the report into {PAGE.name}")
+    said = parser.parse_args(arguments)
+    logging.getLogger("manyhands").setLevel(logging.ERROR)
+    ways = ("measured", "operators", "roofline")
+    cluster = calibration.cached()
+    if cluster is None:
+        raise BadInput("this machine is not calibrated; first: manyhands calibrate.")
+    every = [r for r in rows(said.quick) if said.only in str(r)]
+    if not every:
+        raise BadInput(f"--only {said.only!r}: no configuration's text contains it.")
+    began = time.perf_counter()
+    for i, row in enumerate(every):
+        measure(row, ways, said.turns, cluster)
+        guess = row.best_guess("measured")
+        error = f"{100 * (guess / row.step_s - 1):+.1f} %" if guess and row.runs_s else str(row.failures)
+        print(f"[{i + 1}/{len(every)}, {time.perf_counter() - began:.0f} s] {row}: {error}", file=sys.stderr)
+    baselines(every)
+    command = "python -m validation.measured" + (" --quick" if said.quick else "")
+    lines = report(every, command)
+    print("\n".join(lines))
+    if said.json:
+        said.json.write_text(json.dumps([r.__dict__ for r in every], indent=1))
+    if said.write:
+        _write(lines)
+    return 0
+
+
+def _write(lines: Sequence[str]) -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    PAGE.write_text(f"{before}{BEGIN}\n\n{os.linesep.join(lines)}\n\n{END}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
