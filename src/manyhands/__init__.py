@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from manyhands.plan import Plan as Plan
     from manyhands.task import Task as Task
     from manyhands.verbs import Result as Result
+    from manyhands.verbs import predict as predict
+    from manyhands.verbs import search as search
     from manyhands.verbs import simulate as simulate
     from manyhands.verbs import train as train
 
@@ -29,6 +31,8 @@ _WHERE = {
     "Plan": "manyhands.plan",
     "train": "manyhands.verbs",
     "simulate": "manyhands.verbs",
+    "predict": "manyhands.verbs",
+    "search": "manyhands.verbs",
     "Result": "manyhands.verbs",
     "Mesh": "manyhands.communication.topology",
     "Measurement": "manyhands.contract",

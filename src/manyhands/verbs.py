@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
+import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,16 +23,13 @@ from manyhands.communication import futex
 from manyhands.communication.communicator import Communicator
 from manyhands.communication.topology import Mesh
 from manyhands.contract import Measurement, Spread, StepParts, Strategy
-from manyhands.data import Dataset, Splits
-from manyhands.errors import BadInput, FactoryFailed, ManyhandsError, WorkerFailed
+from manyhands.data import Splits
+from manyhands.errors import BadInput, FactoryFailed, ManyhandsError, UnknownName, WorkerFailed
 from manyhands.models import losses, optimizers, schedules
 from manyhands.models.factory import settle
 from manyhands.models.update_rules import served
-from manyhands.partition.ampnet.graph import check_norms
-from manyhands.partition.ampnet.place import fitted
-from manyhands.partition.ampnet.strategy import AMPNet
-from manyhands.partition.pipeline.strategy import PipeDream
 from manyhands.plan import Facts, Plan, Resolved, resolve, server_ranks
+from manyhands.plan.compressing import AUTO
 from manyhands.task import Task, described
 from manyhands.training import environment
 from manyhands.training.checkpoint import CheckpointNotWritten
@@ -39,12 +38,17 @@ from manyhands.training.interruption import terminating
 from manyhands.training.loop import work
 from manyhands.training.member import Member, own_traceback
 from manyhands.training.preparation import signature
+from manyhands.training.rehearsal import rehearsed
 from manyhands.training.run import Options
-from manyhands.training.sampler import batch_sizes
 from manyhands.training.team import team
+from manyhands.training.trace import check_writable
 
 if TYPE_CHECKING:
     from manyhands.cluster import Cluster
+    from manyhands.modelling.calibration import Calibration
+    from manyhands.modelling.prediction import Prediction, Source
+    from manyhands.modelling.search.engine import Samples
+    from manyhands.modelling.search.ranking import Ranking
     from manyhands.simulation.failures import Failures
     from manyhands.simulation.running import Simulation
     from manyhands.simulation.stragglers import Stragglers
@@ -110,6 +114,14 @@ def resolved(task: Task, plan: Plan, *, nodes: int | None = None) -> Resolved:
 
     ``nodes``: for a simulated cluster of so many instead.
     """
+    found = resolve(plan, _facts(task, nodes=nodes))
+    if plan.compress == AUTO:  # what the strategy decides depends on what is going to be chosen
+        return dataclasses.replace(found, plan=dataclasses.replace(found.plan, strategy=plan.strategy))
+    return found
+
+
+def _facts(task: Task, *, nodes: int | None = None) -> Facts:
+    """What any plan for ``task`` is checked against; raises for what is wrong with the task itself."""
     task.check()
     started = environment.launched() if nodes is None else None
     with _the_users("loss", task.loss):
@@ -118,7 +130,7 @@ def resolved(task: Task, plan: Plan, *, nodes: int | None = None) -> Resolved:
         trial = optimizers.trial(task.optimizer)
     with _the_users("schedule", task.schedule):
         schedules.build(task.schedule, trial, steps=task.steps or 100)
-    facts = Facts(
+    return Facts(
         cores=futex.cores(),
         gpus=torch.cuda.device_count() if torch.cuda.is_available() else 0,
         shared_memory=environment.shared_memory_works(),
@@ -133,7 +145,6 @@ def resolved(task: Task, plan: Plan, *, nodes: int | None = None) -> Resolved:
         memory_B=environment.memory_B() if nodes is None else None,
         nodes=nodes,
     )
-    return resolve(plan, facts)
 
 
 def train(
@@ -147,6 +158,7 @@ def train(
     checkpoint: str | int = "epoch",
     keep: int = 3,
     progress: bool = True,
+    trace: str | os.PathLike[str] | None = None,
 ) -> Result:
     """Train ``task`` by ``plan`` on real workers.
 
@@ -156,8 +168,9 @@ def train(
     ``out`` keeps plan, metrics, summary and checkpoints in a folder; with ``resume`` the newest good checkpoint there
     is taken up exactly, in the middle of an epoch too, and also on another number of workers. A live model that was
     passed in holds the final parameters afterwards. ``evaluate``: at every ``epoch``, at the ``end``, ``never``, or a
-    number of steps; ``checkpoint``: likewise, and always at the end, of which the newest ``keep`` stay. Under torchrun,
-    mpirun or srun this joins the ranks they started.
+    number of steps; ``checkpoint``: likewise, and always at the end, of which the newest ``keep`` stay. ``trace``: a
+    file that tells, for Perfetto, what each worker did when (`training.recorder`). Under torchrun, mpirun or srun this
+    joins the ranks they started.
 
     Raises `BadInput` (the request cannot work: found before anything is started or, of a resume and of data that
     differs between workers, before the first step; no file is changed), `WorkerFailed` with the worker's own traceback
@@ -171,15 +184,19 @@ def train(
         raise BadInput(f"checkpoint={checkpoint!r}: it is epoch, end, or a whole number of steps from 1.")
     if not is_whole(keep, 1):
         raise BadInput(f"keep={keep!r}: how many checkpoints to keep is a whole number from 1.")
-    decided = resolved(task, plan or Plan())
+    asked = plan or Plan()
+    decided = resolved(task, asked)
     places = None if data_dir is None else Path(data_dir)
     model, splits = _built(task, places)
-    decided = _rehearsed(decided, model, task, splits.train)
     started = environment.launched()
     joins = started is not None and started.size > 1
     folder = None if out is None else Path(out)
-    if folder is not None and not joins:
-        _take_folder(folder, resume)
+    resumed = folder if resume else None
+    if asked.compress == AUTO and not joins:
+        decided = _with_compressor(task, asked, decided, model, resumed=resumed)
+    decided = rehearsed(decided, model, task, splits.train)
+    if not joins:
+        _take_places(folder, resume, trace)
     watched: dict[str, Any] = {"evaluate": evaluate, "checkpoint": checkpoint, "keep": keep}
     options = dataclasses.asdict(
         Options(
@@ -188,13 +205,28 @@ def train(
             data_dir=None if places is None else str(places),
             **watched,
             progress=progress,
-            described="" if folder is None else _plan_file(task, plan or Plan(), decided.plan, watched),
+            described="" if folder is None else _plan_file(task, asked, decided.plan, watched),
             data=signature(splits),
+            trace=None if trace is None else os.path.abspath(trace),
         )
     )
     for note in decided.notes:
         log.warning("%s", note)
-    outcome = (_joined if joins else _launched_here)(task, decided.plan, options)
+    if not joins:
+        return _result(decided, folder, model, _launched_here(task, decided.plan, options))
+
+    def settle(comm: Communicator) -> Plan:
+        """What the launcher's ranks have to try together."""
+        nonlocal decided
+        if asked.compress == AUTO:
+            decided = _with_compressor(task, asked, decided, model, resumed=resumed, comm=comm)
+            log.warning("%s", decided.notes[-1])
+            decided = rehearsed(decided, model, task, splits.train)
+            if folder is not None:
+                options["described"] = _plan_file(task, asked, decided.plan, watched)
+        return decided.plan
+
+    outcome = _joined(task, decided.plan, options, settle)
     return _result(decided, folder, model, outcome)
 
 
@@ -243,10 +275,10 @@ def simulate(
     options.check()
     on = cluster if isinstance(cluster, Cluster) else load(cluster)
     asked = plan or Plan()
-    alone = resolved(task, asked, nodes=1).plan
-    assert alone.workers is not None
-    decided = resolved(task, asked, nodes=on.nodes_for(alone.workers))
+    decided = _resolved_on(on, task, asked)
     model, splits = _built(task, None if data_dir is None else Path(data_dir))
+    if asked.compress == AUTO:
+        decided = _with_compressor(task, asked, decided, model, on=on)
     for note in decided.notes:
         log.warning("%s", note)
     if sizes and (task.seconds is not None or task.target_accuracy is not None):
@@ -261,18 +293,271 @@ def simulate(
     return done
 
 
+def predict(
+    task: Task,
+    plan: Plan | None = None,
+    cluster: Cluster | str | os.PathLike[str] | None = None,
+    *,
+    compute: Source | None = None,
+    memory: bool = True,
+    fresh: bool = False,
+    data_dir: str | os.PathLike[str] | None = None,
+) -> Prediction:
+    """What ``plan`` will cost on ``cluster``, before it is run: step time in parts, memory, bytes, with an error bar.
+
+        guess = mh.predict(mh.Task(model="cnn", data="mnist"), mh.Plan(workers=2))
+        guess.summary.step_s.median, guess.error
+
+    Without ``cluster`` it is this machine, as `calibrate` has measured it. A ready cluster's name or a file predicts
+    for machines that one need not have. ``compute`` says where the time of computing comes from: ``measured``, the
+    task's own step here for a quarter of a second (kept for a day, unless ``fresh``), ``operators``, this machine's
+    tables, or ``roofline``, the device's specification; left out, the best of them that there is. ``memory``: in parts,
+    too; a plan that does not fit is predicted all the same, with a note of by how much and of what would fit.
+
+    Raises `BadInput` before anything is measured.
+    """
+    from manyhands.cluster import Cluster, load
+    from manyhands.modelling import prediction
+
+    if compute is not None and compute not in prediction.SOURCES:
+        raise UnknownName("source of computing", compute, prediction.SOURCES)
+    asked, notes = plan or Plan(), list[str]()
+    if cluster is None:
+        on, notes = _this_machine()
+    else:
+        on = cluster if isinstance(cluster, Cluster) else load(cluster)
+    here = cluster is None or on.measured is not None
+    decided = resolved(task, asked) if here else _resolved_on(on, task, asked)
+    model, splits = _built(task, None if data_dir is None else Path(data_dir))
+    if asked.compress == AUTO:
+        decided = _with_compressor(task, asked, decided, model, on=None if here else on)
+    decided = rehearsed(decided, model, task, splits.train)
+    folder = None if data_dir is None else os.fspath(data_dir)
+    found = prediction.predicted(
+        task,
+        decided.plan,
+        on,
+        model,
+        splits,
+        here=here,
+        compute=compute,
+        fresh=fresh,
+        data_dir=folder,
+        notes=(*notes, *decided.notes),
+    )
+    return prediction.with_memory(found, task, on, model, splits, folder) if memory else found
+
+
+def search(
+    task: Task,
+    cluster: Cluster | str | os.PathLike[str] | None = None,
+    *,
+    workers: Sequence[int] | None = None,
+    strategies: Sequence[str | Strategy] | None = None,
+    compressors: Sequence[str] | None = None,
+    threads: Sequence[int] | None = None,
+    meshes: Sequence[str] | None = None,
+    micro_batches: Sequence[int] | None = None,
+    recompute: Sequence[bool] | None = None,
+    plan: Plan | None = None,
+    measure: int = 0,
+    limit: int = 1000,
+    price_per_worker_hour: float | None = None,
+    study: Samples | None = None,
+    compute: Source | None = None,
+    fresh: bool = False,
+    data_dir: str | os.PathLike[str] | None = None,
+) -> Ranking:
+    """Which plans to take for ``task`` on ``cluster`` (default: this machine), and how many workers are worth it.
+
+        found = mh.search(mh.Task(model="cnn", data="mnist"))
+        found.choice.plan, found.ties, found.worth.knee.workers
+
+    Looks at the product of the lists (`modelling.search.space`), each with a default; ``plan`` is what all have in
+    common, ``limit`` the most plans. What cannot work or does not fit into memory is in ``refused`` with its reason.
+    The others are ranked by the predicted time of an epoch; or, where ``study`` tells how many samples a strategy needs
+    until the target (strategy → workers → samples, `studies.samples_to_target`), by the time that takes. ``measure``:
+    the first so many are run for a few seconds each, on this machine, and put in the order of what they took. Some of
+    the task's steps are measured here, a quarter of a second each, and kept for a day (but anew if ``fresh``).
+
+    Raises `BadInput` before anything is measured; a single plan raises nothing.
+    """
+    from manyhands.cluster import Cluster, load
+    from manyhands.modelling import prediction
+    from manyhands.modelling.search import costs, engine, space
+
+    if compute is not None and compute not in prediction.SOURCES:
+        raise UnknownName("source of computing", compute, prediction.SOURCES)
+    if environment.launched() is not None:
+        raise BadInput("search under a launcher: it looks at any number of workers, from one process. Start it alone.")
+    notes = list[str]()
+    if cluster is None:
+        on, notes = _this_machine()
+    else:
+        on = cluster if isinstance(cluster, Cluster) else load(cluster)
+    here = cluster is None or on.measured is not None
+    engine.check(measure=measure, limit=limit, price=price_per_worker_hour, here=here, cluster=on.name, study=study)
+    said = space.check(
+        workers=workers,
+        threads=threads,
+        strategies=strategies,
+        meshes=meshes,
+        compressors=compressors,
+        micro_batches=micro_batches,
+        recompute=recompute,
+    )
+    base = plan or Plan()
+    plans = space.asked(said, on, here=here, cores=futex.cores(), most=task.batch_size, base=base, limit=limit)
+    places = None if data_dir is None else Path(data_dir)
+    facts = functools.lru_cache(maxsize=None)(lambda nodes: _facts(task, nodes=nodes))
+    facts(None)
+    model, splits = _built(task, places)
+
+    def decide(each: Plan) -> Resolved:
+        return resolve(each, facts(None if here else on.nodes_for(each.workers or 1)))
+
+    given = None if places is None else str(places)
+    pricer = costs.Costs(task, on, model, splits, here=here, compute=compute, fresh=fresh, data_dir=given)
+    found = engine.search(
+        plans,
+        decide,
+        pricer,
+        rehearse=lambda made: rehearsed(made, model, task, splits.train),
+        cluster=on.name,
+        samples=study,
+        price_per_worker_hour=price_per_worker_hour,
+        notes=notes,
+        here=here,
+    )
+    return engine.measured(found, functools.partial(_run_briefly, task, given), measure) if measure else found
+
+
+#: Seconds of training that each round of a measured plan takes, and how many rounds go over all of them in turn.
+BRIEF_S, ROUNDS = 0.7, 3
+
+
+def _run_briefly(task: Task, data_dir: str | None, plans: Mapping[Plan, float]) -> dict[Plan, list[float]]:
+    """Seconds of a step, means of short runs; by plan, given what a step is predicted to take."""
+    taken: dict[Plan, list[float]] = {plan: [] for plan in plans}
+    for _ in range(ROUNDS):
+        for plan, step_s in plans.items():
+            steps = max(20, min(round(BRIEF_S / step_s), 20_000))
+            brief = dataclasses.replace(task, epochs=None, steps=steps, seconds=None, target_accuracy=None)
+            try:
+                said = train(brief, plan, evaluate="never", progress=False, data_dir=data_dir).summary
+            except ManyhandsError as e:
+                log.warning("%s could not be measured: %s", plan, e)
+                continue
+            if said is not None and said.samples_per_s:
+                taken[plan].append(task.batch_size / said.samples_per_s)
+    return {plan: times for plan, times in taken.items() if times}
+
+
+def calibrate(
+    *,
+    out: str | os.PathLike[str] | None = None,
+    quick: bool = False,
+    transports: Sequence[str] | None = None,
+    progress: bool = True,
+) -> Calibration:
+    """Measure this machine, in two minutes (``quick``: 20 s and less of it), into a cluster file with tables.
+
+        verbs.calibrate().path
+
+    Curves of what operations of each of ``transports`` take (default: all that work here), memory and arithmetic of
+    the host, operators of torch. The file goes to the user's cache, where `predict` finds it, or to ``out``. Nothing is
+    written before all is measured. Leave the machine alone meanwhile: noise is measured again, then widens the spreads.
+
+    Raises `BadInput` before anything is measured.
+    """
+    from rich.console import Console
+
+    from manyhands.modelling import calibration
+
+    console = Console(stderr=True) if progress else None
+    return calibration.calibrate(out=out, quick=quick, wanted=transports, console=console)
+
+
 def outlined(task: Task, plan: Plan | None = None, *, data_dir: str | os.PathLike[str] | None = None) -> Outline:
-    """The plan with everything decided, and what each worker would hold and send; nothing is started.
+    """The plan with everything decided, and what each worker would hold and send; nothing is started (but workers
+    that try the transport for a moment, under ``compress=auto``).
 
     mh.verbs.outlined(mh.Task(model="cnn"), mh.Plan(mesh="pipeline=2")).parts[0].cut_B
     """
     from manyhands.training.outline import outline
 
     places = None if data_dir is None else Path(data_dir)
-    decided = resolved(task, plan or Plan())
+    asked = plan or Plan()
+    decided = resolved(task, asked)
     model, splits = _built(task, places)
-    decided = _rehearsed(decided, model, task, splits.train)
+    if asked.compress == AUTO:
+        decided = _with_compressor(task, asked, decided, model)
+    decided = rehearsed(decided, model, task, splits.train)
     return outline(task, decided.plan, decided.notes, model, splits)
+
+
+def _resolved_on(cluster: Cluster, task: Task, plan: Plan) -> Resolved:
+    """As `resolved`, for as many nodes of ``cluster`` as the plan's workers fill."""
+    alone = resolved(task, plan, nodes=1).plan
+    assert alone.workers is not None
+    return resolved(task, plan, nodes=cluster.nodes_for(alone.workers))
+
+
+def _with_compressor(
+    task: Task,
+    asked: Plan,
+    found: Resolved,
+    model: torch.nn.Module,
+    *,
+    on: Cluster | None = None,
+    resumed: Path | None = None,
+    comm: Communicator | None = None,
+) -> Resolved:
+    """``compress=auto`` decided: by the links of a cluster, by the ranks of ``comm`` (collective), or by workers that
+    try the plan's transport here for a moment. A run that is taken up goes on with what it has.
+    """
+    from manyhands.modelling import compression
+
+    def settled(compress: str) -> Resolved:
+        said = dataclasses.replace(asked, compress=compress)
+        return resolved(task, said) if on is None else _resolved_on(on, task, said)
+
+    def by_the_first(decide: Callable[[], Any]) -> Any:
+        return decide() if comm is None else first_decides(comm, decide)
+
+    kept = by_the_first(lambda: None if resumed is None else compression.kept(resumed))
+    if kept is not None:
+        return compression.with_note(settled(kept), f"compress=auto: {kept}, with which this run began")
+    plan, shapes = found.plan, compression.shapes_of(model)
+    assert isinstance(plan.mesh, Mesh)
+    size, n_B = plan.mesh["data"], 4 * sum(map(math.prod, shapes))
+    among = compression.allowed(settled) if size > 1 else []
+    price: compression.Price = lambda name, n: 0.0  # noqa: E731
+    if on is not None:
+        price = compression.priced(on, size)
+    elif comm is not None:
+        price = compression.from_probe(compression.measured(comm, n_B))
+    elif among:
+        price = compression.probed(plan.transport, size, plan.threads, n_B, plan.timeout_s)
+    where = f"on {plan.transport if on is None else on.name}"
+
+    def chosen() -> list[str]:
+        choice = compression.choose(shapes, size, price, where, among)
+        return [choice.compress, choice.note]
+
+    compress, note = by_the_first(chosen)
+    return compression.with_note(settled(compress), note)
+
+
+def _this_machine() -> tuple[Cluster, list[str]]:
+    """As `calibrate` has measured it; else assumed figures, and a note that says so."""
+    from manyhands.cluster import load
+    from manyhands.modelling import calibration
+
+    found = calibration.look()
+    if found.cluster is not None:
+        return found.cluster, []
+    return load("laptop"), [f"communication is priced by assumed figures: {found.reason}"]
 
 
 def _check_evaluation(evaluate: str | int, task: Task) -> None:
@@ -303,96 +588,12 @@ def _built(task: Task, data_dir: Path | None) -> tuple[torch.nn.Module, Splits]:
         torch.set_rng_state(generator)
 
 
-def _rehearsed(decided: Resolved, model: torch.nn.Module, task: Task, train: Dataset) -> Resolved:
-    """Refuse a cut that does not fit the model, before anything is started; with a note of what is cut and how."""
-    from manyhands.partition.data import arguments
-    from manyhands.partition.pipeline import cut as stages
-    from manyhands.partition.pipeline import description as pipeline
-    from manyhands.partition.pipeline.description import MICRO_BATCHES
-    from manyhands.partition.pipeline.rehearsal import rehearse
-    from manyhands.partition.sharded.units import units_of
-    from manyhands.partition.tensor import axis_of
-    from manyhands.partition.tensor.rehearsal import rehearsed
-
-    plan = decided.plan
-    assert isinstance(plan.mesh, Mesh)
-    assert plan.micro_batches is not None
-    mesh, micro_batches = plan.mesh, plan.micro_batches
-    tensor, ranks, notes = mesh["tensor"], mesh["pipeline"], list(decided.notes)
-    if isinstance(plan.strategy, AMPNet):
-        if task.loss is None:
-            raise BadInput("ampnet with loss=None: outputs come to a loss node. Give the loss to the task.")
-        graph, place = fitted(model, plan.strategy, ranks, train.rows(torch.tensor([0]))[0])
-        check_norms(graph, plan.strategy.samples, batch_sizes(len(train), task.batch_size, task.steps))
-        each = [", ".join(name for name, at in place.items() if at == rank) for rank in range(ranks)]
-        notes.append("; ".join(f"nodes of worker {rank}: {names}" for rank, names in enumerate(each)))
-        return dataclasses.replace(decided, notes=tuple(notes))
-    if task.loss is None and (ranks > 1 or isinstance(plan.strategy, PipeDream)):
-        raise BadInput(
-            f"{plan.strategy} on {mesh} with loss=None: the last stage hands outputs to a loss. Give the loss to the "
-            "task and let the model return outputs."
-        )
-    if axis_of(plan.tensor) == "data":
-        if task.loss is None:
-            raise BadInput(
-                f"tensor={plan.tensor}: the outputs go to a loss of the task's, and loss=None leaves it to the model."
-            )
-        tensor = mesh["data"]
-    if (plan.shard or 0) > 1 and mesh["data"] > 1:
-        notes.append(f"shard={plan.shard}: {units_of(model, arguments(*train.rows(torch.tensor([0])), task.loss))}")
-    if tensor > 1:
-        sample, _ = train.rows(torch.tensor([0]))
-        how = rehearsed(model, plan.tensor, tensor, sample, checked=True)
-        notes.append(f"cut among {tensor} workers: {how}")
-        if how.left:
-            plan = dataclasses.replace(plan, tensor=how.said)
-    if isinstance(plan.strategy, PipeDream) and ranks == 1:
-        notes.append(
-            "pipedream without a pipeline axis: one stage has nothing to stash, so this is plain synchronous training "
-            "with an update for every micro-batch. Say e.g. mesh=pipeline=2 (--mesh pipeline=2) for a pipeline"
-        )
-    if ranks > 1:
-        notes += _of_micro_batches(task, plan, model, len(train))
-        said = pipeline.parse(plan.pipeline, plan.strategy)
-        schedule = said.made(ranks, micro_batches)
-        if micro_batches < ranks:
-            notes.append(
-                f"micro_batches={micro_batches} on {ranks} workers never keeps all of them busy; "
-                f"a plan takes {MICRO_BATCHES * ranks} by itself (--micro-batches)"
-            )
-        if said.cut is None:
-            rows = min(len(train), -(-task.batch_size // (mesh["data"] * micro_batches)))
-            said = said.at(stages.cut_points(model, schedule.stages, train.rows(torch.arange(rows))[0]))
-        into = stages.cut(model, said.cut or ())
-        if len(into.stages) != schedule.stages:
-            raise BadInput(
-                f"pipeline={said}: {schedule.stages} stages on {ranks} ranks want {schedule.stages - 1} modules to cut "
-                f"before, and {len(into.stages) - 1} are named."
-            )
-        few = train.rows(torch.arange(min(len(train), task.batch_size, 4)))[0]
-        rehearse(model, into, schedule, few)
-        notes.append(f"cut into {len(into.stages)} stages: {'; '.join(str(into).splitlines())}")
-        plan = dataclasses.replace(plan, pipeline=str(said))
-    return dataclasses.replace(decided, plan=plan, notes=tuple(notes))
-
-
-def _of_micro_batches(task: Task, plan: Plan, model: torch.nn.Module, samples: int) -> list[str]:
-    """What is to be known of micro-batches so small; raises where BatchNorm could not do with them."""
-    assert isinstance(plan.mesh, Mesh)
-    assert plan.micro_batches is not None
-    share = min(task.batch_size, samples) // plan.mesh["data"]
-    fewest = share // plan.micro_batches
-    if any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in model.modules()):
-        if fewest < 2:
-            raise BadInput(
-                f"a batch of {task.batch_size} as {plan.micro_batches} micro-batches on each of {plan.mesh['data']} "
-                f"replicas: BatchNorm normalises within a micro-batch, and {fewest} samples have no variance. Use a "
-                f"larger batch, or at most micro_batches={max(share // 2, 1)} (--micro-batches)."
-            )
-        return [f"BatchNorm normalises within a micro-batch, of {fewest} samples here"]
-    if fewest < 1:
-        return [f"{share} samples a replica in {plan.micro_batches} micro-batches: some of them are empty"]
-    return []
+def _take_places(out: Path | None, resume: bool, trace: str | os.PathLike[str] | None) -> None:
+    """Refuse what a run cannot be written to."""
+    if out is not None:
+        _take_folder(out, resume)
+    if trace is not None:
+        check_writable(Path(trace))
 
 
 def _take_folder(out: Path, resume: bool) -> None:
@@ -476,16 +677,18 @@ def _launched_here(task: Task, plan: Plan, options: dict[str, Any]) -> dict[str,
         return outcome
 
 
-def _joined(task: Task, plan: Plan, options: dict[str, Any]) -> dict[str, Any]:
+def _joined(task: Task, plan: Plan, options: dict[str, Any], settle: Callable[[Communicator], Plan]) -> dict[str, Any]:
     from manyhands.training.allocator import tune
 
     torch.set_num_threads(plan.threads)
     allocator = "tuned" if plan.allocator == "tuned" and tune() else "plain"
     comm = join_launcher(plan)
     try:
-        if options["out"] is not None:  # the folder of all is looked at by one, so that all take one verdict
-            first_decides(comm, lambda: _take_folder(Path(options["out"]), options["resume"]))
-        return work(Member(comm, (task, plan), allocator=allocator), options, None)
+        if options["out"] is not None or options["trace"] is not None:
+            # The folder of all is looked at by one, so that all take one verdict.
+            folder = None if options["out"] is None else Path(options["out"])
+            first_decides(comm, lambda: _take_places(folder, options["resume"], options["trace"]))
+        return work(Member(comm, (task, settle(comm)), allocator=allocator), options, None)
     except BaseException:
         comm.fail()
         raise
@@ -520,6 +723,8 @@ def _result(decided: Resolved, folder: Path | None, model: torch.nn.Module, outc
             folder,
             summary["steps"],
         )
+    if outcome["untraced"]:
+        log.warning("the run has no trace: %s", outcome["untraced"])
     if outcome["unsaved"]:
         raise LastCheckpointNotWritten(outcome["unsaved"], result)
     return result

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from manyhands import studies, verbs
+from manyhands.errors import BadInput
 from manyhands.studies import calibration, presets
 from manyhands.studies.grid import Study
 from tests.studies.made import measurement
@@ -50,7 +51,11 @@ def trained(monkeypatch):
         calls.append(task)
         return verbs.Result(None, plan, measurement(plan.workers), [], None)
 
+    def predict(task, plan, **_):
+        raise BadInput("nothing is predicted here")
+
     monkeypatch.setattr(verbs, "train", train)
+    monkeypatch.setattr(verbs, "predict", predict)
     monkeypatch.setattr(calibration, "loop_s", lambda: 1.0)
     return calls
 
@@ -101,6 +106,8 @@ def test_a_dry_run_is_data_and_knows_what_is_done(run, file, trained):
     said = json.loads(run("study", file, "--dry-run", "--json")[1])
     assert (said["runs"], said["done"], said["refused"]) == (2, 0, 1)
     assert [cell["grids"] for cell in said["cells"]] == [["speed"], ["speed"], ["impossible"]]
+    more = json.loads(run("study", file, "--dry-run", "--simulate", "4..8", "--json")[1])["cells"]
+    assert [cell["measure"] for cell in more] == ["train"] * 3 + ["simulate"] * 2
     run("study", file, "--out", "there", "-q")
     assert json.loads(run("study", file, "--out", "there", "--dry-run", "--json")[1])["done"] == 2
     assert json.loads(run("study", file, "--out", "there", "--dry-run", "--again", "--json")[1])["runs"] == 2
@@ -139,6 +146,10 @@ def test_every_short_form_is_shorter():
         (("xin-ma", "--model", "cnn"), "only data can be said"),
         (("mine.toml", "--workers", "0"), "workers=0"),
         (("mine.toml", "--repeats", "0"), "repeats=0"),
+        (("mine.toml", "--simulate", "8"), "it is FIRST..LAST"),
+        (("mine.toml", "--simulate", "2..8", "--cluster", "ethernet_1"), "ethernet_1"),
+        (("mine.toml", "--cluster", "ethernet_1g"), "without simulate"),
+        (("compare", "--simulate", "2..8"), "shows no simulated plans"),
         (("mine.toml", "--model", "cn", "--dry-run"), None),
         (("mine.toml", "--learning", "1"), "no option of manyhands study named '--learning'"),
     ],

@@ -40,11 +40,11 @@ charts = st.builds(
             Series,
             name=texts,
             points=st.lists(points(), max_size=5).map(tuple),
-            role=st.sampled_from(["measured", "ideal", "fit", "published"]),
+            role=st.sampled_from(["measured", "ideal", "fit", "published", "simulated"]),
         ),
         max_size=4,
     ).map(tuple),
-    kind=st.sampled_from(["lines", "bars", "stack"]),
+    kind=st.sampled_from(["lines", "points", "bars", "stack"]),
     log_x=st.booleans(),
     log_y=st.booleans(),
 )

@@ -95,7 +95,7 @@ def test_rows_of_another_version_are_refused_and_left_as_they_are(tmp_path):
     before = (tmp_path / ROWS).read_bytes()
     for opening in (lambda: Rows(tmp_path, study()), lambda: read(tmp_path)):
         with pytest.raises(
-            BadInput, match=r"another version of manyhands \(form 1, this is 3\).*Choose another folder"
+            BadInput, match=r"another version of manyhands \(form 1, this is 4\).*Choose another folder"
         ):
             opening()
     assert (tmp_path / ROWS).read_bytes() == before

@@ -323,7 +323,7 @@ def test_a_cell_that_is_refused_now_keeps_what_it_measured(tmp_path, trained, mo
     first = studies.run(study(GRID), out=tmp_path)
     trained.clear()
 
-    def refuse(*_):
+    def refuse(*_, **__):
         raise BadInput("no longer")
 
     monkeypatch.setattr(verbs, "resolved", refuse)

@@ -39,7 +39,7 @@ def train(said: argparse.Namespace) -> Answer:
     from manyhands.cli.request import requested
 
     task, plan, run = requested(said)
-    run |= _given(said, "out", "resume", "data_dir", "evaluate", "checkpoint", "keep")
+    run |= _given(said, "out", "resume", "data_dir", "evaluate", "checkpoint", "keep", "trace")
     status = 0
     try:
         result = verbs.train(task, plan, progress="no_progress" not in said, **run)
@@ -64,6 +64,54 @@ def simulate(said: argparse.Namespace) -> Answer:
     return Answer(found.as_dict(), functools.partial(simulation.lines, task, found))
 
 
+def predict(said: argparse.Namespace) -> Answer:
+    """What one plan will cost; nothing is trained."""
+    from manyhands import verbs
+    from manyhands.cli import prediction
+    from manyhands.cli.request import requested
+
+    task, split, _ = requested(said)
+    found = verbs.predict(task, split, **_given(said, "cluster", "compute", "fresh", "data_dir"))
+    return Answer(found.as_dict(), functools.partial(prediction.lines, task, found))
+
+
+def search(said: argparse.Namespace) -> Answer:
+    """Which plans to take, of many."""
+    from manyhands import verbs
+    from manyhands.cli import searching
+    from manyhands.cli.request import requested
+
+    if "batch_per_worker" in said:
+        raise BadInput(
+            "--batch-per-worker with search: plans of any number of workers share one batch. Say --batch-size."
+        )
+    task, base, _ = requested(said)
+    reached = None
+    if "study" in said:
+        from manyhands.studies.reached import samples_to_target
+
+        reached = samples_to_target(said.study, task)
+    asked = {name: getattr(said, f"some_{name}") for name in options.SPACE if f"some_{name}" in said}
+    asked |= {"recompute": (False, True)} if "some_recompute" in said else {}
+    found = verbs.search(
+        task,
+        plan=base,
+        study=None if reached is None else reached.samples,
+        **asked,
+        **_given(said, "cluster", "compute", "measure", "limit", "price_per_worker_hour", "data_dir"),
+    )
+    return Answer(found.as_dict(), functools.partial(searching.lines, task, found, reached))
+
+
+def calibrate(said: argparse.Namespace) -> Answer:
+    """This machine measured into a cluster file."""
+    from manyhands import verbs
+    from manyhands.cli import calibration
+
+    found = verbs.calibrate(progress="no_progress" not in said, **_given(said, "out", "quick", "transports"))
+    return Answer(found.as_dict(), functools.partial(calibration.lines, found))
+
+
 def plan(said: argparse.Namespace) -> Answer:
     """A plan decided and laid out; nothing is started."""
     from manyhands import verbs
@@ -85,13 +133,14 @@ def study(said: argparse.Namespace) -> Answer:
     from manyhands import studies
 
     task = _given(said, *options.STUDY_TASK)
-    asked = {**_given(said, "workers", "repeats", "quick"), "task": task}
+    asked = {**_given(said, "workers", "repeats", "quick", "simulate", "cluster"), "task": task}
     if "dry_run" in said:
         return _dry_run(said, asked)
     if "again" in said and "out" not in said:
         raise BadInput("--again without --out: say in which study's folder to run everything anew, --out DIR.")
     console = None if "no_progress" in said else Console(stderr=True)
-    result = studies.run(said.name, console=console, **asked, **_given(said, "out", "data_dir", "again"))
+    run = {"predict": "no_predict" not in said, **_given(said, "out", "data_dir", "again", "trace")}
+    result = studies.run(said.name, console=console, **asked, **run)
     return Answer(result.as_dict(), result.lines, result.exit_code)
 
 
@@ -151,7 +200,10 @@ def doctor(said: argparse.Namespace) -> Answer:
 
 COMMANDS = {
     "train": train,
+    "predict": predict,
+    "search": search,
     "simulate": simulate,
+    "calibrate": calibrate,
     "plan": plan,
     "study": study,
     "report": report,

@@ -33,14 +33,16 @@ KINDS = (
     "pipelines",
     "clusters",
     "formulas",
+    "stragglers",
+    "failures",
 )
 #: Of a task, what can be said to a study.
 STUDY_TASK = (
     *("model", "data", "loss", "optimizer", "schedule", "clip", "batch_size", "batch_per_worker"),
     *("epochs", "steps", "seconds", "target_accuracy", "seed"),
 )
-#: Verbs of the design that this release does not have.
-LATER = ("predict", "search", "calibrate")
+#: The lists of a search.
+SPACE = ("workers", "threads", "strategies", "meshes", "compressors", "micro_batches")
 
 EPILOG = """\
 Text such as perceptron(hidden=50) is a name with options; your own model, data, loss, optimizer or strategy is
@@ -68,8 +70,6 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The command and what was said to it; raises `BadInput`, with the nearest name where one is unknown."""
     parser, commands = declare()
     command = next((a for a in arguments if not a.startswith("-")), None)
-    if command in LATER:
-        raise BadInput(f"{command} is not part of this release; it comes later. Now there are: {', '.join(commands)}.")
     if command is not None and command not in commands:
         raise UnknownName("command", command, commands)
     said, extra = parser.parse_known_args(arguments)
@@ -102,7 +102,10 @@ def declare() -> tuple[Parser, dict[str, Parser]]:
     made = {}
     for name, declared, says in (
         ("train", _train, "one plan on real processes"),
+        ("predict", _predict, "what one plan will cost, before it is run: step time in parts, bytes, an error bar"),
+        ("search", _search, "which of many plans to take: the best by prediction, what ties, how many workers pay"),
         ("simulate", _simulate, "one plan in virtual time, on a cluster one need not have; starts no process"),
+        ("calibrate", _calibrate, "measure this machine, in two minutes, for predictions: into the cache, or a file"),
         ("plan", _plan, "what a plan comes to: decided, and what each worker would hold and send; nothing is started"),
         ("study", _study, "a grid of plans side by side; without a name, the small default study of this machine"),
         ("report", _report, "(re)draw the report of a study's folder"),
@@ -160,6 +163,7 @@ def _train(parser: Parser) -> None:
         "--checkpoint", type=_when, metavar="WHEN", help="epoch, end, or every so many steps (default: epoch)"
     )
     run.add_argument("--keep", type=_whole, metavar="N", help="newest checkpoints that stay (default: 3)")
+    _tracing(run)
     _quiet(run)
 
 
@@ -188,11 +192,96 @@ def _simulate(parser: Parser) -> None:
     )
     run = parser.add_argument_group("the run")
     run.add_argument("--sizes", action="store_true", help="no numbers: times and traffic only, of thousands of workers")
-    run.add_argument("--trace", type=Path, metavar="FILE.json", help="who did what when, for Perfetto")
+    _tracing(run)
     run.add_argument(
         "--evaluate", type=_when, metavar="WHEN", help="epoch, never, or every so many steps (default: epoch)"
     )
     _file_and_data(run)
+
+
+def _predict(parser: Parser) -> None:
+    _task_and_plan(parser)
+    cost = parser.add_argument_group("what takes how long")
+    cost.add_argument(
+        "--cluster",
+        metavar="NAME|FILE",
+        help="a ready one's name or a TOML file (default: this machine, as calibrated)",
+    )
+    cost.add_argument(
+        "--compute",
+        metavar="SOURCE",
+        help="where computing is known from: measured, operators or roofline (default: the best there is)",
+    )
+    cost.add_argument("--fresh", action="store_true", help="measure anew what was measured within the last day")
+    run = parser.add_argument_group("the run")
+    _file_and_data(run)
+
+
+def _search(parser: Parser) -> None:
+    task = parser.add_argument_group("what to learn")
+    _what_to_learn(task, default=lambda text: f" (default: {text})")
+    task.add_argument("--lr", type=_number, metavar="RATE", help="learning rate, in place of the optimizer's")
+    lists = parser.add_argument_group("which plans, as lists; each has a default")
+    for option, name, says in (
+        ("--workers", "workers", "e.g. 1,2,4 (default: powers of two up to the cores, or 8 nodes of a cluster)"),
+        ("--threads", "threads", "per worker (default: 1, and cores / workers)"),
+        ("--micro-batches", "micro_batches", "passes of a step (default: 1,2,4)"),
+    ):
+        lists.add_argument(option, dest=f"some_{name}", type=_wholes, metavar="N,…", help=says)
+    for option, name, says in (
+        ("--strategy", "strategies", "may be repeated (default: synchronous, local, ssp, gossip)"),
+        (
+            "--mesh",
+            "meshes",
+            "data, or e.g. tensor=2 with replicas of that; may be repeated (default: data, and some cuts)",
+        ),
+        ("--compress", "compressors", "may be repeated (default: none, bfloat16, top_k, powersgd)"),
+    ):
+        lists.add_argument(
+            option, dest=f"some_{name}", action="append", metavar=option[2:].upper().replace("-", "_"), help=says
+        )
+    lists.add_argument(
+        "--recompute", dest="some_recompute", action="store_true", help="pipelines that compute activations anew, too"
+    )
+    lists.add_argument("--limit", type=_whole, metavar="N", help="plans at most (default: 1000)")
+    same = parser.add_argument_group("what all plans have in common")
+    for option, says in (
+        ("--precision", "float32 or bfloat16 autocast (default: float32)"),
+        ("--transport", "auto, shared, threads, gloo, mpi … (default: auto)"),
+        ("--device", "auto, cpu or cuda (default: auto)"),
+        ("--allocator", "tuned or plain: glibc's malloc (default: tuned)"),
+    ):
+        same.add_argument(option, metavar=option[2].upper(), help=says)
+    cost = parser.add_argument_group("what takes how long")
+    cost.add_argument(
+        "--cluster",
+        metavar="NAME|FILE",
+        help="a ready one's name or a TOML file (default: this machine, as calibrated)",
+    )
+    cost.add_argument(
+        "--compute", metavar="SOURCE", help="measured, operators or roofline (default: the best there is)"
+    )
+    cost.add_argument("--measure", type=_whole, metavar="N", help="run the best N for some seconds, and re-rank them")
+    cost.add_argument(
+        "--study", type=Path, metavar="DIR", help="rank by time to the target that this study's runs reached"
+    )
+    cost.add_argument(
+        "--price", dest="price_per_worker_hour", type=_number, metavar="P", help="of a worker for an hour"
+    )
+    _file_and_data(parser.add_argument_group("the run"))
+
+
+def _calibrate(parser: Parser) -> None:
+    parser.add_argument("--out", type=Path, metavar="FILE.toml", help="a cluster file (default: the user's cache)")
+    parser.add_argument("--quick", action="store_true", help="20 s: few sizes, two workers, no operators")
+    parser.add_argument(
+        "--transport",
+        dest="transports",
+        type=_names_of,
+        metavar="T,…",
+        help="one or several, with commas (default: those of shared,threads,gloo,mpi that work here)",
+    )
+    _quiet(parser)
 
 
 def _plan(parser: Parser) -> None:
@@ -230,7 +319,7 @@ def _task_and_plan(parser: Parser) -> None:
     plan.add_argument(
         "--compress",
         metavar="COMPRESSOR",
-        help="what is sent instead of dense gradients, e.g. 'top_k(ratio=0.01)' (see: list compressors)",
+        help="what is sent instead of dense gradients: auto, or e.g. 'top_k(ratio=0.01)' (see: list compressors)",
     )
     plan.add_argument(
         "--micro-batches", type=_whole, metavar="N", help="passes of a step (default: 1, of a pipeline 4 a stage)"
@@ -259,6 +348,14 @@ def _study(parser: Parser) -> None:
     parser.add_argument("--quick", action="store_true", help="the short form of a built-in study")
     parser.add_argument("--dry-run", action="store_true", help="only tell what would run, and how long that would take")
     parser.add_argument("--again", action="store_true", help="run what is done in --out anew, too")
+    parser.add_argument("--no-predict", action="store_true", help="do not predict each plan's step before it is run")
+    parser.add_argument(
+        "--simulate", metavar="FIRST..LAST", help="go on with simulated workers, e.g. 2..1024: 2, 4, 8 … 1024"
+    )
+    parser.add_argument(
+        "--cluster", metavar="NAME|FILE", help="of --simulate (default: nodes like this one over ethernet_10g)"
+    )
+    parser.add_argument("--trace", action="store_true", help="trace.json in each run's folder: who did what when")
     parser.add_argument("--data-dir", type=Path, metavar="DIR", help="where data lies (default: $MANYHANDS_DATA)")
     _quiet(parser)
     task = parser.add_argument_group("what to learn, in place of the study's own, also of what its grids vary")
@@ -301,6 +398,10 @@ def _doctor(parser: Parser) -> None:
     parser.add_argument("--data-dir", type=Path, metavar="DIR", help="where data lies")
 
 
+def _tracing(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--trace", type=Path, metavar="FILE.json", help="who did what when, for Perfetto")
+
+
 def _quiet(parser: Any) -> None:
     parser.add_argument("-q", "--no-progress", action="store_true", help="do not show how far it is")
 
@@ -317,6 +418,10 @@ def _whole(text: str) -> int:
         return int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+
+
+def _wholes(text: str) -> list[int]:
+    return [_whole(each) for each in text.split(",")]
 
 
 def _names_of(text: str) -> list[str]:

@@ -34,6 +34,7 @@ def lines(task: Task, result: Result) -> list[str]:
         ("parts", in_parts(said.step_parts_s)),
         ("samples per second", f"{said.samples_per_s:,.0f}"),
         ("sent", f"{size(said.sent_B_per_step)} a step by each worker"),
+        *_of_compression(said),
         *_of_workers(said),
         ("memory", f"{size(said.peak_memory_B)}, the largest worker"),
         ("files", str(result.out) if result.out is not None else "none kept; --out DIR keeps them"),
@@ -62,6 +63,16 @@ def _of_workers(said: Measurement) -> list[tuple[str, str]]:
         text = f"{said.staleness_mean:.2f} updates of others on average, {said.staleness_max} at most"
         rows.append(("staleness", text))
     return rows
+
+
+def _of_compression(said: Measurement) -> list[tuple[str, str]]:
+    """How much was left out, and what leaving it out took."""
+    if said.compression_s is None:
+        return []
+    text = "nothing was sent" if said.compression_ratio is None else f"{said.compression_ratio:,.4g} times fewer bytes"
+    if said.compression_error is not None and said.compression_kept is not None:
+        text += f"; error {said.compression_error:.3g}, kept mass {said.compression_kept:.3g}"
+    return [("compression", f"{text}; {seconds(said.compression_s)} a step")]
 
 
 def _bubble(said: Measurement) -> str:

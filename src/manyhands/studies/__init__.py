@@ -27,6 +27,7 @@ studies = Catalogue(
         "compare": "manyhands.studies.presets:compare",
         "scaling": "manyhands.studies.presets:scaling",
         "spectrum": "manyhands.studies.presets:spectrum",
+        "compression": "manyhands.studies.compression.design:compression",
         "xin-ma": "manyhands.studies.xin_ma.design:xin_ma",
     },
 )
@@ -37,6 +38,7 @@ analyses = Catalogue(
     {
         "general": "manyhands.studies.general:analyse",
         "compare": "manyhands.studies.compare:analyse",
+        "compression": "manyhands.studies.compression.report:analyse",
         "xin-ma": "manyhands.studies.xin_ma.report:analyse",
     },
 )

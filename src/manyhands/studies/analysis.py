@@ -14,10 +14,11 @@ from manyhands.studies.summary import Line
 
 #: How sure the rows are about a claim.
 Outcome = Literal["supported", "not supported", "undecided"]
-#: measured: what this study found; ideal, fit and published are drawn beside it, as lines without points.
-Role = Literal["measured", "ideal", "fit", "published"]
-#: lines over a number; bars or stacked bars over a name.
-Kind = Literal["lines", "bars", "stack"]
+#: measured: what this study found; ideal, fit, published and computed are drawn beside it, as lines without points;
+#: simulated as dashed lines with hollow ones.
+Role = Literal["measured", "ideal", "fit", "published", "simulated", "computed"]
+#: lines or single points over a number; bars or stacked bars over a name.
+Kind = Literal["lines", "points", "bars", "stack"]
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import os
 import platform
 import socket
 import time
+import traceback
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 from manyhands.communication import futex
 from manyhands.contract import Measurement
+from manyhands.errors import BadInput, WorkerFailed
 from manyhands.plan import Plan
 from manyhands.studies.grid import Cell
 from manyhands.studies.rows import Row, Status
@@ -46,6 +48,7 @@ class Started:
         measurement: Measurement | None = None,
         history: list[dict[str, Any]] | None = None,
         noise: dict[str, float] | None = None,
+        simulated_on: str = "",
     ) -> Row:
         """The run's row; ``plan`` is the one decided, None where it did not come to that."""
         return Row(
@@ -69,8 +72,17 @@ class Started:
             traceback=traceback,
             history=history or [],
             noise=noise,
+            simulated_on=simulated_on,
             measurement=measurement,
         )
+
+    def not_done(self, e: Exception, *, plan: Plan | None = None) -> Row:
+        """The row of a run that came to nothing."""
+        if isinstance(e, BadInput):
+            return self.row("refused", plan=plan, reason=str(e))
+        own = e.traceback if isinstance(e, WorkerFailed) else ""
+        text = own or "".join(traceback.format_exception(e))
+        return self.row("failed", plan=plan, reason=str(e) or type(e).__name__, traceback=text)
 
 
 @functools.cache

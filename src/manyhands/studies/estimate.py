@@ -8,8 +8,9 @@ that the study's workers take; between the two a straight line. Preparation (dat
 process and in every worker, the workers' side by side as far as there are cores. Each transport's workers are started
 to see how long that takes. Limits on a round, and rows that are there already, are taken into account.
 
-Assumed: communication costs nothing, cores do not slow each other down, nothing is repeated for noise, and nothing ends
-early at its target. Where communication is a good part of the step the study takes accordingly longer.
+Assumed: communication costs nothing, predicting takes no time, cores do not slow each other down, nothing is repeated
+for noise, and nothing ends early at its target. Where communication is a good part of the step the study takes
+accordingly longer.
 """
 
 from __future__ import annotations
@@ -32,9 +33,10 @@ from manyhands.contract import Batch, Strategy
 from manyhands.data import Dataset
 from manyhands.errors import BadInput, ManyhandsError
 from manyhands.plan import Plan
-from manyhands.studies import gradient_noise
+from manyhands.studies import gradient_noise, simulating
 from manyhands.studies.grid import Cell, Study
-from manyhands.studies.running import Planned, Rounds, names, order, planned
+from manyhands.studies.planned import Planned, names, planned
+from manyhands.studies.running import Rounds, order
 from manyhands.task import Task
 from manyhands.training.evaluation import CHUNK, evaluate
 from manyhands.training.member import Member
@@ -46,6 +48,8 @@ from manyhands.training.team import team
 JOB, NOTHING = f"{__name__}:job", f"{__name__}:nothing"
 #: A share's step is timed for so long, or for so many steps, but at least once after a first one that is not counted.
 SECONDS, STEPS = 0.25, 20
+#: What simulating a cell takes: its share is timed for a quarter of a second, and the model is built.
+SIMULATED_S = 1.0
 
 #: What the estimate does not know, for whoever reads it.
 ASSUMED = (
@@ -172,8 +176,8 @@ def estimate(
     study: Study, *, data_dir: str | os.PathLike[str] | None = None, done: Collection[tuple[str, int]] = ()
 ) -> DryRun:
     """What ``study`` would do; ``done`` are (cell, repeat) that need not run again."""
-    decided = [planned(cell) for cell in study.cells()]
-    watch = _Timings([each for each in decided if not each.refused], data_dir)
+    decided = [planned(cell, simulating.cluster_for(cell, study)) for cell in study.cells()]
+    watch = _Timings([each for each in decided if not each.refused and each.cell.measure != "simulate"], data_dir)
     cells = tuple(_expected(each, watch) for each in decided)
     seconds = {each.cell.id: each.seconds or 0.0 for each in cells}
     left = [
@@ -198,6 +202,8 @@ def estimate(
 def _expected(each: Planned, watch: _Timings) -> Expected:
     if each.refused:
         return Expected(each, refused=each.refused)
+    if each.cell.measure == "simulate":
+        return Expected(each, SIMULATED_S)
     try:
         timing = watch.of(each)
         return Expected(each, _noise_s(each, timing) if each.cell.measure == "noise" else watch.run_s(each))

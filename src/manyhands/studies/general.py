@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from manyhands.studies import charts, findings, fits, learning_charts
+from manyhands.studies import charts, findings, fits, learning_charts, simulated
 from manyhands.studies.analysis import Analysis
 from manyhands.studies.contenders import Contender, contenders
 from manyhands.studies.grid import PER_WORKER, Study
@@ -26,6 +26,7 @@ def analyse(study: Study, rows: Sequence[Row], lines: Sequence[Line]) -> Analysi
     ]
     drawn = (
         *charts.speed_up(found),
+        *simulated.scaling(lines),
         *charts.parts(found),
         *charts.throughput(found),
         *learning_charts.against_samples(found),
@@ -33,7 +34,8 @@ def analyse(study: Study, rows: Sequence[Row], lines: Sequence[Line]) -> Analysi
         *learning_charts.against_batch(found),
         *charts.sent(found),
     )
-    return Analysis(tuple(sentences[:5]), drawn, notes=(*fastest[1:], *findings.surprises(trained), *laws(found)))
+    notes = (*fastest[1:], *findings.surprises(trained), *laws(found), *simulated.sentences(lines))
+    return Analysis(tuple(sentences[:5]), drawn, notes=notes)
 
 
 def _limits(found: Sequence[Contender]) -> list[str]:

@@ -27,10 +27,12 @@ turning fastest, and a cell that comes up twice counts once. Beside its factors 
     evaluate = "epoch"                      # likewise
     timed = false                           # its times are for nothing: a disturbed run is not done again
     measure = "noise"                       # not a training but the noise of its update (see gradient_noise)
+    measure = "simulate"                    # likewise in virtual time, on ``cluster`` of ``[study]`` (see simulating)
 
 ``evaluate`` in ``[study]`` is when runs are evaluated: "end" (the default), "epoch", "never" or every so many steps.
-``analysis`` names what is made of the rows: "general", "compare" or "xin-ma". ``keep = "rows"`` saves the disk what
-runs leave there (``runs/``: a checkpoint each); the default is "runs".
+``analysis`` names what is made of the rows: "general", "compare", "compression" or "xin-ma". ``keep = "rows"`` saves
+the disk what runs leave there (``runs/``: a checkpoint each); the default is "runs". ``cluster``: what is simulated on,
+a ready one's name or a file; the default is this machine's node, as often as needed, over 10 Gbit/s Ethernet.
 """
 
 from __future__ import annotations
@@ -56,8 +58,8 @@ from manyhands.studies import analyses, studies
 from manyhands.task import Task, from_table
 
 Value = str | int | float | bool
-#: What a cell does: trains, or measures the noise of the update that its plan would apply.
-Measure = Literal["train", "noise"]
+#: What a cell does: trains, measures the noise of the update that its plan would apply, or trains in virtual time.
+Measure = Literal["train", "noise", "simulate"]
 MEASURES: tuple[str, ...] = get_args(Measure)
 
 #: Not a field of `Task`: a cell turns it into ``batch_size``, as the global batch is its product with the workers.
@@ -65,7 +67,7 @@ PER_WORKER = "batch_per_worker"
 
 TASK_KEYS = (*(f.name for f in dataclasses.fields(Task)), PER_WORKER)
 PLAN_KEYS = tuple(f.name for f in dataclasses.fields(Plan))
-HEAD = ("name", "repeats", "limit_s", "evaluate", "analysis", "keep")
+HEAD = ("name", "repeats", "limit_s", "evaluate", "analysis", "keep", "cluster")
 #: What stays of a run beside its row: its folder with the trained model, or nothing.
 KEEP = ("runs", "rows")
 GRID_HEAD = ("name", "repeats", "measure", "evaluate", "timed")
@@ -151,6 +153,7 @@ class Study:
     evaluate: str | int = "end"
     analysis: str = "general"
     keep: str = "runs"
+    cluster: str = ""  # of what is simulated
 
     def __post_init__(self) -> None:
         if not str(self.name).strip() or type(self.name) is not str:
@@ -168,6 +171,10 @@ class Study:
             raise UnknownName("analysis", str(self.analysis), analyses)
         if self.keep not in KEEP:
             raise UnknownName("keep in [study]", str(self.keep), KEEP)
+        if type(self.cluster) is not str:
+            raise BadInput(
+                f'cluster={self.cluster!r} in [study]: it is a name or a file. E.g. cluster = "ethernet_1g".'
+            )
         for grid in self.grids:
             if grid.repeats is not None and not is_whole(grid.repeats, 1):
                 raise BadInput(f"repeats={grid.repeats!r} in [grid]: it is a whole number from 1. E.g. repeats = 3.")
@@ -219,6 +226,8 @@ class Study:
             head["analysis"] = self.analysis
         if self.keep != "runs":
             head["keep"] = self.keep
+        if self.cluster:
+            head["cluster"] = self.cluster
         grids = [_table(grid) for grid in self.grids]
         tables = {"study": head, "task": dict(self.task), "plan": dict(self.plan), "grid": grids}
         return tomli_w.dumps({k: v for k, v in tables.items() if v})
@@ -356,6 +365,8 @@ def _at_most(study: Study, workers: int | None) -> Study:
         dataclasses.replace(
             grid, factors={k: _up_to(v, workers) if k == "plan.workers" else v for k, v in grid.factors.items()}
         )
+        if grid.measure != "simulate"
+        else grid
         for grid in study.grids
     ]
     too_many = "workers" in study.plan and not _up_to([study.plan["workers"]], workers)  # where a grid says nothing

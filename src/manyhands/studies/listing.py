@@ -26,6 +26,8 @@ from manyhands.models import loss_functions, models, optimizer_classes, schedule
 from manyhands.partition import cut_strategies, partitions
 from manyhands.partition.pipeline import schedules as pipelines
 from manyhands.partition.tensor import schemes
+from manyhands.simulation.failures import failures
+from manyhands.simulation.stragglers import stragglers
 
 KINDS: Mapping[str, Catalogue] = {
     "strategies": Catalogue("strategy", {**strategies, **cut_strategies}),
@@ -42,6 +44,8 @@ KINDS: Mapping[str, Catalogue] = {
     "pipelines": pipelines,
     "clusters": clusters,
     "formulas": formulas,
+    "stragglers": stragglers,
+    "failures": failures,
 }
 
 #: Parameters that are filled in and that nobody writes: from the data set, the run or the command line.
@@ -58,8 +62,14 @@ NOTES = {
     "one_weird_trick: along its data axis.",
     "clusters": "Bandwidths are of one direction and a device, all of a node sending at once. Your own is a TOML file.",
     "formulas": "What published models say of a plan, as functions in SI units: manyhands.modelling.published.",
+    "stragglers": "What --stragglers says to simulate, e.g. --stragglers 'lognormal(sigma=0.3)'; several multiply.",
+    "failures": "What --failures says to simulate, e.g. --failures 'failures(mtbf_s=2.6e6, checkpoint_s=30)'.",
     "schedules": "These move at every step: where torch's text says epoch, read step.",
 }
+
+
+#: For which numbers of them a compressor's route is told.
+WORKERS = (2, 3, 4, 6, 8, 16, 32, 64, 128, 256)
 
 
 @dataclass(frozen=True)
@@ -197,6 +207,10 @@ def _compression(made: Any) -> dict[str, Any]:
     for workers in (2, 8):
         cost = made.cost(layout, workers)
         sent.append(f"{cost.sent_B / n:.3g} n bytes with {workers} workers ({cost.route})")
+    routes: dict[str, int] = {}
+    for workers in () if made.variable else WORKERS:
+        routes.setdefault(made.cost(layout, workers).route, workers)
+    first, *others = routes.items() or [("gather, or dense where that is shorter, as lengths are in each step", 2)]
     kept, varies = made.contraction(n), made.variance(n)
     promises = [
         "lossless" if made.lossless else "",
@@ -208,6 +222,7 @@ def _compression(made: Any) -> dict[str, Any]:
     return {
         "sends": ("at most " if made.variable else "") + ", ".join(sent) + "; dense 4 n, 7 n",
         "payloads": "added by an all-reduce" if made.summable else "decoded by everybody",
+        "route": ", ".join([first[0], *(f"{route} from {workers} workers" for route, workers in others)]),
         "promises": "; ".join(filter(None, promises)) or "none of a single step",
     }
 

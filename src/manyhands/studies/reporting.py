@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.text import Text
 
 from manyhands.errors import BadInput, ManyhandsError
-from manyhands.studies import analyses
+from manyhands.studies import analyses, predicting
 from manyhands.studies.analysis import Analysis
 from manyhands.studies.grid import Study, parse
 from manyhands.studies.rows import STUDY, Row, read, write
@@ -125,6 +125,12 @@ def made_of(study: Study, folder: Path, rows: Iterable[Row]) -> StudyResult:
     own = tuple(row for row in rows if row.cell in cells and row.repeat <= cells[row.cell].repeats)
     summary = summarize(list(cells.values()), own)
     analysis = analyses.load(study.analysis)(study, own, summary)
+    trained = [line for line in summary if line.cell.measure == "train"]
+    analysis = dataclasses.replace(
+        analysis,
+        charts=(*analysis.charts, *predicting.charts(trained)),
+        notes=(*analysis.notes, *predicting.sentences(trained)),
+    )
     return StudyResult(study, folder, own, summary, analysis, table(summary))
 
 
@@ -174,6 +180,7 @@ def command(folder: Path) -> str:
 def _plain(line: Line) -> dict[str, Any]:
     return {
         "cell": line.cell.id,
+        "measure": line.cell.measure,
         "status": line.status,
         "reason": line.reason,
         "strategy": line.strategy,
@@ -184,6 +191,11 @@ def _plain(line: Line) -> dict[str, Any]:
         "repeats": line.repeats,
         "failures": line.failures,
         "step_s": dataclasses.asdict(line.step_s) if line.step_s else None,
+        "predicted_step_s": line.predicted_step_s,
+        "prediction_error": line.prediction_error,
+        "prediction_off": line.prediction_off,
+        "unpredicted": line.unpredicted,
+        "simulated_on": line.simulated_on,
         "step_parts_s": dataclasses.asdict(line.parts_s) if line.parts_s else None,
         "samples_per_s": line.samples_per_s,
         "speed_up": line.speed_up,

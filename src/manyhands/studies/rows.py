@@ -33,7 +33,7 @@ from manyhands.training.metrics import json_text
 STUDY, ROWS, LINES, LOCK = "study.toml", "rows.sqlite", "rows.jsonl", ".lock"
 
 #: Of the table's form; another number, another form.
-VERSION = 3
+VERSION = 4
 
 Status = Literal["done", "refused", "failed"]
 
@@ -65,6 +65,10 @@ class Row:
     attempts: int = 1
     history: list[dict[str, Any]] = field(default_factory=list)  # see training.conclusion.record
     noise: dict[str, float] | None = None  # of a noise cell, see gradient_noise.Noise
+    predicted_step_s: float | None = None  # the median step as it was predicted before the run
+    prediction_error: float | None = None  # the error bar of that, relative
+    unpredicted: str = ""  # why there is no prediction
+    simulated_on: str = ""  # of a simulated run: the cluster, and where its costs come from
     measurement: Measurement | None = field(default=None)
 
     def as_dict(self) -> dict[str, Any]:

@@ -16,35 +16,33 @@ import os
 import re
 import shlex
 import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
 from rich.console import Console
 
 from manyhands import verbs
-from manyhands.errors import BadInput, WorkerFailed
-from manyhands.plan import Plan
-from manyhands.studies import gradient_noise
+from manyhands.errors import BadInput
+from manyhands.studies import gradient_noise, simulating
 from manyhands.studies.calibration import BOUND, Calibration, watched_cores
 from manyhands.studies.circumstances import Started, processor
 from manyhands.studies.grid import Cell, Study, Value, find
+from manyhands.studies.planned import Planned, names, planned
+from manyhands.studies.predicting import Predicted, predict_all
 from manyhands.studies.progress import StudyProgress
 from manyhands.studies.reporting import StudyResult, command, made_of, write_page
 from manyhands.studies.rows import Row, Rows, finished
 from manyhands.studies.run_folder import RunFolder
-from manyhands.studies.summary import called
 from manyhands.task import Task
 from manyhands.training import environment
 
 log = logging.getLogger(__name__)
 
-#: Factors that a cell's name tells anyway.
-TOLD = ("plan.strategy", "plan.workers", "plan.threads", "plan.transport")
 #: Where a study goes when nobody says where: a folder of this name, and in it one for each start.
 FOLDER = "studies-out"
+#: In a run's folder: who did what when.
+TRACE = "trace.json"
 
 
 def run(
@@ -58,6 +56,10 @@ def run(
     task: Mapping[str, Value] | None = None,
     again: bool = False,
     console: Console | None = None,
+    predict: bool = True,
+    simulate: str | None = None,
+    cluster: str | os.PathLike[str] | None = None,
+    trace: bool = False,
 ) -> StudyResult:
     """Measure every plan of a study, and keep rows and report in a folder.
 
@@ -69,11 +71,22 @@ def run(
     already what is done is not done again, so that a study which was ended goes on where it was; ``again`` does it all
     anew, and each new row takes the place of the old one unless it failed. ``repeats``: in place of the study's own; a
     grid that says how often its plans are measured keeps that. ``console`` gets a progress bar, or a line for each run
-    where it is no terminal. Ctrl-C passes through, after a report of what there is has been written.
+    where it is no terminal.
+
+    ``predict``: each plan's step is predicted before it is run (`predicting`). ``simulate``, e.g. ``"2..1024"``, lets
+    the study go on with so many simulated workers on ``cluster`` (`simulating`). ``trace`` writes ``trace.json`` into
+    each run's folder. Ctrl-C passes through, after a report of what there is has been written.
 
     Raises `BadInput` when the study cannot be read or its folder not be written.
     """
-    study = asked(name_or_file, workers=workers, repeats=repeats, quick=quick, task=task)
+    study = asked(
+        name_or_file, workers=workers, repeats=repeats, quick=quick, task=task, simulate=simulate, cluster=cluster
+    )
+    if trace and study.keep != "runs":
+        raise BadInput(
+            f'trace for study {study.name}: a trace lies in the folder of its run; keep = "{study.keep}" keeps none. '
+            'Set keep = "runs" in [study], or trace one plan: manyhands train --trace FILE.json.'
+        )
     started = environment.launched()
     if started is not None and started.size > 1:
         raise BadInput(
@@ -83,7 +96,9 @@ def run(
     folder = _folder(study, out)
     with Rows(folder, study) as rows:
         try:
-            _measure(rows, study, again=again, data_dir=data_dir, console=console)
+            _measure(rows, study, again=again, data_dir=data_dir, console=console, predicts=predict, trace=trace)
+            for row in simulating.rows(study, rows.all(), data_dir=data_dir):
+                rows.add(row)
         except KeyboardInterrupt:
             write_page(made_of(study, folder, rows.all()))
             log.warning("the rows so far are kept in %s; to go on: %s", folder, _to_go_on(folder, data_dir))
@@ -100,9 +115,15 @@ def asked(
     repeats: int | None = None,
     quick: bool = False,
     task: Mapping[str, Value] | None = None,
+    simulate: str | None = None,
+    cluster: str | os.PathLike[str] | None = None,
 ) -> Study:
     """The study that `run` with these arguments runs."""
     study = find(name_or_file, workers=workers, quick=quick, task=task)
+    if simulate is not None:
+        study = simulating.extended(study, simulate, "" if cluster is None else os.fspath(cluster))
+    elif cluster is not None:
+        raise BadInput(f"cluster={os.fspath(cluster)!r} without simulate: say how many workers, --simulate 2..1024.")
     return study if repeats is None else dataclasses.replace(study, repeats=repeats)
 
 
@@ -138,57 +159,18 @@ def order(cells: Sequence[Cell]) -> Iterator[tuple[int, Cell]]:
     return ((repeat, cell) for repeat in range(1, most + 1) for cell in cells if repeat <= cell.repeats)
 
 
-@dataclass(frozen=True)
-class Planned:
-    """A cell as it was decided for this machine, or why it cannot work."""
-
-    cell: Cell
-    task: Task | None = None
-    plan: Plan | None = None
-    refused: str = ""
-
-
-def planned(cell: Cell) -> Planned:
-    """Every ``auto`` decided, nothing started."""
-    try:
-        task, plan = cell.make()
-        return Planned(cell, task, verbs.resolved(task, plan).plan)
-    except BadInput as e:
-        return Planned(cell, refused=str(e))
-
-
-def names(cells: Sequence[Planned]) -> dict[str, str]:
-    """By cell, how progress and estimates call it: its plan, and what else varies within its grid."""
-    grids: dict[str, list[Planned]] = {}
-    for each in cells:
-        grids.setdefault((each.cell.grids or ("",))[0], []).append(each)
-    return {each.cell.id: _name(each, _varying(grid)) for grid in grids.values() for each in grid}
-
-
-def _name(each: Planned, varying: Sequence[str]) -> str:
-    cell, plan = each.cell, each.plan
-    said = [called(cell, plan.workers, plan.threads, plan.transport) if plan else called(cell, None, None, None)]
-    told = TOLD if plan else TOLD[:1]
-    values = {factor: _value(cell, factor) for factor in varying if factor not in told}
-    said += [f"{factor.partition('.')[2]}={value}" for factor, value in values.items() if value is not None]
-    return ", ".join(said + ([cell.measure] if cell.measure != "train" else []))
-
-
-def _varying(cells: Sequence[Planned]) -> list[str]:
-    factors = dict.fromkeys(factor for each in cells for factor in each.cell.factors)
-    return [factor for factor in factors if len({_value(each.cell, factor) for each in cells}) > 1]
-
-
-def _value(cell: Cell, factor: str) -> Value | None:
-    kind, _, key = factor.partition(".")
-    return (cell.task if kind == "task" else cell.plan).get(key)
-
-
 def _measure(
-    rows: Rows, study: Study, *, again: bool, data_dir: str | os.PathLike[str] | None, console: Console | None
+    rows: Rows,
+    study: Study,
+    *,
+    again: bool,
+    data_dir: str | os.PathLike[str] | None,
+    console: Console | None,
+    predicts: bool,
+    trace: bool,
 ) -> None:
-    """Check every cell, then run what can work and has no finished row."""
-    cells = study.cells()
+    """Check every cell, then predict and run what can work and has no finished row."""
+    cells = [cell for cell in study.cells() if cell.measure != "simulate"]
     with _each_note_once():
         decided = [planned(cell) for cell in cells]
         for each in decided:
@@ -203,6 +185,8 @@ def _measure(
         left = [(repeat, able[cell.id]) for repeat, cell in runs if (cell.id, repeat) not in done]
         if not left:
             return
+        asked = {each.cell.id: each for _, each in left if each.cell.measure == "train" and each.cell.timed}
+        predicted = predict_all(asked.values(), [] if again else before, data_dir=data_dir) if predicts else {}
         data = _Data(rows.folder, [] if again else before, cells)
         quickest = f"calibration loop on {watched_cores()} cores of {processor()}, s"
         calibration = Calibration(quickest_s=rows.recall(quickest))
@@ -219,7 +203,11 @@ def _measure(
                     break
                 what = f"{called_so[each.cell.id]}, repeat {repeat}"
                 progress.starts(what)
-                row = _watched(rows.folder, study, each, repeat, calibration, data_dir=data_dir)
+                row = _watched(rows.folder, study, each, repeat, calibration, data_dir=data_dir, trace=trace)
+                guess = predicted.get(row.cell, Predicted())
+                row = dataclasses.replace(
+                    row, predicted_step_s=guess.step_s, prediction_error=guess.error, unpredicted=guess.reason
+                )
                 data.check(row)
                 rows.add(row)
                 rows.remember(quickest, calibration.quickest_s)
@@ -267,6 +255,7 @@ def _watched(
     calibration: Calibration,
     *,
     data_dir: str | os.PathLike[str] | None,
+    trace: bool = False,
 ) -> Row:
     """A run between two calibrations; once more if those were slow, and of two the one less disturbed.
 
@@ -278,12 +267,12 @@ def _watched(
 
     def once(out: Path | None) -> Row:
         calibration.begins()
-        row = _trained(started(), each, out=out, data_dir=data_dir)
+        row = _trained(started(), each, out=out, data_dir=data_dir, trace=trace)
         return dataclasses.replace(row, disturbance=calibration.ends())
 
     kept = RunFolder(folder, f"{each.cell.id}-{repeat}") if study.keep == "runs" else None
     if not each.cell.timed:
-        return _trained(started(), each, out=kept.begin() if kept else None, data_dir=data_dir)
+        return _trained(started(), each, out=kept.begin() if kept else None, data_dir=data_dir, trace=trace)
     first = once(kept.begin() if kept else None)
     if first.status != "done" or _disturbance(first) <= BOUND:
         return first
@@ -298,7 +287,9 @@ def _disturbance(row: Row) -> float:
     return row.disturbance or 0.0
 
 
-def _trained(started: Started, each: Planned, *, out: Path | None, data_dir: str | os.PathLike[str] | None) -> Row:
+def _trained(
+    started: Started, each: Planned, *, out: Path | None, data_dir: str | os.PathLike[str] | None, trace: bool
+) -> Row:
     """One training, whatever becomes of it."""
     assert each.task is not None
     try:
@@ -312,12 +303,13 @@ def _trained(started: Started, each: Planned, *, out: Path | None, data_dir: str
                 checkpoint="end",
                 keep=1,
                 progress=False,
+                trace=out / TRACE if trace and out is not None else None,
             )
         except verbs.LastCheckpointNotWritten as e:
             log.warning("%s", e)
             result = e.result
     except Exception as e:
-        return _not_done(started, each, e)
+        return started.not_done(e, plan=each.plan)
     return started.row("done", plan=each.plan, measurement=result.summary, history=result.history)
 
 
@@ -328,16 +320,8 @@ def _noise(started: Started, each: Planned, *, data_dir: str | os.PathLike[str] 
     try:
         noise = gradient_noise.measure(each.task, each.plan, data_dir=data_dir)
     except Exception as e:
-        return _not_done(started, each, e)
+        return started.not_done(e, plan=each.plan)
     return started.row("done", plan=each.plan, noise=noise.as_dict())
-
-
-def _not_done(started: Started, each: Planned, e: Exception) -> Row:
-    if isinstance(e, BadInput):
-        return started.row("refused", plan=each.plan, reason=str(e))
-    own = e.traceback if isinstance(e, WorkerFailed) else ""
-    text = own or "".join(traceback.format_exception(e))
-    return started.row("failed", plan=each.plan, reason=str(e) or type(e).__name__, traceback=text)
 
 
 def _folder(study: Study, out: str | os.PathLike[str] | None) -> Path:

@@ -64,7 +64,15 @@ class Line:
     peak_memory_B: float | None = None  # of the largest worker
     staleness_mean: float | None = None
     staleness_max: int | None = None
+    compression_ratio: float | None = None  # see `contract.Measurement`; None where nothing was compressed
+    compression_error: float | None = None
+    compression_kept: float | None = None
+    compression_s: float | None = None
     wait_s: float | None = None  # of the worker that waits longest, a step
+    predicted_step_s: float | None = None  # before it was run
+    prediction_error: float | None = None  # its error bar, relative
+    unpredicted: str = ""  # why there is none
+    simulated_on: str = ""
     base: Line | None = None
     speed_up: float | None = None
     speed_up_interval: Estimate | None = None
@@ -77,8 +85,8 @@ class Line:
 
     @property
     def oversubscribed(self) -> bool:
-        """Whether that is more than there are."""
-        return self.cores_used > self.cores
+        """Whether that is more than there are; of simulated workers each has its own."""
+        return self.cores_used > self.cores and self.cell.measure != "simulate"
 
     @property
     def samples_per_s(self) -> float | None:
@@ -98,6 +106,13 @@ class Line:
         if self.speed_up is None or self.base is None:
             return None
         return self.speed_up * self.base.cores_used / self.cores_used
+
+    @property
+    def prediction_off(self) -> float | None:
+        """Predicted over measured step, less 1."""
+        if self.predicted_step_s is None or self.step_s is None or not self.step_s.median:
+            return None
+        return self.predicted_step_s / self.step_s.median - 1
 
     @property
     def name(self) -> str:
@@ -150,6 +165,10 @@ def _line(cell: Cell, rows: list[Row]) -> Line:
         noisy_repeats=frozenset(r.repeat for r in done if r.noisy),
         disturbance=max((r.disturbance for r in done if r.disturbance is not None), default=None),
         noise=tuple(r.noise for r in done if r.noise is not None),
+        predicted_step_s=_median(r.predicted_step_s for r in rows),
+        prediction_error=_median(r.prediction_error for r in rows),
+        unpredicted=last.unpredicted,
+        simulated_on=last.simulated_on,
     )
     measured = [(r.repeat, r.measurement) for r in done if r.measurement is not None]
     if not measured:
@@ -169,6 +188,10 @@ def _line(cell: Cell, rows: list[Row]) -> Line:
         moved_B_per_step=_median(m.moved_B_per_step for m in found),
         staleness_mean=_median(m.staleness_mean for m in found),
         staleness_max=max((m.staleness_max for m in found if m.staleness_max is not None), default=None),
+        compression_ratio=_median(m.compression_ratio for m in found),
+        compression_error=_median(m.compression_error for m in found),
+        compression_kept=_median(m.compression_kept for m in found),
+        compression_s=_median(m.compression_s for m in found),
         wait_s=_median(max(m.wait_s_by_worker, default=None) for m in found),
         peak_memory_B=statistics.median(m.peak_memory_B for m in found),
     )
@@ -178,6 +201,8 @@ def _compared(line: Line, lines: Sequence[Line]) -> Line:
     base = _base(line, lines)
     if base is None or line.oversubscribed:
         return line
+    if line.cell.measure == "simulate":  # whose costs are medians over the base's runs
+        return dataclasses.replace(line, base=base, speed_up=(line.samples_per_s or 0) / (base.samples_per_s or 1))
     found = _speed_up(line, base)
     return dataclasses.replace(line, base=base, speed_up=found.value if found else None, speed_up_interval=found)
 
@@ -189,6 +214,7 @@ def _base(line: Line, lines: Sequence[Line]) -> Line | None:
         other
         for other in lines
         if other.measured is not None
+        and other.cell.measure == "train"
         and other.workers == 1
         and not other.oversubscribed
         and _task(other) == _task(line)

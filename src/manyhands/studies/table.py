@@ -18,14 +18,19 @@ _WORDS = ("strategy", "transport", "remark")  # columns of words, and so is the 
 _DISPENSABLE = (
     "compute + communicate + wait + update, ms",
     "sent/sample",
+    "kept mass",
+    "compressing, ms",
     "samples to target",
     "memory",
     "efficiency",
     "samples/s",
+    "predicted ms",
     "sent/step",
     "step, ms",
     "time to target",
 )
+#: Columns where something was compressed.
+COMPRESSION = ("fewer bytes", "error", "kept mass", "compressing, ms")
 #: Where there is no figure.
 NONE = "–"
 
@@ -93,18 +98,22 @@ def table(lines: Sequence[Line]) -> Table:
     lines = [line for line in lines if line.cell.measure == "train"]
     extra = _varying(lines)
     remarked = any(_remark(line) for line in lines)
+    compressed = any(line.compression_s is not None for line in lines)
+    predicted = any(line.predicted_step_s is not None for line in lines)
     head = (
         "strategy",
         "workers",
         *(factor.partition(".")[2] for factor in extra),
         "transport",
         "step ms [p10 … p90]",
+        *(("predicted ms",) if predicted else ()),
         "samples/s",
         "speed-up",
         "efficiency",
         "accuracy",
         "sent/step",
         "sent/sample",
+        *(COMPRESSION if compressed else ()),
         *(("remark",) if remarked else ()),
     )
     body = tuple(
@@ -114,12 +123,14 @@ def table(lines: Sequence[Line]) -> Table:
             *(_factor(line, factor) for factor in extra),
             line.transport or str(line.cell.plan.get("transport", NONE)),
             _step(line),
+            *((_predicted(line),) if predicted else ()),
             f"{line.samples_per_s:,.0f}" if line.samples_per_s is not None else NONE,
             f"{line.speed_up:.2f}×" if line.speed_up is not None else NONE,
             f"{100 * line.efficiency:.0f} %" if line.efficiency is not None else NONE,
             percent(line.accuracy),
             in_bytes(line.sent_B_per_step),
             in_bytes(line.sent_B_per_sample),
+            *(_compression(line) if compressed else ()),
             *((_remark(line),) if remarked else ()),
         )
         for line in lines
@@ -146,6 +157,25 @@ def _step(line: Line) -> str:
         return NONE
     s = line.step_s
     return f"{in_ms(s.median)} [{in_ms(s.p10)} … {in_ms(s.p90)}]"
+
+
+def _compression(line: Line) -> tuple[str, ...]:
+    """Its part of `COMPRESSION`."""
+    ratio, error, kept, spent_s = (getattr(line, f"compression_{what}") for what in ("ratio", "error", "kept", "s"))
+    return (
+        f"{ratio:,.4g}×" if ratio is not None else NONE,
+        f"{error:.3g}" if error is not None else NONE,
+        f"{kept:.3g}" if kept is not None else NONE,
+        in_ms(spent_s) if spent_s is not None else NONE,
+    )
+
+
+def _predicted(line: Line) -> str:
+    if line.predicted_step_s is None:
+        return NONE
+    bar = "" if line.prediction_error is None else f" ± {100 * line.prediction_error:.0f} %"
+    off = line.prediction_off
+    return f"{in_ms(line.predicted_step_s)}{bar}" + ("" if off is None else f" ({100 * off:+.0f} %)")
 
 
 def in_ms(seconds: float) -> str:
@@ -200,6 +230,10 @@ def _remarks(lines: Sequence[Line]) -> tuple[str, ...]:
     if repeats:
         over = f"medians over {repeats} repeats that took turns" if repeats > 1 else "one run each"
         said.append(f"Times: {over}; warm-up left out. samples/s: global batch / step.")
+    if any(line.predicted_step_s is not None for line in lines):
+        said.append(
+            "Predicted: the step as it was predicted before it was run, ± its error bar (and what it missed by)."
+        )
     if any(line.noisy for line in lines):
         said.append(
             "Disturbed: cores were busy with other work, also when the run was repeated; a ratio leaves such runs out "
@@ -213,6 +247,11 @@ def _remarks(lines: Sequence[Line]) -> tuple[str, ...]:
         )
     if any(line.sent_B_per_step is not None for line in lines):
         said.append("sent/step: payload that one worker sends; sent/sample: all workers together.")
+    if any(line.compression_s is not None for line in lines):
+        said.append(
+            "Fewer bytes: a dense exchange's over those sent. Of x, a gradient with what had not been sent before, and "
+            "C(x), what stands for it: error ‖x − C(x)‖ / ‖x‖, kept mass ‖C(x)‖² / ‖x‖², in one step of 64."
+        )
     if any(line.staleness_mean is not None for line in lines):
         said.append(
             "Staleness: updates of other workers (of ssp, steps) that a gradient's parameters did not have; mean."

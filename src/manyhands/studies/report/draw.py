@@ -1,7 +1,8 @@
 """From a chart to a drawing: lines over a number, bars and stacked bars over names.
 
-Intervals are drawn as whiskers, or as a band where points are many. An ideal is dashed and grey; a fit is dotted and a
-published line dash-dotted, in the colour of the series that they belong to. No series differs by its colour alone.
+Intervals are drawn as whiskers, or as a band where points are many. An ideal is dashed and grey; a fit is dotted, a
+published line dash-dotted and a simulated one dashed with hollow points, in the colour of the series that they belong
+to. No series differs by its colour alone.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def drawn(chart: Chart) -> tuple[Chart, int]:
 
 def described(chart: Chart, left_out: int = 0) -> str:
     """For those who do not see it; the numbers are in the table below it."""
-    kind = {"lines": "Lines", "bars": "Bars", "stack": "Stacked bars"}[chart.kind]
+    kind = {"lines": "Lines", "points": "Points", "bars": "Bars", "stack": "Stacked bars"}[chart.kind]
     names = ", ".join(s.name if s.role == "measured" else f"{s.name} ({s.role})" for s in chart.series)
     text = f"{kind}: {chart.y} over {chart.x}, for {names or 'nothing'}."
     return f"{text} {left_out_words(left_out)}".strip()
@@ -60,7 +61,7 @@ def _finite(value: object) -> bool:
 def _able(point: Point, chart: Chart) -> bool:
     if not _finite(point.y) or (chart.log_y and point.y <= 0):
         return False
-    if chart.kind != "lines" or isinstance(point.x, str):
+    if chart.kind not in ("lines", "points") or isinstance(point.x, str):
         return isinstance(point.x, str) or _finite(point.x)
     return _finite(point.x) and not (chart.log_x and point.x <= 0 and not _named(chart))
 
@@ -74,7 +75,7 @@ def _whole(point: Point, chart: Chart) -> Point:
     """With both ends of the interval or none, and with names as names."""
     ends = (point.low, point.high)
     able = all(_finite(end) for end in ends)
-    named = chart.kind != "lines" or _named(chart)
+    named = chart.kind not in ("lines", "points") or _named(chart)
     x = number(point.x) if named and not isinstance(point.x, str) else point.x
     return Point(x, float(point.y), *(map(float, ends) if able else ()))  # type: ignore[arg-type]
 
@@ -85,4 +86,4 @@ def _nothing(width: float) -> Canvas:
     return canvas
 
 
-_DRAWERS = {"lines": draw_lines, "bars": draw_bars, "stack": draw_bars}
+_DRAWERS = {"lines": draw_lines, "points": draw_lines, "bars": draw_bars, "stack": draw_bars}

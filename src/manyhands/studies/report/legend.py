@@ -41,5 +41,5 @@ def draw_legend(canvas: Canvas, entries: Sequence[Entry], *, boxes: bool = False
 def sign(canvas: Canvas, style: Style, x: float, y: float) -> None:
     """A piece of a series' line."""
     canvas.line([x, x + _SIGN], [y, y], style.colour, width=1.8, dash=style.dash)
-    if style.measured:
+    if style.marked:
         canvas.markers([x + _SIGN / 2], [y], style)

@@ -53,7 +53,7 @@ def draw_lines(chart: Chart, width: float) -> Canvas:
     x_scale = scale([-0.4, len(names) - 0.6] if names else xs, log=log_x, outward=False)
 
     ticks_left = max((text_width(t, SIZE) for t in y_scale.labels()), default=0.0) + 10
-    ends = _ends_together(series, x_scale) and width > 500 and 2 <= len(series) <= 8
+    ends = chart.kind == "lines" and _ends_together(series, x_scale) and width > 500 and 2 <= len(series) <= 8
     right_room = min(max(text_width(s.label, SIZE) for s in looks), 0.26 * width) + 30 if ends else 10
     y_title = _wrapped(chart.y, width)
     entries, top = legend.placed([] if ends else looks, width, 4 + _LINE * len(y_title))
@@ -75,7 +75,7 @@ def draw_lines(chart: Chart, width: float) -> Canvas:
     canvas.text((frame.left + frame.right) / 2, height - 8, shortened(chart.x, SIZE, width), anchor="middle")
     for points, style in zip(series, looks, strict=True):
         _intervals(canvas, points, style, frame)
-    for layer in (_unmeasured, _measured):
+    for layer in (_unmeasured, _points if chart.kind == "points" else _measured):
         for nth, (points, style) in enumerate(zip(series, looks, strict=True)):
             layer(canvas, points, style, frame, nth)
     if ends:
@@ -160,6 +160,8 @@ def _unmeasured(canvas: Canvas, points: Sequence[Point], style: Style, frame: Fr
     if len(points) == 1:
         xs, ys = [xs[0] - 12, xs[0] + 12], [ys[0], ys[0]]
     canvas.line(xs, ys, style.colour, width=1.6, dash=style.dash)
+    if style.marked:
+        canvas.markers(xs, ys, style)
 
 
 def _measured(canvas: Canvas, points: Sequence[Point], style: Style, frame: Frame, nth: int) -> None:
@@ -170,6 +172,11 @@ def _measured(canvas: Canvas, points: Sequence[Point], style: Style, frame: Fram
     every = max(1, len(points) // 8) if len(points) > _WHISKERS else 1
     first = nth % every
     canvas.markers(xs[first::every] or xs[-1:], ys[first::every] or ys[-1:], style)
+
+
+def _points(canvas: Canvas, points: Sequence[Point], style: Style, frame: Frame, _: int) -> None:
+    if style.measured:
+        canvas.markers([frame.px(float(p.x)) for p in points], [frame.py(p.y) for p in points], style)
 
 
 def _ends_together(series: Sequence[Sequence[Point]], x: Scale) -> bool:

@@ -29,7 +29,13 @@ _SERIES = ("c1", "c2", "c3", "c4", "c5", "c6", "ink")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _HATCHES = ("", "////", "\\\\\\\\", "----", "||||", "xxxx", "++++")
 #: Lengths of stroke and gap.
-_DASHES = {"ideal": (6.0, 4.0), "fit": (1.5, 2.5), "published": (7.0, 2.5, 1.5, 2.5)}
+_DASHES = {
+    "ideal": (6.0, 4.0),
+    "fit": (1.5, 2.5),
+    "published": (7.0, 2.5, 1.5, 2.5),
+    "simulated": (4.0, 3.0),
+    "computed": (9.0, 3.0),
+}
 
 
 @dataclass(frozen=True)
@@ -42,15 +48,16 @@ class Style:
     hollow: bool
     hatch: str
     dash: tuple[float, ...]  # () is a solid line
+    marked: bool = True  # whether it has points of its own
 
     @property
     def measured(self) -> bool:
-        """Whether it has points of its own."""
+        """Whether it was."""
         return not self.dash
 
 
 def styles(series: Sequence[Series]) -> list[Style]:
-    """For each series. A fit or a published line has the colour of the measured series that it belongs to."""
+    """For each series. What is not measured has the colour of the measured series that it belongs to."""
     measured = [s for s in series if s.role == "measured"]
     colours = {id(s): _SERIES[i % len(_SERIES)] for i, s in enumerate(measured)}
     spare = len(measured)
@@ -74,9 +81,10 @@ def styles(series: Sequence[Series]) -> list[Style]:
                 label,
                 colour,
                 _MARKERS[nth % len(_MARKERS)],
-                nth >= len(_MARKERS),
+                nth >= len(_MARKERS) or s.role == "simulated",
                 _HATCHES[nth % len(_HATCHES)],
                 _DASHES.get(s.role, ()),
+                s.role in ("measured", "simulated"),
             )
         )
     return found

@@ -1,0 +1,127 @@
+"""``compress=auto``: what pays is taken, what does not is left out, and the note says by how much."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import manyhands as mh
+from manyhands.communication.communicator import Communicator
+from manyhands.communication.compression.compressor import Layout, compressor_from
+from manyhands.errors import BadInput
+from manyhands.modelling import compression
+from manyhands.modelling.compression import CANDIDATES, SAMPLE, choose, coding_s, from_probe, kept, part_of
+from manyhands.testing import run_ranks
+
+SHAPES = [(256, 784), (256,), (10, 256)]
+N = sum(torch.Size(shape).numel() for shape in SHAPES)
+
+
+def link(Bps: float):
+    return lambda name, n_B: 1e-5 + n_B / Bps
+
+
+def test_on_common_memory_none_is_taken_and_how_much_would_be_lost_is_said():
+    choice = choose(SHAPES, 2, link(50e9), "on shared")
+    assert choice.compress == "none"
+    assert choice.note.startswith("compress=auto takes none: on shared an exchange takes ")
+    ratio = choice.options[0].seconds / choice.dense.seconds
+    assert ratio > 1
+    assert f"{ratio:.2g} times as long" in choice.note
+    assert choice.options[0].compress in choice.note
+
+
+def test_on_a_slow_link_the_quickest_is_taken_with_its_bytes_and_its_route():
+    choice = choose(SHAPES, 2, link(1e5), "on a modem")
+    cost = compressor_from(choice.compress).cost(Layout(SHAPES), 2)
+    assert choice.compress != "none"
+    assert choice.options[0].compress == choice.compress
+    assert [o.seconds for o in choice.options] == sorted(o.seconds for o in choice.options)
+    assert f"{cost.sent_B:,} bytes instead of {4 * N:,} (payloads: {cost.route})" in choice.note
+
+
+def test_the_link_is_priced_by_the_operations_of_an_exchange():
+    asked = []
+    choose([(64, 64)], 4, lambda name, n_B: asked.append((name, n_B)) or 1.0, "here", ["top_k", "one_bit", "powersgd"])
+    assert asked[0] == ("all_reduce", 4 * 64 * 64)
+    rounds = [
+        r
+        for text in ("top_k", "one_bit", "powersgd")
+        for r in compressor_from(text).rounds(
+            Layout(((64, 64),)), 4, compressor_from(text).payload_B(Layout(((64, 64),)))
+        )
+    ]
+    assert asked[1:] == rounds
+    assert {name for name, _ in rounds} == {"all_gather", "all_to_all", "all_reduce"}
+
+
+def test_what_is_alone_or_cannot_compress_takes_none():
+    assert "alone sends nothing" in choose(SHAPES, 1, link(1e3), "").note
+    assert "no scheme goes with this plan" in choose(SHAPES, 2, link(1e3), "", among=()).note
+
+
+@pytest.mark.parametrize("text", CANDIDATES)
+@pytest.mark.parametrize("size", [2, 3])
+def test_coding_is_measured_of_every_candidate(text, size):
+    assert 0 < coding_s(compressor_from(text), Layout(((50, 40), (50,))), size, 0.0) < 10
+
+
+@given(st.lists(st.lists(st.integers(0, 2000), max_size=3).map(tuple), min_size=1, max_size=5))
+def test_a_part_of_a_model_is_no_larger_than_asked_nor_than_the_model(shapes):
+    part, whole = part_of(Layout(shapes)), Layout(shapes)
+    assert part.numel <= min(SAMPLE, whole.numel)
+    assert (part.numel == 0) == (whole.numel == 0)
+    assert whole.numel > SAMPLE or part.numel == whole.numel
+
+
+def probing(comm: Communicator) -> dict:
+    return compression.measured(comm, 100_000)
+
+
+def test_a_probe_goes_through_sizes_and_all_agree_on_it():
+    first, second = run_ranks(probing, 2, on="threads")
+    assert first == second
+    for points in first.values():
+        sizes = [n for n, _ in points]
+        assert sizes == sorted(set(sizes))
+        assert sizes[-1] >= 100_000 or max(p[-1][1] for p in first.values()) >= compression.LONG_S
+        assert all(s > 0 for _, s in points)
+    price = from_probe({"all_reduce": [[1000.0, 1.0], [2000.0, 2.0]]})
+    assert price("all_reduce", 1000) == 1.0
+    assert price("all_reduce", 4000) == pytest.approx(4.0)
+
+
+# -- in plans ----------------------------------------------------------------------------------------------------------
+
+TASK = mh.Task(model="perceptron(hidden=12)", data="digits", steps=4, batch_size=32)
+
+
+def test_a_run_says_what_it_took_and_a_resume_goes_on_with_it(tmp_path):
+    plan = mh.Plan(workers=2, transport="threads", threads=1, compress="auto")
+    first = mh.train(TASK, plan, progress=False, evaluate="never", out=tmp_path)
+    (note,) = [n for n in first.notes if n.startswith("compress=auto takes ")]
+    assert note.startswith(f"compress=auto takes {first.plan.compress}: on threads ")
+    assert kept(tmp_path) == first.plan.compress
+    longer = mh.Task(model="perceptron(hidden=12)", data="digits", steps=6, batch_size=32)
+    again = mh.train(longer, plan, progress=False, evaluate="never", out=tmp_path, resume=True)
+    assert again.plan.strategy == first.plan.strategy
+    assert f"compress=auto: {first.plan.compress}, with which this run began" in again.notes
+
+
+def test_a_cluster_is_asked_for_its_links():
+    task = mh.Task(model="perceptron(hidden=5000)", data="digits", steps=2, batch_size=160)
+    near = mh.simulate(task, mh.Plan(workers=2, compress="auto"), "wan", compute_s=0.01, sizes=True)
+    far = mh.simulate(task, mh.Plan(workers=16, compress="auto"), "wan", compute_s=0.01, sizes=True)
+    assert "compress" not in near.summary.strategy
+    assert "compress" in far.summary.strategy
+
+
+def test_what_contradicts_auto_is_refused():
+    with pytest.raises(BadInput, match="contradict"):
+        mh.train(TASK, mh.Plan(workers=2, strategy="synchronous(compress=int8)", compress="auto"), progress=False)
+
+
+def test_kept_is_nothing_where_there_is_no_run(tmp_path):
+    assert kept(tmp_path) is None
+    (tmp_path / "plan.toml").write_text("[plan]\nworkers = 2\n")
+    assert kept(tmp_path) == "none"
