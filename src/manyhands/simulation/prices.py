@@ -57,6 +57,8 @@ class Prices:
         self.sources = {CURVE: 0.0, EXTRAPOLATED: 0.0, FORMULA: 0.0}
         #: By how much those seconds may be off, all of them in one direction.
         self.spread_s = 0.0
+        #: What an optimizer takes at a server, for each byte of gradient that is pushed to it.
+        self.serving_s_per_B = 0.0
         if cluster is not None and workers > 1:
             measured = curves_of(cluster.measured, transport)
             if measured:
@@ -87,6 +89,8 @@ class Prices:
         else:
             priced = self._collective(operation)
         seconds, spread_s, source = priced
+        if operation.name == "push":
+            seconds += self.serving_s_per_B * operation.payload_B
         self.sources[source] += seconds
         self.spread_s += spread_s
         return seconds
