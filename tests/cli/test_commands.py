@@ -200,6 +200,7 @@ def test_verify_finds_a_strategy_that_does_not_keep_its_word(run, module, strate
 # -- doctor ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_doctor_tries_every_transport(run):
     status, out, _ = run("doctor", "--json")
     said = json.loads(out)

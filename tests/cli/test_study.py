@@ -102,6 +102,7 @@ def test_a_dry_run_starts_no_study(run, file, trained, tmp_path):
     assert "2 runs, a few seconds on this machine." in out
 
 
+@pytest.mark.slow
 def test_a_dry_run_is_data_and_knows_what_is_done(run, file, trained):
     said = json.loads(run("study", file, "--dry-run", "--json")[1])
     assert (said["runs"], said["done"], said["refused"]) == (2, 0, 1)

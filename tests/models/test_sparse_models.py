@@ -73,6 +73,7 @@ def sgd(model: nn.Module, splits: Splits, loss, *, lr: float, epochs: int, batch
             optimizer.step()
 
 
+@pytest.mark.slow
 def test_serial_sgd_learns_the_hyperplane():
     splits = load("sparse_logistic(samples=6000, features=300, support=6)")
     model = build("sparse_logistic", inputs=splits.inputs, classes=splits.classes)
@@ -81,6 +82,7 @@ def test_serial_sgd_learns_the_hyperplane():
     assert float(accuracy(model(inputs), target)) / len(target) > 0.9
 
 
+@pytest.mark.slow
 def test_serial_sgd_completes_the_matrix():
     splits = load("ratings(users=120, items=100, rank=2, density=0.4)")
     torch.manual_seed(0)

@@ -15,6 +15,7 @@ from tests.studies.reported import CHARTS, written
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium")
 pytestmark = [
+    pytest.mark.slow,  # a browser's start and every picture: half a minute of a busy machine
     pytest.mark.skipif(CHROMIUM is None, reason="chromium is not on the PATH"),
     pytest.mark.timeout(180),  # the first of them starts the browser and takes every picture: 6 s on a quiet machine
 ]

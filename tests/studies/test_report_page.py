@@ -234,6 +234,7 @@ def test_charts_of_one_name_get_files_of_their_own(tmp_path):
     assert len(ids) == len(set(ids))
 
 
+@pytest.mark.slow
 def test_a_thousand_rows_are_below_a_megabyte(tmp_path, capsys):
     grid = {"plan.strategy": tuple(f"replica_average(period={n})" for n in range(1, 26)), "plan.workers": range(1, 11)}
     study = Study("large", task=TINY, grids=(Grid({k: tuple(v) for k, v in grid.items()}),), repeats=4)

@@ -385,6 +385,7 @@ SUMMARY = {
     "moved_B_per_step",
     *("peak_memory_B", "wall_s", "versions", "wait_s_by_worker", "staleness_mean", "staleness_max"),
     *("bubble_by_worker", "bubble_of_schedule", "bubble_of_flush"),
+    *("compression_ratio", "compression_error", "compression_kept", "compression_s"),
 }
 
 
@@ -474,6 +475,7 @@ def test_a_plain_script_needs_no_main_guard(tmp_path):
     assert (tmp_path / "ran").read_text() == "x"
 
 
+@pytest.mark.slow
 def test_functions_of_the_script_itself_are_factories_where_it_has_a_main_guard(tmp_path):
     said = script(
         tmp_path,

@@ -25,12 +25,9 @@ from typing import ClassVar
 import numpy as np
 
 from manyhands.calling import call
-from manyhands.catalogue import Catalogue
 from manyhands.checks import is_positive
 from manyhands.errors import BadInput
 from manyhands.grammar import format_description, parse_call
-
-failures = Catalogue("failures", {"failures": "manyhands.simulation.failures:Failures"})
 
 #: Nobody waits for a job that gets nowhere: an attempt of τ + δ succeeds with e^{−(τ+δ)/M}.
 HOPELESS = 1e-6

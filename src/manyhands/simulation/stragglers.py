@@ -21,25 +21,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from manyhands.calling import described
-from manyhands.catalogue import Catalogue
 from manyhands.checks import is_positive, is_whole
 from manyhands.grammar import format_description
+from manyhands.simulation.disturbances import stragglers
 
 #: Factors drawn at a time.
 BLOCK = 256
-
-stragglers = Catalogue(
-    "stragglers",
-    {
-        name: f"manyhands.simulation.stragglers:{cls}"
-        for name, cls in (
-            ("lognormal", "Lognormal"),
-            ("exponential", "Exponential"),
-            ("pareto", "Pareto"),
-            ("slow", "Slow"),
-        )
-    },
-)
 
 
 class Stragglers(ABC):

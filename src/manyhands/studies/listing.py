@@ -26,8 +26,7 @@ from manyhands.models import loss_functions, models, optimizer_classes, schedule
 from manyhands.partition import cut_strategies, partitions
 from manyhands.partition.pipeline import schedules as pipelines
 from manyhands.partition.tensor import schemes
-from manyhands.simulation.failures import failures
-from manyhands.simulation.stragglers import stragglers
+from manyhands.simulation.disturbances import failures, stragglers
 
 KINDS: Mapping[str, Catalogue] = {
     "strategies": Catalogue("strategy", {**strategies, **cut_strategies}),
