@@ -167,8 +167,8 @@ def predicted(
         try:
             outcome = _by_sizes(task, plan, cluster, computed, model, splits, prices, here=here, steps=steps)
         except BadInput:
-            if computed.measured is None:
-                raise
+            if computed.measured is None or computed.measured.plain:
+                raise  # a plain step's exchanges are not this strategy's
             outcome = _in_lock_step(task, plan, computed, prices)
     parameters = sum(p.numel() for p in model.parameters())
     summary = _of_the_whole_run(task, plan, splits, outcome, parameters)
