@@ -312,7 +312,7 @@ def test_every_kind_of_plan_is_predicted(plan, tmp_path, monkeypatch):
     if "ssp" in str(plan):  # how often a worker pulls is a matter of who is late
         return
     ran = mh.train(task, mh.Plan(transport="shared", threads=1, **plan), evaluate="never", progress=False)
-    assert found.summary.sent_B_per_step == pytest.approx(ran.summary.sent_B_per_step, rel=0.02)
+    assert found.summary.sent_B_per_step == pytest.approx(ran.summary.sent_B_per_step, rel=0.05)
 
 
 def test_costs_of_actions_are_asked_one_by_one():
