@@ -98,11 +98,6 @@ class Profile:
         """Bytes that rank 0 hands over for a micro-batch; in a pipeline."""
         return next((n for boundary, n in self.hops if boundary == 0), 0)
 
-    @property
-    def alone_s(self) -> float:
-        """A step if nobody else were there."""
-        return self.compute_s + self.update_s + self.rest_s
-
 
 def profile(
     task: Task,
