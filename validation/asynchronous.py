@@ -23,7 +23,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,11 +41,9 @@ from manyhands.training.member import Member
 from manyhands.training.preparation import prepare
 from manyhands.training.run import Options
 from manyhands.training.team import team
-from validation import scores
+from validation import page, scores
 
 JOB = f"{__name__}:job"
-PAGE = Path(__file__).parent.parent / "docs" / "validation.md"
-BEGIN, END = "<!-- asynchronous: begin -->", "<!-- asynchronous: end -->"
 #: An update gathers what arrives within so many of a worker's cycles.
 GATHERS = 2.5
 #: As Oyama et al. report for their own model, in percent: time of a sweep, batch, staleness.
@@ -331,9 +328,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         lines += of_runs(said.repeats)
     print("\n".join(lines))
     if said.write:
-        head, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-        _, _, tail = rest.partition(END)
-        PAGE.write_text(f"{head}{BEGIN}\n\n" + "\n".join(lines) + f"\n\n{END}{tail}", encoding="utf-8")
+        page.write("asynchronous", lines)
     return 0
 
 

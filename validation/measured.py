@@ -21,7 +21,6 @@ import dataclasses
 import json
 import logging
 import math
-import os
 import statistics
 import sys
 import time
@@ -41,10 +40,8 @@ from manyhands.modelling import calibration, prediction
 from manyhands.modelling.profile import joined
 from manyhands.training.rehearsal import rehearsed
 from manyhands.training.team import team
-from validation import interleaved, scores
+from validation import interleaved, page, scores
 
-PAGE = Path(__file__).parent.parent / "docs" / "validation.md"
-BEGIN, END = "<!-- measured steps: begin -->", "<!-- measured steps: end -->"
 HEAD = ("prediction", "mean %", "median %", "p90 %", "max %", "bias %", "rows", "failures")
 MODELS = (
     ("perceptron(hidden=50)", "mnist", (50, 200, 1000)),
@@ -292,7 +289,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--turns", type=int, default=interleaved.TURNS, help="of runs and of profiles, each")
     parser.add_argument("--only", default="", help="rows whose text contains this")
     parser.add_argument("--json", type=Path, help="all rows as one JSON document")
-    parser.add_argument("--write", action="store_true", help=f"put the report into {PAGE.name}")
+    parser.add_argument("--write", action="store_true", help="put the report into docs/validation.md")
     said = parser.parse_args(arguments)
     logging.getLogger("manyhands").setLevel(logging.ERROR)
     ways = ("measured", "operators", "roofline")
@@ -315,14 +312,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if said.json:
         said.json.write_text(json.dumps([r.__dict__ for r in every], indent=1))
     if said.write:
-        _write(lines)
+        page.write("measured steps", lines)
     return 0
-
-
-def _write(lines: Sequence[str]) -> None:
-    text = PAGE.read_text(encoding="utf-8")
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    PAGE.write_text(f"{before}{BEGIN}\n\n{os.linesep.join(lines)}\n\n{END}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

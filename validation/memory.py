@@ -14,7 +14,6 @@ import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import manyhands as mh
@@ -22,10 +21,9 @@ from manyhands import verbs
 from manyhands.modelling.memory.footprint import footprint
 from manyhands.modelling.memory.parts import Memory
 from manyhands.training.rehearsal import rehearsed
+from validation import page
 from validation.scores import Score
 
-PAGE = Path(__file__).parent.parent / "docs" / "validation.md"
-BEGIN, END = "<!-- memory: begin -->", "<!-- memory: end -->"
 #: Enough for the heap to have found its form.
 TURNS = 6
 
@@ -187,9 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     lines = report(found, failed)
     print("\n".join(lines))
     if said.write:
-        head, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-        _, _, tail = rest.partition(END)
-        PAGE.write_text(f"{head}{BEGIN}\n\n" + "\n".join(lines) + f"\n\n{END}{tail}", encoding="utf-8")
+        page.write("memory", lines)
     return 1 if failed else 0
 
 

@@ -28,13 +28,11 @@ from manyhands.cluster import Cluster, load
 from manyhands.modelling import operations, specification
 from manyhands.modelling.operations import Operations
 from manyhands.modelling.published import megatron, paleo, pipeline, roofline, thakur, wait_free
-from validation import exchange, networks, scores, tables
+from validation import exchange, networks, page, scores, tables
 from validation.tables import Row
 
 #: What Paleo's published scripts fitted to its platforms: the median of 0.62, 0.62, 0.49, 0.46 and 0.21.
 LITERATURE = 0.49
-PAGE = Path(__file__).parent.parent / "docs" / "validation.md"
-BEGIN, END = "<!-- published tables: begin -->", "<!-- published tables: end -->"
 HEAD = ("prediction", "mean %", "median %", "p90 %", "max %", "bias %", "rows", "failures")
 
 Constants = Mapping[tuple[str, str], float]
@@ -321,9 +319,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     lines = report(Path(said.folder))
     print("\n".join(lines))
     if said.write:
-        head, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-        _, _, tail = rest.partition(END)
-        PAGE.write_text(f"{head}{BEGIN}\n\n" + "\n".join(lines) + f"\n\n{END}{tail}", encoding="utf-8")
+        page.write("published tables", lines)
     return 0
 
 

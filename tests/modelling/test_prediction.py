@@ -15,6 +15,7 @@ from manyhands.cluster import load
 from manyhands.cluster.measured import Measured
 from manyhands.communication.communicator import reference_B
 from manyhands.communication.topology import Mesh
+from manyhands.communication.transports.events import Operation
 from manyhands.contract import Batch
 from manyhands.errors import BadInput
 from manyhands.modelling import prediction
@@ -30,6 +31,7 @@ from manyhands.plan import strategy_from
 from manyhands.simulation.folded import NotAlike
 from manyhands.simulation.mirror import MirrorCommunicator
 from manyhands.simulation.pace import StepCost
+from manyhands.simulation.prices import Prices
 from manyhands.simulation.stragglers import Recorded
 
 HERE = dataclasses.replace(load("laptop"), measured=Measured(when="2026-01-01"))
@@ -346,3 +348,62 @@ def test_a_short_batch_is_fed_the_first_rows_of_a_longer_one():
 def test_more_stages_than_can_run_side_by_side_are_refused():
     with pytest.raises(BadInput, match="more than 8"):
         mh.predict(TASK, mh.Plan(mesh="data=8,pipeline=2"), HERE)
+
+
+def made(factors, *, exchanges=(), **more):
+    """A profile of 1 ms of computing, no rest and 0.1 ms of updating, stretched by ``factors`` (steps × ranks)."""
+    common = {"compute_s": 1e-3, "update_s": 1e-4, "rest_s": 0.0, "cut_s": 0.0, "samples": 50.0, "elements": 1.0}
+    factors = np.array(factors, dtype=float)
+    return Profile(
+        **common | more, steps=len(factors), factors=factors, spread=0.0, exchanges=tuple(exchanges), when=0.0
+    )
+
+
+def test_in_lock_step_all_wait_for_the_slowest_of_every_step(monkeypatch):
+    factors = [[1, 3], [2, 1], [1, 1]]
+    exchange = Operation("all_reduce", 4000, 2, (0, 1), None, None, False, "step")
+    monkeypatch.setattr(prediction, "profile", lambda *_, **__: made(factors, exchanges=[(exchange, 1.0)]))
+    found = mh.predict(TASK, mh.Plan(workers=2, transport="shared", shard=3), HERE, memory=False)
+    prices = Prices(HERE, 2, "shared")
+    prices.begin()
+    each_s = sum(max(row) for row in factors) * 1e-3 / 3 + 1e-4 + prices(exchange)
+    assert found.summary.wall_s / found.summary.steps == pytest.approx(each_s, rel=1e-9)
+    assert found.summary.wait_s_by_worker == pytest.approx([2e-3 / 3, 1e-3 / 3], rel=1e-9)
+    assert found.summary.sent_B_per_step == 4000
+
+
+def test_who_meets_every_other_step_waits_as_often(monkeypatch):
+    factors = [[1, 3], [3, 1], [1, 2], [1, 2]]
+    exchange = Operation("all_reduce", 4000, 2, (0, 1), None, None, False, "step")
+    monkeypatch.setattr(prediction, "profile", lambda *_, **__: made(factors, exchanges=[(exchange, 0.5)], update_s=0))
+    found = mh.predict(TASK, mh.Plan(workers=2, transport="shared", shard=3), HERE, memory=False)
+    prices = Prices(HERE, 2, "shared")
+    prices.begin()
+    assert found.summary.wall_s / found.summary.steps == pytest.approx((8e-3 + 2 * prices(exchange)) / 4, rel=1e-9)
+
+
+def test_a_pipelines_step_is_its_longest_path(monkeypatch):
+    actions = (("F", 0, 1e-3), ("B", 0, 2e-3), ("F", 1, 1e-3), ("B", 1, 2e-3))
+    monkeypatch.setattr(prediction, "profile", lambda *_, **__: made([[1, 1]], actions=actions, update_s=0.0))
+    plan = mh.Plan(mesh="pipeline=2", pipeline="gpipe", micro_batches=4, transport="shared", threads=1)
+    found = mh.predict(TASK, plan, HERE, memory=False)
+    free = 3e-3 * (4 + 2 - 1)
+    assert free < found.step_s < free * 1.05  # and a hop each way
+    assert found.summary.bubble_by_worker == pytest.approx([1 - 12e-3 / found.step_s] * 2, rel=1e-6)
+    again = mh.predict(TASK, dataclasses.replace(plan, recompute=True), HERE, memory=False)
+    assert again.step_s - found.step_s == pytest.approx(1e-3 * (4 + 2 - 1), rel=1e-6)
+
+
+def test_what_a_servers_optimizer_takes_is_priced_with_each_push():
+    push = Operation("push", 1000, 2, (1,), 1, 0, True, "step")
+    prices, slower = Prices(load("laptop"), 2), Prices(load("laptop"), 2)
+    slower.serving_s_per_B = 1e-6
+    for each in (prices, slower):
+        each.begin()
+    assert slower(push) - prices(push) == pytest.approx(1e-3)
+    assert slower(push._replace(name="pull")) == prices(push._replace(name="pull"))
+
+
+def test_of_an_exchange_of_chunks_every_rank_gets_those_for_itself():
+    mirror = MirrorCommunicator(1, 2, transport="gloo", shares_memory=False)
+    assert mirror.all_to_all(torch.tensor([1.0, 2.0, 3.0, 4.0])).tolist() == [3.0, 4.0, 3.0, 4.0]

@@ -202,16 +202,7 @@ def _simulate(parser: Parser) -> None:
 def _predict(parser: Parser) -> None:
     _task_and_plan(parser)
     cost = parser.add_argument_group("what takes how long")
-    cost.add_argument(
-        "--cluster",
-        metavar="NAME|FILE",
-        help="a ready one's name or a TOML file (default: this machine, as calibrated)",
-    )
-    cost.add_argument(
-        "--compute",
-        metavar="SOURCE",
-        help="where computing is known from: measured, operators or roofline (default: the best there is)",
-    )
+    _priced_by(cost)
     cost.add_argument("--fresh", action="store_true", help="measure anew what was measured within the last day")
     run = parser.add_argument_group("the run")
     _file_and_data(run)
@@ -253,14 +244,7 @@ def _search(parser: Parser) -> None:
     ):
         same.add_argument(option, metavar=option[2].upper(), help=says)
     cost = parser.add_argument_group("what takes how long")
-    cost.add_argument(
-        "--cluster",
-        metavar="NAME|FILE",
-        help="a ready one's name or a TOML file (default: this machine, as calibrated)",
-    )
-    cost.add_argument(
-        "--compute", metavar="SOURCE", help="measured, operators or roofline (default: the best there is)"
-    )
+    _priced_by(cost)
     cost.add_argument("--measure", type=_whole, metavar="N", help="run the best N for some seconds, and re-rank them")
     cost.add_argument(
         "--study", type=Path, metavar="DIR", help="rank by time to the target that this study's runs reached"
@@ -396,6 +380,19 @@ def _verify(parser: Parser) -> None:
 def _doctor(parser: Parser) -> None:
     parser.add_argument("--quick", action="store_true", help="do not start workers to try the transports")
     parser.add_argument("--data-dir", type=Path, metavar="DIR", help="where data lies")
+
+
+def _priced_by(cost: argparse._ArgumentGroup) -> None:
+    cost.add_argument(
+        "--cluster",
+        metavar="NAME|FILE",
+        help="a ready one's name or a TOML file (default: this machine, as calibrated)",
+    )
+    cost.add_argument(
+        "--compute",
+        metavar="SOURCE",
+        help="where computing is known from: measured, operators or roofline (default: the best there is)",
+    )
 
 
 def _tracing(group: argparse._ArgumentGroup) -> None:

@@ -135,7 +135,7 @@ def _said(seconds: float) -> str:
 def coding_s(made: Compressor, layout: Layout, size: int, budget_s: float) -> float:
     """Processor time that a rank of ``size`` spends on an exchange of such a vector, communication left out."""
     part = part_of(layout)
-    comm = _Nobody(size)
+    comm = FoldedCommunicator(size, lambda _: 0.0, alike=True)
     state = made.start(part, 0, size)
     state.exchanges = FIRST + 1  # none of these is looked at
     gradient = 1e-3 * torch.randn(part.numel, generator=torch.Generator().manual_seed(0), dtype=part.dtype)
@@ -163,17 +163,6 @@ def part_of(layout: Layout) -> Layout:
             shapes.append(shape)
             left -= math.prod(shape)
     return Layout(shapes, layout.dtype)
-
-
-class _Nobody(FoldedCommunicator):
-    """All ranks have what this one has, and nothing takes time."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__(size, lambda _: 0.0, alike=True)
-
-    def _all_to_all(self, x: Tensor) -> Tensor:
-        """From each the chunk for this rank, which is what this one has for itself."""
-        return x.view(self.size, -1)[0].repeat(self.size)
 
 
 # -- what links take ---------------------------------------------------------------------------------------------------
