@@ -2,9 +2,11 @@
 
 Every row is a configuration (model, batch, workers, threads, transport, strategy, cut) that nothing was fitted to. Its
 real steps and the profile that predicts it alternate within the same processes, eight turns of an eighth of a second,
-so that both meet the same state of the host (`interleaved`); transports' prices are those of the last calibration.
+so that both meet the same state of the host (`interleaved`), and what the plan's exchanges take by themselves, at their
+sizes, is measured after each four; all other prices are those of the last calibration.
 What is compared are medians; the noise floor is what odd turns differ by from even ones. Beside it, on the same rows:
 
+    grid         from profiles at half and at twice the batch, by a straight line between them
     operators    computing from this machine's tables of operators
     roofline     the calibrated device's specification alone
     one factor   the same times one constant, which makes the single-worker rows exact in the geometric mean
@@ -37,7 +39,7 @@ from manyhands.cluster import Cluster
 from manyhands.communication import futex
 from manyhands.errors import BadInput, ManyhandsError
 from manyhands.modelling import calibration, prediction
-from manyhands.modelling.profile import joined
+from manyhands.modelling.profile import Profile
 from manyhands.training.rehearsal import rehearsed
 from manyhands.training.team import team
 from validation import interleaved, page, scores
@@ -68,7 +70,7 @@ CUTS: tuple[dict[str, Any], ...] = (
     {"mesh": "pipeline=2", "threads": 1, "transport": "shared"},
 )
 CUT_MODELS = ("gpt", "gpt(layers=2, width=64)")
-WAYS = ("measured", "operators", "roofline", "one factor", "last known")
+WAYS = ("measured", "grid", "operators", "roofline", "one factor", "last known")
 
 
 @dataclass
@@ -104,6 +106,11 @@ class Row:
         found = self.predicted_s.get(way)
         return statistics.median(found) if found else None
 
+    @property
+    def knots(self) -> tuple[int, ...]:
+        """Batches between which its own one is read off a grid; a model that is cut has none."""
+        return () if "mesh" in self.plan else (self.batch // 2, 2 * self.batch)
+
     def __str__(self) -> str:
         plan = ", ".join(f"{k}={v}" for k, v in self.plan.items())
         return f"{self.model}, batch {self.batch}, {plan}"
@@ -129,22 +136,29 @@ def measure(row: Row, ways: Sequence[str], turns: int, cluster: Cluster) -> None
     try:
         task = row.task(200)
         decided = verbs.resolved(task, mh.Plan(**row.plan))
-        model, splits = verbs._built(task, None)
+        model, splits = verbs.built(task, None)
         plan = rehearsed(decided, model, task, splits.train).plan
         assert plan.workers is not None
         tables = {"task": task.as_table(), "plan": plan.as_table()}
         transport = "shared" if plan.workers == 1 else plan.transport
         with team(transport, plan.workers, threads=plan.threads) as crew:
-            told = crew.run(interleaved.JOB, turns, tables, deadline_s=300.0)
+            times, found = interleaved.alternated(
+                crew,
+                plan,
+                tables,
+                turns,
+                row.knots,
+                lambda: prediction.asked_by(task, plan, cluster, model, splits),
+            )
     except ManyhandsError as e:
         row.failures["run"] = str(e).splitlines()[0]
         return
-    times = told[0]["times"].numpy()
     row.runs_s = [float(np.median(turn)) for turn in times]
-    found = dataclasses.replace(joined(told), plain=told[0]["plain"])
     for way in ways:
-        computed = prediction.as_measured(plan, found) if way == "measured" else None
-        source = None if way == "measured" else way
+        if way == "grid" and not row.knots:
+            continue
+        computed = {"measured": measured, "grid": grid}.get(way, lambda *_: None)(plan, found)
+        source = None if computed is not None else way
         try:
             guess = prediction.predicted(
                 task,
@@ -162,6 +176,19 @@ def measure(row: Row, ways: Sequence[str], turns: int, cluster: Cluster) -> None
             row.predicted_s[way] = [guess.step_s]
             if way == "measured":
                 row.error = guess.error
+
+
+def measured(plan: mh.Plan, found: Sequence[Profile]) -> prediction.Computed:
+    """By the profile at the very batch."""
+    return prediction.as_measured(plan, found[0])
+
+
+def grid(plan: mh.Plan, found: Sequence[Profile]) -> prediction.Computed:
+    """By the two at other batches alone, a straight line between them; the rest as at the nearer one."""
+    _, near, far = found
+    computed = prediction.as_measured(plan, near)
+    points = tuple((p.samples, p.compute_s) for p in (near, far))
+    return dataclasses.replace(computed, cost=dataclasses.replace(computed.cost, points=points), source="grid")
 
 
 def baselines(every: Sequence[Row]) -> None:
@@ -292,7 +319,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--write", action="store_true", help="put the report into docs/validation.md")
     said = parser.parse_args(arguments)
     logging.getLogger("manyhands").setLevel(logging.ERROR)
-    ways = ("measured", "operators", "roofline")
+    ways = ("measured", "grid", "operators", "roofline")
     cluster = calibration.cached()
     if cluster is None:
         raise BadInput("this machine is not calibrated; first: manyhands calibrate.")

@@ -18,9 +18,9 @@ from manyhands.communication.topology import Mesh
 from manyhands.communication.transports.events import Operation
 from manyhands.contract import Batch
 from manyhands.errors import BadInput
-from manyhands.modelling import prediction
 from manyhands.modelling import profile as profiles
 from manyhands.modelling.fed import feed
+from manyhands.modelling.prediction import computed
 from manyhands.modelling.profile import Profile
 from manyhands.partition.data import DataReplica
 from manyhands.partition.pipeline.cut import cut
@@ -227,7 +227,7 @@ def test_a_rank_of_a_pipeline_works_without_its_neighbour(rank):
 def given_profile(monkeypatch):
     """Predictions of 1 ms of computing, 0.1 ms of updating and 0.05 ms of all else, whatever the task."""
     monkeypatch.setattr(
-        prediction,
+        computed,
         "profile",
         lambda task, plan, *_, **__: profile(
             ranks=plan.workers, elements=NUMEL / plan.workers, samples=task.batch_size // plan.workers
@@ -295,7 +295,7 @@ def test_a_real_step_is_predicted(tmp_path, monkeypatch):
     "plan",
     [
         {"mesh": "tensor=2"},
-        {"mesh": "pipeline=2"},
+        {"mesh": "pipeline=2", "pipeline": "one_f_one_b(cut='activation1')"},
         {"workers": 2, "shard": 3},
         {"workers": 2, "compress": "top_k(ratio=0.1)"},
         {"workers": 2, "strategy": "local(every=4)"},
@@ -362,7 +362,7 @@ def made(factors, *, exchanges=(), **more):
 def test_in_lock_step_all_wait_for_the_slowest_of_every_step(monkeypatch):
     factors = [[1, 3], [2, 1], [1, 1]]
     exchange = Operation("all_reduce", 4000, 2, (0, 1), None, None, False, "step")
-    monkeypatch.setattr(prediction, "profile", lambda *_, **__: made(factors, exchanges=[(exchange, 1.0)]))
+    monkeypatch.setattr(computed, "profile", lambda *_, **__: made(factors, exchanges=[(exchange, 1.0)]))
     found = mh.predict(TASK, mh.Plan(workers=2, transport="shared", shard=3), HERE, memory=False)
     prices = Prices(HERE, 2, "shared")
     prices.begin()
@@ -375,7 +375,7 @@ def test_in_lock_step_all_wait_for_the_slowest_of_every_step(monkeypatch):
 def test_who_meets_every_other_step_waits_as_often(monkeypatch):
     factors = [[1, 3], [3, 1], [1, 2], [1, 2]]
     exchange = Operation("all_reduce", 4000, 2, (0, 1), None, None, False, "step")
-    monkeypatch.setattr(prediction, "profile", lambda *_, **__: made(factors, exchanges=[(exchange, 0.5)], update_s=0))
+    monkeypatch.setattr(computed, "profile", lambda *_, **__: made(factors, exchanges=[(exchange, 0.5)], update_s=0))
     found = mh.predict(TASK, mh.Plan(workers=2, transport="shared", shard=3), HERE, memory=False)
     prices = Prices(HERE, 2, "shared")
     prices.begin()
@@ -384,7 +384,7 @@ def test_who_meets_every_other_step_waits_as_often(monkeypatch):
 
 def test_a_pipelines_step_is_its_longest_path(monkeypatch):
     actions = (("F", 0, 1e-3), ("B", 0, 2e-3), ("F", 1, 1e-3), ("B", 1, 2e-3))
-    monkeypatch.setattr(prediction, "profile", lambda *_, **__: made([[1, 1]], actions=actions, update_s=0.0))
+    monkeypatch.setattr(computed, "profile", lambda *_, **__: made([[1, 1]], actions=actions, update_s=0.0))
     plan = mh.Plan(mesh="pipeline=2", pipeline="gpipe", micro_batches=4, transport="shared", threads=1)
     found = mh.predict(TASK, plan, HERE, memory=False)
     free = 3e-3 * (4 + 2 - 1)

@@ -8,9 +8,10 @@ communication to make a step.
     compute, update, rest   medians of a step of one worker, seconds
     factors                 step by step, by how much each was above or below; of all workers at the same moments
     exchanges               operations of a step that the prices are asked for
+    curves                  and what they take in these workers, at their sizes, where all of the plan's are here
 
-Cost: starting the workers and ``seconds``. Kept in the user's cache by everything that it depends on; of a task with
-live objects only while this process lives.
+Cost: starting the workers, ``seconds``, and a tenth of a second for each kind of exchange (`exchanges`). Kept in the
+user's cache by everything that it depends on; of a task with live objects only while this process lives.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ import torch
 from numpy.typing import NDArray
 
 from manyhands.cluster import Cluster
+from manyhands.cluster.measured import Curve
 from manyhands.communication import futex
 from manyhands.communication.topology import Mesh
 from manyhands.communication.transports.events import Operation
@@ -37,6 +39,8 @@ from manyhands.communication.transports.single import SingleCommunicator
 from manyhands.consistency.synchronous import Synchronous
 from manyhands.contract import Batch, Piece, Strategy
 from manyhands.data.places import cache
+from manyhands.modelling.calibration.measuring import MEASURED, not_here
+from manyhands.modelling.exchanges import curves_here
 from manyhands.modelling.fed import Actions, feed
 from manyhands.partition.pipeline import description as pipeline
 from manyhands.partition.pipeline.cut import cut as cut_into_stages
@@ -92,6 +96,8 @@ class Profile:
     hops: tuple[tuple[int, int], ...] = ()
     #: Of a plain synchronous step, since the plan's own has more than collectives.
     plain: bool = False
+    #: Of the plan's transport, with knots at the sizes of its exchanges.
+    curves: tuple[Curve, ...] = ()
 
     @property
     def sent_here_B(self) -> int:
@@ -107,11 +113,12 @@ def profile(
     data_dir: str | None = None,
     seconds: float = SECONDS,
     fresh: bool = False,
+    asked: Callable[[], Sequence[Operation]] = tuple,
 ) -> Profile:
     """Measured, or as it was measured within the last day. ``plan`` is decided.
 
     Strategies that do more than meet in collectives are measured as plain synchronous ones: gradients, and an update of
-    everything.
+    everything; what they exchange ``asked`` knows.
     """
     key = _key(task, plan)
     found = None if fresh else _kept(key)
@@ -120,7 +127,7 @@ def profile(
             found = _measured(task, plan, cluster, data_dir, seconds)
         except NotAlike:
             plain = dataclasses.replace(plan, strategy=Synchronous(update="replicated"))
-            found = dataclasses.replace(_measured(task, plain, cluster, data_dir, seconds), plain=True)
+            found = dataclasses.replace(_measured(task, plain, cluster, data_dir, seconds, asked), plain=True)
         _keep(key, found, lasts=_lasting(task))
     return found
 
@@ -145,9 +152,11 @@ def profiles(
     if missing:
         with _crew(task, plan, cluster) as crew:
             told = crew.run(JOBS, missing, seconds, data_dir, deadline_s=DEADLINE_S + 2 * seconds * len(missing))
-        for i, n in enumerate(missing):
-            made = found[n] = joined([one[i] for one in told])
-            _keep(_key(tasks[n], plan), made, lasts=_lasting(task))
+            made = [joined([one[i] for one in told]) for i in range(len(missing))]
+            curves = _curves(crew, plan, operations_of(made[0]))  # what is exchanged does not depend on the batch
+        for n, each in zip(missing, made, strict=True):
+            found[n] = whole = dataclasses.replace(each, curves=curves)
+            _keep(_key(tasks[n], plan), whole, lasts=_lasting(task))
     return {n: kept for n, kept in found.items() if kept is not None}
 
 
@@ -286,16 +295,51 @@ class Steps:
 # -- in the launcher ---------------------------------------------------------------------------------------------------
 
 
-def _measured(task: Task, plan: Plan, cluster: Cluster | None, data_dir: str | None, seconds: float) -> Profile:
+def _measured(
+    task: Task,
+    plan: Plan,
+    cluster: Cluster | None,
+    data_dir: str | None,
+    seconds: float,
+    asked: Callable[[], Sequence[Operation]] | None = None,
+) -> Profile:
     with _crew(task, plan, cluster) as crew:
         told = crew.run(JOB, seconds, data_dir, deadline_s=DEADLINE_S + seconds)
-    if any("not_alike" in one for one in told):
-        raise NotAlike(next(one["not_alike"] for one in told if "not_alike" in one))
-    return joined(told)
+        if any("not_alike" in one for one in told):
+            raise NotAlike(next(one["not_alike"] for one in told if "not_alike" in one))
+        found = joined(told)
+        operations = operations_of(found) if asked is None else asked()
+        return dataclasses.replace(found, curves=_curves(crew, plan, operations))
+
+
+def _curves(crew: Team, plan: Plan, operations: Sequence[Operation]) -> tuple[Curve, ...]:
+    """Of the plan's exchanges, by ``crew``; those under mpiexec take no live objects and are a crew of their own."""
+    if not exchanges_here(plan):
+        return ()
+    assert plan.workers is not None
+    if plan.transport != "mpi":
+        return curves_here(crew, plan.transport, plan.workers, operations)
+    with team(plan.transport, plan.workers, threads=plan.threads) as others:
+        return curves_here(others, plan.transport, plan.workers, operations)
+
+
+def exchanges_here(plan: Plan) -> bool:
+    """Whether the workers that are profiled are all of the plan's, on a transport that there is here."""
+    alone = plan.workers is None or plan.workers == 1 or plan.workers != co_runners(plan)
+    return not alone and plan.transport in MEASURED and not_here(plan.transport) is None
+
+
+def operations_of(found: Profile) -> list[Operation]:
+    """What a step asks of the transport; of a pipeline its hand-overs, too."""
+    hops = [Operation("send", n, 2, (0, 1), 0, 1, False, "cut") for _, n in found.hops]
+    return [*(x for x, _ in found.exchanges), *hops]
 
 
 def _crew(task: Task, plan: Plan, cluster: Cluster | None) -> Team:
-    engine = "threads" if plan.transport == "threads" else "shared" if environment.shared_memory_works() else "gloo"
+    """Workers on the plan's own transport where all of them are here, which is then measured, too."""
+    here = "shared" if environment.shared_memory_works() else "gloo"
+    same = plan.transport == "threads" or (plan.transport != "mpi" and exchanges_here(plan))
+    engine = plan.transport if same else here
     live = (task, plan, cluster)
     return team(engine, co_runners(plan), threads=plan.threads, allocator=plan.allocator, live=live)  # type: ignore[arg-type]
 
@@ -341,7 +385,15 @@ def _key(task: Task, plan: Plan) -> str:
     parts = [getattr(task, name) for name in ("model", "data", "loss", "optimizer", "schedule")]
     said = [x if isinstance(x, str) or x is None else f"<{id(x)}>" for x in parts]
     table = {k: str(v) for k, v in plan.as_table().items() if k != "timeout_s"}
-    every = [*said, task.clip, task.batch_size, sorted(table.items()), sorted(versions().items()), futex.cores()]
+    every = [
+        "exchanges",
+        *said,
+        task.clip,
+        task.batch_size,
+        sorted(table.items()),
+        sorted(versions().items()),
+        futex.cores(),
+    ]
     return hashlib.sha256(json.dumps(every, default=str).encode()).hexdigest()[:32]
 
 
@@ -373,9 +425,15 @@ def _read(key: str) -> Profile | None:
         exchanges = tuple((_operation(said), float(n)) for said, n in table["exchanges"])
         made = {"factors": np.array(table["factors"]), "exchanges": exchanges}
         made |= {name: tuple(map(tuple, table[name])) for name in ("actions", "hops")}
+        made["curves"] = tuple(_curve(each) for each in table["curves"])
         return Profile(**table | made)
     except (OSError, ValueError, TypeError, KeyError):
         return None
+
+
+def _curve(table: dict[str, Any]) -> Curve:
+    made: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in table.items()}
+    return Curve(**made)
 
 
 def _place(key: str) -> Path:

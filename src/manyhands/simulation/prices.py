@@ -26,10 +26,10 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 
 from manyhands.cluster import Cluster, Link
-from manyhands.cluster.measured import COMMON_GATHER, REREAD
+from manyhands.cluster.measured import COMMON_GATHER, REREAD, Curve
 from manyhands.communication.transports.events import Operation
 from manyhands.simulation.curves import CURVE, EXTRAPOLATED, FORMULA, UNKNOWN, Curves, Priced, curves_of
 
@@ -43,10 +43,13 @@ class Prices:
     """Seconds of an operation; nothing costs anything before `begin`, so that setting up takes no time.
 
     ``transport``: whose measured curves are used, if the cluster has some; None: those of shared memory. A machine that
-    was measured takes more workers than it has cores.
+    was measured takes more workers than it has cores. ``here``: curves that go before those of the cluster, since they
+    are newer, or of the very sizes.
     """
 
-    def __init__(self, cluster: Cluster | None, workers: int, transport: str | None = None) -> None:
+    def __init__(
+        self, cluster: Cluster | None, workers: int, transport: str | None = None, here: Sequence[Curve] = ()
+    ) -> None:
         self._cluster = cluster
         self._begun = False
         self._per_node = workers if cluster is None else cluster.devices_per_node
@@ -60,7 +63,9 @@ class Prices:
         #: What an optimizer takes at a server, for each byte of gradient that is pushed to it.
         self.serving_s_per_B = 0.0
         if cluster is not None and workers > 1:
-            measured = curves_of(cluster.measured, transport)
+            newer = {(curve.operation, curve.ranks) for curve in here}
+            older = curves_of(cluster.measured, transport)
+            measured = [*here, *(curve for curve in older if (curve.operation, curve.ranks) not in newer)]
             if measured:
                 self._curves = Curves(measured, workers, self._per_node, self._form)
                 self._per_node = max(self._per_node, workers)

@@ -7,6 +7,7 @@ time is up, with no word between them.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,11 @@ def curves(member: Member, ranks: int, name: str, budget_s: float, most_B: int, 
     finally:
         if group is not comm:
             group.close()
+
+
+def at_sizes(comm: Communicator, name: str, sizes: Sequence[int], budget_s: float) -> dict[str, Any]:
+    """What pattern ``name`` takes at these sizes, all ranks of ``comm`` taking part; as `curves` tells it."""
+    return _Curves(comm, PATTERNS[name], budget_s, max(sizes), few=False).at(sizes)
 
 
 class _Curves:
@@ -97,6 +103,13 @@ class _Curves:
             if following is None or self._least_s(following) > self._left_s:
                 break
             self._knot(following, fewest=fewest)
+        return self._told()
+
+    def at(self, sizes: Sequence[int]) -> dict[str, Any]:
+        """At these sizes and no others."""
+        self._ended = self._began
+        for size in sizes:
+            self._knot(size, fewest=len(sizes))
         return self._told()
 
     def _least_s(self, size_B: int) -> float:

@@ -148,6 +148,27 @@ def _send(comm: Communicator, most: int) -> Round:
     return once
 
 
+def _swap(comm: Communicator, most: int) -> Round:
+    """Ranks 2k and 2k + 1 send to each other, and read what has come."""
+    whole, theirs, compute, clock = torch.empty(most), torch.empty(most), _computing(), time.perf_counter
+    peer = comm.rank ^ 1
+    takes_part = peer < comm.size
+
+    def once(n: int) -> list[float]:
+        x = whole[:n]
+        comm.barrier()
+        x.fill_(1.0)
+        compute()
+        arrived = clock()
+        if takes_part:
+            sent = comm.send(x, peer)
+            comm.recv(theirs[:n], peer)
+            sent.wait()
+        return [arrived, clock()]
+
+    return once
+
+
 def _served(comm: Communicator, most: int) -> Round:
     """A server that is memory: ranks take turns to add a gradient to it and to read it, under its lock.
 
@@ -199,6 +220,7 @@ PATTERNS: dict[str, Pattern] = {
     "all_to_all": Pattern(("all_to_all",), _meeting(lambda comm, x: comm.all_to_all(x))),
     "barrier": Pattern(("barrier",), _barrier, sized=False),
     "send": Pattern(("send",), _send, stamps.of_pairs),
+    "swap": Pattern(("send",), _swap),
     "served": Pattern(("pull", "push"), _served, alone=("pull", "push")),
 }
 
