@@ -88,6 +88,19 @@ def test_ranks_that_are_alike_in_their_messages_are_mirrored():
     assert sent >= 3 * strategy_from("gossip").traffic(numel, 2).sent_B
 
 
+def test_a_server_that_adds_is_mirrored_and_what_is_done_under_its_lock_is_nobodys_work():
+    mirror, model = mirrored("ssp(staleness=0)", size=2, served=True)
+    numel = sum(p.numel() for p in model.parameters())
+    pushed = sum(op.payload_B * n for op, n in mirror.exchanges.items() if op.name == "push")
+    assert pushed == 3 * 4 * numel
+    assert (
+        sum(n for op, n in mirror.exchanges.items() if op.name == "pull") == 2
+    )  # the first step has what all began with
+    assert mirror.spent.here_s > 0
+    with pytest.raises(NotAlike):
+        mirrored("ssp", size=2)
+
+
 def test_exchanges_inside_a_model_are_priced_and_no_others():
     mirror = MirrorCommunicator(1, 4, transport="gloo", shares_memory=False, price=lambda op: op.payload_B / 1e3)
     mirror.all_reduce(torch.zeros(10)).wait()
@@ -270,8 +283,8 @@ def test_a_device_that_is_not_here_is_priced_by_its_specification():
 
 
 def test_what_cannot_be_predicted_is_refused():
-    with pytest.raises(BadInput, match="pipedream"):
-        mh.predict(TASK, mh.Plan(strategy="pipedream", mesh="pipeline=2"), HERE)
+    with pytest.raises(BadInput, match="ampnet"):
+        mh.predict(TASK, mh.Plan(strategy="ampnet", mesh="pipeline=2"), HERE)
     with pytest.raises(BadInput, match="no source of computing"):
         mh.predict(TASK, compute="guesses")
     with pytest.raises(BadInput, match="are measured"):
@@ -296,6 +309,7 @@ def test_a_real_step_is_predicted(tmp_path, monkeypatch):
     [
         {"mesh": "tensor=2"},
         {"mesh": "pipeline=2", "pipeline": "one_f_one_b(cut='activation1')"},
+        {"mesh": "pipeline=2", "strategy": "pipedream", "pipeline": "pipedream(cut='activation1')"},
         {"workers": 2, "shard": 3},
         {"workers": 2, "compress": "top_k(ratio=0.1)"},
         {"workers": 2, "strategy": "local(every=4)"},

@@ -57,6 +57,7 @@ class StaleSynchronous(OnShards):
 
     name: ClassVar[str] = "ssp"
     bears_stages: ClassVar[bool] = True
+    servers_add: ClassVar[bool] = True
     paper: ClassVar[Reference] = Reference(
         "Ho, Cipar, Cui, Kim, Lee, Gibbons, Gibson, Ganger & Xing",
         "More effective distributed ML via a stale synchronous parallel parameter server",

@@ -117,8 +117,8 @@ def profile(
 ) -> Profile:
     """Measured, or as it was measured within the last day. ``plan`` is decided.
 
-    Strategies that do more than meet in collectives are measured as plain synchronous ones: gradients, and an update of
-    everything; what they exchange ``asked`` knows.
+    Strategies whose ranks are not alike in what they exchange are measured as plain synchronous ones: gradients, and an
+    update of everything; what those exchange ``asked`` knows.
     """
     key = _key(task, plan)
     found = None if fresh else _kept(key)
@@ -207,6 +207,7 @@ def mirrored(member: Member, task: Task, plan: Plan, cluster: Cluster | None, da
         price=prices,
         really=member.comm if piped else None,
         messages=plan.strategy.alike,
+        served=plan.transport in SHARE_MEMORY and getattr(plan.strategy, "servers_add", False),
     )
     run = prepare(Member(mirror, (task, plan), allocator=member.allocator), task, plan, Options(data_dir=data_dir))
     mirror.really = None

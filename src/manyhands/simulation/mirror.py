@@ -7,7 +7,8 @@ What is gathered is filled with copies of this rank's part, so that whoever read
 
 Guarantee: the same operators on the same shapes as on a real rank, in the same order. The numbers are not those of
 training (a gradient stays this rank's own, slices that others would update stay as they are); whatever is not a
-collective raises `NotAlike`.
+collective raises `NotAlike`, but for messages and for memory that stands for a server where it is said that ranks are
+alike in those. What is done under such a server's lock is its price's business, and no work of this rank's.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from manyhands.communication.communicator import DONE, Communicator, Received, Work
+from manyhands.communication.communicator import DONE, Board, Communicator, Lock, Received, Work
 from manyhands.communication.topology import Mesh
 from manyhands.communication.transports.events import Operation
 from manyhands.communication.transports.single import SingleCommunicator
@@ -44,7 +45,8 @@ class MirrorCommunicator(Communicator):
 
     ``shares_memory`` as the transport would say; nothing `overlaps`, since nothing is under way. ``really``: a
     communicator of as many ranks, mirrors too, for what they tell each other before the first step. ``messages``: what
-    is sent comes back where the like is received, for strategies whose ranks are `alike` in that.
+    is sent comes back where the like is received, for strategies whose ranks are `alike` in that. ``served``: locks
+    are always free and all ranks' counters stand where this one's does, for those that push to common memory.
     """
 
     def __init__(
@@ -58,11 +60,12 @@ class MirrorCommunicator(Communicator):
         members: tuple[int, ...] | None = None,
         really: Communicator | None = None,
         messages: bool = False,
+        served: bool = False,
     ) -> None:
         super().__init__(rank, size)
         self.transport, self.shares_memory = transport, shares_memory  # type: ignore[misc]
         self.price = price
-        self._messages = messages
+        self._messages, self._served = messages, served
         self._sent: deque[Tensor] = deque(maxlen=SENT)
         #: Until it is None, what all ranks are told they are really told: setting up.
         self.really = really
@@ -145,15 +148,22 @@ class MirrorCommunicator(Communicator):
         return Received(0 if frm is None else frm, like)
 
     def _access(self, operation: str, x: Tensor, at: int) -> None:
-        raise NotAlike(operation)
+        if not self._served:
+            raise NotAlike(operation)
+        with self._meeting(operation, x):
+            pass
 
-    def locks(self, count: int) -> list[object]:  # type: ignore[override]
-        """Not here."""
-        raise NotAlike("locks")
+    def locks(self, count: int) -> list[Lock]:
+        """Free ones, of a server; else not here."""
+        if not self._served:
+            raise NotAlike("locks")
+        return [_Free(self.spent) for _ in range(count)]
 
-    def board(self) -> object:  # type: ignore[override]
-        """Not here."""
-        raise NotAlike("board")
+    def board(self) -> Board:
+        """One on which nobody is behind; else not here."""
+        if not self._served:
+            raise NotAlike("board")
+        return _Abreast(self.size)
 
     def window(self, size_B: int) -> object:  # type: ignore[override]
         """Not here."""
@@ -185,11 +195,45 @@ class MirrorCommunicator(Communicator):
             shares_memory=self.shares_memory,
             price=self.price,
             messages=self._messages,
+            served=self._served,
             members=tuple(self._members[p] for p in ranks),
         )
         made.context, made.exchanges, made._common = self.context, self.exchanges, self._common
         made.spent, made.spent_cut = self.spent, self.spent_cut
         return made
+
+
+class _Free:
+    """A lock that nobody else wants; what is done while it is held is taken out of this rank's time."""
+
+    def __init__(self, spent: Spent) -> None:
+        self._spent = spent
+        self.lost: list[int] = []
+
+    def __enter__(self) -> None:
+        self._began = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._spent.here_s += time.perf_counter() - self._began
+
+
+class _Abreast:
+    """A board of ranks that are all as far as this one, or as far as is waited for."""
+
+    def __init__(self, size: int) -> None:
+        self._size, self._value = size, 0
+
+    def post(self, value: int) -> None:
+        self._value = value
+
+    def read(self) -> list[int]:
+        return [self._value] * self._size
+
+    def wait(self, least: int, doing: str, *, rank: int | None = None) -> list[int]:
+        return [max(self._value, least)] * self._size
+
+    def wait_for_one(self, least: int, doing: str) -> list[int]:
+        return [max(self._value, least)] * self._size
 
 
 def _subsets(axes: frozenset[str]) -> list[frozenset[str]]:

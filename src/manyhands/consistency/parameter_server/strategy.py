@@ -14,7 +14,7 @@ from typing import ClassVar, Self
 from manyhands.checks import is_whole
 from manyhands.communication.compression.compressor import Compressor, Shape
 from manyhands.consistency.compressed import Compressing, problems_of
-from manyhands.consistency.parameter_server import store
+from manyhands.consistency.parameter_server import shards
 from manyhands.contract import Setting, Strategy, Traffic
 from manyhands.errors import Problem
 
@@ -24,6 +24,8 @@ class OnServers(Strategy):
     """A strategy whose parameters lie on a server, and whose workers push to it and pull from it."""
 
     deterministic: ClassVar[bool] = False
+    #: Whether servers only add what is pushed to them, so that a worker's step is its own whatever the others do.
+    servers_add: ClassVar[bool] = False
 
     @property
     def shards(self) -> int:
@@ -47,7 +49,7 @@ class OnServers(Strategy):
 
     def traffic(self, numel: int, size: int, itemsize: int = 4) -> Traffic:
         """A push and a pull."""
-        both = store.traffic(((numel,),), size, itemsize, self.shards)
+        both = shards.traffic(((numel,),), size, itemsize, self.shards)
         return both + both
 
     def exact(self, setting: Setting) -> bool:
@@ -113,7 +115,7 @@ class OnShards(Compressing, OnServers):
 
     def pushed(self, shapes: Sequence[Shape], size: int, itemsize: int, *, every: int = 1) -> Traffic:
         """What pushes send of one piece."""
-        return store.traffic(shapes, size, itemsize, self.shards, every=every, compressor=self.pushes)
+        return shards.traffic(shapes, size, itemsize, self.shards, every=every, compressor=self.pushes)
 
     def traffic(self, numel: int, size: int, itemsize: int = 4) -> Traffic:
         """A push, compressed or not, and a pull."""
@@ -121,7 +123,7 @@ class OnShards(Compressing, OnServers):
 
     def traffic_of(self, shapes: Sequence[Shape], size: int, itemsize: int = 4) -> Traffic:
         """See `traffic`."""
-        return store.traffic(shapes, size, itemsize, self.shards) + self.pushed(shapes, size, itemsize)
+        return shards.traffic(shapes, size, itemsize, self.shards) + self.pushed(shapes, size, itemsize)
 
     def problems(self, setting: Setting) -> list[Problem]:
         """See `OnServers.problems`; and what compressors cannot."""

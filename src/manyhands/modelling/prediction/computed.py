@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+import numpy as np
 import torch
 
 from manyhands.cluster import Cluster
@@ -24,6 +25,7 @@ from manyhands.errors import BadInput
 from manyhands.modelling import operations, operators, specification
 from manyhands.modelling.profile import Profile, profile
 from manyhands.models import losses, optimizers
+from manyhands.partition import cut_strategies
 from manyhands.partition.pipeline import description as pipelines
 from manyhands.partition.pipeline.schedule import Action, makespan
 from manyhands.partition.tensor import axis_of
@@ -96,8 +98,7 @@ def as_measured(plan: Plan, found: Profile) -> Computed:
     assert isinstance(plan.strategy, Strategy)
     assert plan.workers is not None
     # Where every measured step has compressed, too, that is in the rest of it.
-    once = plan.strategy.lockstep or plan.strategy.alike
-    coding = Coding(0.0, 0.0) if once and not found.plain else Coding()
+    coding = Coding() if found.plain else Coding(0.0, 0.0)
     elements = max(round(found.elements), 1)
     cost = StepCost(found.compute_s, found.update_s, found.samples, elements, found.rest_s, coding=coding)
     return Computed(cost, Recorded(found.factors, plan.workers), "measured", found.spread, found)
@@ -176,14 +177,23 @@ def through_stages(plan: Plan, computed: Computed, prices: Prices) -> Computed:
     assert found is not None
     assert isinstance(plan.mesh, Mesh)
     assert plan.micro_batches is not None
+    assert isinstance(plan.strategy, Strategy)
     order = pipelines.parse(plan.pipeline, plan.strategy).made(plan.mesh["pipeline"], plan.micro_batches)
     seconds = {(kind, stage): s for kind, stage, s in found.actions}
     sizes_B = dict(found.hops)
+    # Stages that update by themselves do so, and look after their versions, after each backward: it is in the path.
+    apart = [0.0] * order.ranks
+    if plan.strategy.name in cut_strategies:
+        alone_s = np.median(found.factors, axis=0) * (found.compute_s + found.rest_s)
+        for rank, row in enumerate(order.rows):
+            left_s = float(alone_s[rank]) - sum(seconds[a.kind, a.stage] for a in row)
+            apart[rank] = max(left_s, 0.0) / plan.micro_batches
     prices.begin()
 
     def cost(action: Action) -> float:
         again = plan.recompute and action.kind in "BI"
-        return seconds[action.kind, action.stage] + (seconds["F", action.stage] if again else 0.0)
+        own_s = seconds[action.kind, action.stage] + (seconds["F", action.stage] if again else 0.0)
+        return own_s + (apart[order.stage_rank(action.stage)] if action.kind == "B" else 0.0)
 
     def hop_s(before: Action, after: Action) -> float:
         ranks = order.stage_rank(before.stage), order.stage_rank(after.stage)
@@ -192,6 +202,10 @@ def through_stages(plan: Plan, computed: Computed, prices: Prices) -> Computed:
 
     span_s = makespan(order, cost, hop_s)
     busy = [sum(cost(a) for a in row) / span_s for row in order.rows]
-    longer = replace(found, compute_s=span_s, cut_s=0.0)
+    # What a stage has more to do than another is in the path, so each rank varies about its own median.
+    steady = found.factors / np.median(found.factors, axis=0)
+    longer = replace(found, compute_s=span_s, cut_s=0.0, factors=steady)
     cost_s = replace(computed.cost, compute_s=span_s)
+    if plan.strategy.name in cut_strategies:
+        longer, cost_s = replace(longer, update_s=0.0, rest_s=0.0), replace(cost_s, update_s=0.0, rest_s=0.0)
     return replace(computed, cost=cost_s, measured=longer, bubble=tuple(1 - share for share in busy))

@@ -32,7 +32,6 @@ from manyhands.modelling.memory.footprint import footprint
 from manyhands.modelling.memory.parts import Memory
 from manyhands.modelling.prediction.computed import Computed, Source, computing, cut_anew, is_cut, through_stages
 from manyhands.modelling.prediction.running import asked_by, by_sizes, in_lock_step, of_the_whole_run
-from manyhands.partition import cut_strategies
 from manyhands.plan import Plan
 from manyhands.simulation.prices import Prices
 from manyhands.task import Task
@@ -121,8 +120,9 @@ def predicted(
     prices = Prices(cluster, plan.workers, transport, curves)
     if curves and computed.cost.compute_s:
         computed = cut_anew(computed, prices)
-    itemsize = next((p.element_size() for p in model.parameters() if p.requires_grad), 4)
-    prices.serving_s_per_B = computed.cost.update(1) / itemsize
+    if not getattr(plan.strategy, "servers_add", False):
+        itemsize = next((p.element_size() for p in model.parameters() if p.requires_grad), 4)
+        prices.serving_s_per_B = computed.cost.update(1) / itemsize
     if plan.mesh["pipeline"] > 1:
         computed = through_stages(plan, computed, prices)
     if is_cut(plan):
@@ -180,10 +180,10 @@ def with_memory(
 def _refuse(plan: Plan) -> None:
     assert isinstance(plan.mesh, Mesh)
     assert isinstance(plan.strategy, Strategy)
-    if plan.strategy.name in cut_strategies:
+    if plan.strategy.name == "ampnet":
         raise BadInput(
-            f"predict with {plan.strategy} on {plan.mesh}: pipelines that do not flush are not priced. Predict "
-            "synchronous on this mesh; `manyhands plan` tells what each worker holds and sends."
+            f"predict with {plan.strategy} on {plan.mesh}: its messages have an order only once they came, and are "
+            "not priced. Predict pipedream or synchronous on this mesh; `manyhands plan` tells what each worker holds."
         )
     if plan.mesh["pipeline"] > 1 and (plan.workers or 1) > SIDE_BY_SIDE:
         raise BadInput(
