@@ -29,7 +29,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -70,6 +70,7 @@ CUTS: tuple[dict[str, Any], ...] = (
     {"mesh": "pipeline=2", "threads": 1, "transport": "shared"},
 )
 CUT_MODELS = ("gpt", "gpt(layers=2, width=64)")
+Way = Literal["measured", "grid", "operators", "roofline"]
 WAYS = ("measured", "grid", "operators", "roofline", "one factor", "last known")
 
 
@@ -131,7 +132,7 @@ def rows(quick: bool) -> Iterator[Row]:
                     yield Row(model, data, batch, dict(plan))
 
 
-def measure(row: Row, ways: Sequence[str], turns: int, cluster: Cluster) -> None:
+def measure(row: Row, ways: Sequence[Way], turns: int, cluster: Cluster) -> None:
     """Run and profile in turn, then predict by what was profiled; and by every other way."""
     try:
         task = row.task(200)
@@ -157,30 +158,23 @@ def measure(row: Row, ways: Sequence[str], turns: int, cluster: Cluster) -> None
     for way in ways:
         if way == "grid" and not row.knots:
             continue
-        computed = {"measured": measured, "grid": grid}.get(way, lambda *_: None)(plan, found)
-        source = None if computed is not None else way
         try:
-            guess = prediction.predicted(
-                task,
-                plan,
-                cluster,
-                model,
-                splits,
-                here=True,
-                compute=source,
-                computed=computed,  # type: ignore[arg-type]
-            )
+            if way == "measured":
+                computed = prediction.as_measured(plan, found[0])
+            elif way == "grid":
+                computed = grid(plan, found)
+            else:
+                calculated = prediction.computing(
+                    task, plan, cluster, model, splits, here=True, compute=way, fresh=False, data_dir=None
+                )
+                computed = dataclasses.replace(calculated, curves=found[0].curves)
+            guess = prediction.predicted(task, plan, cluster, model, splits, here=True, computed=computed)
         except ManyhandsError as e:
             row.failures[way] = str(e).splitlines()[0]
         else:
             row.predicted_s[way] = [guess.step_s]
             if way == "measured":
                 row.error = guess.error
-
-
-def measured(plan: mh.Plan, found: Sequence[Profile]) -> prediction.Computed:
-    """By the profile at the very batch."""
-    return prediction.as_measured(plan, found[0])
 
 
 def grid(plan: mh.Plan, found: Sequence[Profile]) -> prediction.Computed:
@@ -319,7 +313,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--write", action="store_true", help="put the report into docs/validation.md")
     said = parser.parse_args(arguments)
     logging.getLogger("manyhands").setLevel(logging.ERROR)
-    ways = ("measured", "grid", "operators", "roofline")
+    ways: tuple[Way, ...] = ("measured", "grid", "operators", "roofline")
     cluster = calibration.cached()
     if cluster is None:
         raise BadInput("this machine is not calibrated; first: manyhands calibrate.")

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from manyhands.cluster import Cluster
+from manyhands.cluster.measured import Curve
 from manyhands.communication.topology import Mesh
 from manyhands.communication.transports.events import Operation
 from manyhands.contract import Strategy
@@ -54,6 +55,8 @@ class Computed:
     notes: tuple[str, ...] = field(default=())
     #: Of a pipeline: the part of its longest path in which each rank computes nothing.
     bubble: tuple[float, ...] = ()
+    #: What its exchanges take, measured just now.
+    curves: tuple[Curve, ...] = ()
 
 
 def is_cut(plan: Plan) -> bool:
@@ -101,7 +104,7 @@ def as_measured(plan: Plan, found: Profile) -> Computed:
     coding = Coding() if found.plain else Coding(0.0, 0.0)
     elements = max(round(found.elements), 1)
     cost = StepCost(found.compute_s, found.update_s, found.samples, elements, found.rest_s, coding=coding)
-    return Computed(cost, Recorded(found.factors, plan.workers), "measured", found.spread, found)
+    return Computed(cost, Recorded(found.factors, plan.workers), "measured", found.spread, found, curves=found.curves)
 
 
 def cut_anew(computed: Computed, prices: Prices) -> Computed:

@@ -116,7 +116,7 @@ def predicted(
         computed = computing(
             task, plan, cluster, model, splits, here=here, compute=compute, fresh=fresh, data_dir=data_dir, asked=asked
         )
-    curves = computed.measured.curves if here and computed.measured is not None else ()
+    curves = computed.curves if here else ()
     prices = Prices(cluster, plan.workers, transport, curves)
     if curves and computed.cost.compute_s:
         computed = cut_anew(computed, prices)
