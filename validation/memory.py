@@ -121,7 +121,7 @@ def run(row: Row) -> Found:
     task = mh.Task(model=row.model, data=row.data, optimizer=row.optimizer, batch_size=row.batch_size, steps=TURNS)
     plan = mh.Plan(**row.plan)
     decided = verbs.resolved(task, plan)
-    model, splits = verbs._built(task, None)
+    model, splits = verbs.built(task, None)
     decided = rehearsed(decided, model, task, splits.train)
     predicted = footprint(task, decided.plan, model, splits)
     summary = verbs.train(task, plan, progress=False).summary

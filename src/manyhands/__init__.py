@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from manyhands.errors import ManyhandsError as ManyhandsError
     from manyhands.plan import Plan as Plan
     from manyhands.task import Task as Task
-    from manyhands.verbs import Result as Result
-    from manyhands.verbs import predict as predict
-    from manyhands.verbs import search as search
-    from manyhands.verbs import simulate as simulate
-    from manyhands.verbs import train as train
+    from manyhands.verbs.predict import predict as predict
+    from manyhands.verbs.search import search as search
+    from manyhands.verbs.simulate import simulate as simulate
+    from manyhands.verbs.train import Result as Result
+    from manyhands.verbs.train import train as train
 
 _WHERE = {
     "Task": "manyhands.task",

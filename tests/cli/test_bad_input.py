@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import manyhands as mh
-from manyhands import verbs
 from manyhands.errors import BadInput
+from manyhands.verbs import launching
 
 
 @pytest.fixture(autouse=True)
@@ -16,7 +16,7 @@ def no_workers(monkeypatch):
     def team(*_, **__):
         raise AssertionError("a worker was started")
 
-    monkeypatch.setattr(verbs, "team", team)
+    monkeypatch.setattr(launching, "team", team)
 
 
 SMALL = ("train", "--data", "digits")

@@ -33,7 +33,7 @@ PARAMETERS_B = 4 * (64 * 50 + 50 + 50 * 10 + 10)
 def of(optimizer: str = "sgd(lr=0.1)", batch_size: int = 32, **plan: object) -> Memory:
     task = mh.Task(model="perceptron", data="digits", optimizer=optimizer, batch_size=batch_size)
     decided = verbs.resolved(task, mh.Plan(**plan))
-    model, splits = verbs._built(task, None)
+    model, splits = verbs.built(task, None)
     decided = rehearsed(decided, model, task, splits.train)
     return footprint(task, decided.plan, model, splits, measured=NO_PROCESS, data=NO_DATA, evaluate="never")
 
@@ -124,7 +124,7 @@ def test_what_does_not_fit_is_told_with_what_would() -> None:
     cluster = load("dgx_a100")
     task = mh.Task(model="perceptron", data="digits", optimizer="adam(lr=0.1)", batch_size=1024)
     decided = verbs.resolved(task, mh.Plan(workers=2, transport="gloo")).plan
-    model, splits = verbs._built(task, None)
+    model, splits = verbs.built(task, None)
     known = {"measured": NO_PROCESS, "data": NO_DATA}
     memory = footprint(task, decided, model, splits, **known)  # type: ignore[arg-type]
     assert fits(memory, cluster, 2) is None

@@ -3,6 +3,7 @@
 What is left behind (processes, /dev/shm, memory files, sockets) is found by the guard around every test.
 """
 
+import contextlib
 import errno
 import json
 import os
@@ -19,6 +20,7 @@ import manyhands as mh
 from manyhands.errors import DeadlineExceeded, FactoryFailed, NonFiniteLoss, WorkerFailed
 from manyhands.training import checkpoint
 from manyhands.training.sampler import order
+from manyhands.training.team_folder import TeamFolder
 from manyhands.verbs import LastCheckpointNotWritten
 from tests import guards
 from tests.training.factories import HERE, rank
@@ -141,7 +143,7 @@ def test_a_factory_that_raises_is_named_with_its_own_traceback(workers):
         mh.train(mh.Task(model=f"{HERE}:breaks", data=f"{HERE}:data"), mh.Plan(workers=workers), progress=False)
     assert e.value.exit_code == 1
     assert "factories.py" in e.value.traceback
-    assert "verbs.py" not in e.value.traceback
+    assert "verbs/building.py" not in e.value.traceback
 
 
 # -- a worker raises, freezes, or sees a loss that is not finite -------------------------------------------------------
@@ -304,6 +306,21 @@ def test_when_the_launcher_ends_so_do_its_workers(tmp_path, number, status, tran
         if process.poll() is None:
             process.kill()
             process.communicate()
+
+
+def test_a_team_that_was_killed_as_a_whole_leaves_its_folder_until_the_next_one_starts(tmp_path, monkeypatch):
+    said = "import os; from manyhands.training.team_folder import TeamFolder; print(TeamFolder().path, flush=True)"
+    killed = f"{said}; os.kill(os.getpid(), 9)"
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    found = subprocess.run([sys.executable, "-c", killed], env=environment, stdout=subprocess.PIPE, text=True)
+    left = Path(found.stdout.strip())
+    assert found.returncode == -signal.SIGKILL
+    assert [*left.iterdir()]
+    (tmp_path / "manyhands-bench-mine").mkdir()  # no team's
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with contextlib.closing(TeamFolder()) as first, contextlib.closing(TeamFolder()) as second:
+        assert {*tmp_path.iterdir()} == {first.path, second.path, tmp_path / "manyhands-bench-mine"}
+    assert [p.name for p in tmp_path.iterdir()] == ["manyhands-bench-mine"]
 
 
 def test_a_buffer_made_on_the_way_does_not_hide_a_loss_that_is_not_finite():
