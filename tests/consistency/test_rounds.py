@@ -118,7 +118,7 @@ def rounds(comm: Communicator, backups: int, steps: int, seed: int) -> dict:
     worker = started(comm, f"backup_workers(backups={backups})", spec)
     pieces, store = worker.replica.pieces, worker.store
     brought, seen = [], [[store.read[0], jobs.vector(p.flat for p in pieces)]]
-    bring = store.bring
+    bring = worker.rounds.bring
 
     def noted(gradients, weight, *, votes):
         of = store.read[0]
@@ -128,7 +128,7 @@ def rounds(comm: Communicator, backups: int, steps: int, seed: int) -> dict:
         assert len(set(store.read)) == 1
         return late, outcome
 
-    store.bring = noted
+    worker.rounds.bring = noted
     generator = torch.Generator().manual_seed(seed + comm.rank)
     gradients = worker.replica.gradients
 
@@ -297,7 +297,7 @@ def absent_beside_one_aside(member, servers: int) -> None:
             return
         worker, (batch,) = started(comm, "backup_workers(backups=0)", problem()), shares(comm, problem(), steps=1)
         if comm.rank == 0:
-            worker.store.aside(1)
+            worker.rounds.aside(1)
         comm.barrier()
         if comm.rank != 1:
             time.sleep(3)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from manyhands.communication.communicator import Communicator
 from manyhands.communication.transports.single import SingleCommunicator
 from manyhands.consistency.downpour import due
-from manyhands.consistency.parameter_server import store
+from manyhands.consistency.parameter_server import shards
 from manyhands.consistency.ssp import must_read, needed
 from manyhands.contract import Batch, Setting
 from manyhands.errors import BadInput
@@ -46,7 +46,7 @@ def shares(comm: Communicator, spec: dict, *, steps: int):
 
 @given(numel=st.integers(0, 5000), servers=st.integers(1, 9))
 def test_shards_tile_a_piece_and_are_balanced(numel, servers):
-    cuts = store.bounds(numel, servers)
+    cuts = shards.bounds(numel, servers)
     assert [x for lo, hi in cuts for x in range(lo, hi)] == list(range(numel))
     assert len(cuts) <= servers
     sizes = [hi - lo for lo, hi in cuts] or [0]

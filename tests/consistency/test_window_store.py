@@ -7,8 +7,8 @@ from torch.nn import functional as F
 
 import manyhands as mh
 from manyhands.communication.communicator import Communicator
+from manyhands.consistency.parameter_server.common_store import CommonStore
 from manyhands.consistency.parameter_server.opening import opened
-from manyhands.consistency.parameter_server.store import CommonStore
 from manyhands.consistency.parameter_server.window_store import WindowStore
 from manyhands.contract import Batch
 from manyhands.partition.data import DataReplica
@@ -143,7 +143,7 @@ def moved_in_rounds(comm: Communicator, aggregate: str, steps: int) -> dict:
     """What windows move in rounds to which workers come in order, beyond pulls and the update."""
     worker = started(comm, f"backup_workers(backups=0, aggregate={aggregate})", problem())
     numel = sum(p.flat.numel() for p in worker.replica.pieces)
-    window, moved = worker.store._round._window, {"get": 0, "put": 0}
+    window, moved = worker.rounds.round._window, {"get": 0, "put": 0}
     for name in moved:
         access = getattr(window, name)
 
@@ -153,13 +153,13 @@ def moved_in_rounds(comm: Communicator, aggregate: str, steps: int) -> dict:
 
         setattr(window, name, counted)
     come = comm.board()
-    bring = worker.store._round.take
+    bring = worker.rounds.round.take
 
     def noted(*args, **how):
         bring(*args, **how)
         come.post(step + 1)
 
-    worker.store._round.take = noted
+    worker.rounds.round.take = noted
     for step, batch in enumerate(shares(comm, problem(), steps=steps)):
         if comm.rank:
             come.wait(step + 1, "the test", rank=comm.rank - 1)

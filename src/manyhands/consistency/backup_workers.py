@@ -107,7 +107,7 @@ class BackupWorkersWorker(ServedWorker):
     def __init__(self, replica: Replica, comm: Communicator, strategy: BackupWorkers) -> None:
         super().__init__(replica, comm, opened(replica, comm, strategy.shards, optimizer=replica.optimizer))
         self.rule = strategy.rule
-        self.store.open_rounds(strategy.waited_for(comm.size), self.rule)
+        self.rounds = self.store.rounds(strategy.waited_for(comm.size), self.rule)
         self._robust = strategy.aggregate != "mean"
         self._warned: set[str] = set()
         #: Gradients of this worker that were in time, and that were not.
@@ -127,7 +127,7 @@ class BackupWorkersWorker(ServedWorker):
                 gradient.fill_(math.nan)
         if not usable and replica.count:  # a sum over no samples is 0, and counts
             replica.add_l2([(0, g.numel()) for g in gradients])
-        late, outcome = self.store.bring(gradients, replica.count, votes=usable)
+        late, outcome = self.rounds.bring(gradients, replica.count, votes=usable)
         self.late += bool(late)
         self.in_time += not late
         if wrong:
@@ -149,9 +149,9 @@ class BackupWorkersWorker(ServedWorker):
 
     def meet(self) -> None:
         """Rounds do not wait for a worker that is here: it may have come to its end before the others."""
-        self.store.aside(1)
+        self.rounds.aside(1)
         super().meet()
-        self.store.aside(-1)
+        self.rounds.aside(-1)
         with self.comm.counting("control"):
             self.comm.barrier()  # nobody brings a gradient to a round that counts another as aside
 

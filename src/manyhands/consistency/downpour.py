@@ -29,8 +29,9 @@ from torch import Tensor
 from manyhands.checks import is_whole
 from manyhands.communication.communicator import Communicator
 from manyhands.communication.compression.compressor import Shape
-from manyhands.consistency.parameter_server import store
+from manyhands.consistency.parameter_server import shards
 from manyhands.consistency.parameter_server.opening import opened
+from manyhands.consistency.parameter_server.store import Store
 from manyhands.consistency.parameter_server.strategy import OnShards
 from manyhands.consistency.parameter_server.worker import ServedWorker
 from manyhands.contract import Batch, Reference, Replica, Setting, StateSlice, Traffic, Worker
@@ -79,7 +80,7 @@ class Downpour(OnShards):
 
     def traffic_of(self, shapes: Sequence[Shape], size: int, itemsize: int = 4) -> Traffic:
         """See `traffic`."""
-        pulls = store.traffic(shapes, size, itemsize, self.shards, every=self.fetch)
+        pulls = shards.traffic(shapes, size, itemsize, self.shards, every=self.fetch)
         return pulls + self.pushed(shapes, size, itemsize, every=self.push)
 
     def exact(self, setting: Setting) -> bool:
@@ -110,7 +111,7 @@ def _trial(server: str) -> torch.optim.Optimizer:
 class DownpourWorker(ServedWorker):
     """Accrues gradients, and goes on by itself between exchanges."""
 
-    def __init__(self, replica: Replica, comm: Communicator, kept: store.Store, strategy: Downpour) -> None:
+    def __init__(self, replica: Replica, comm: Communicator, kept: Store, strategy: Downpour) -> None:
         super().__init__(replica, comm, kept)
         self._fetch, self._push = strategy.fetch, strategy.push
         self._sums = strategy.push > 1

@@ -6,8 +6,9 @@ import torch
 
 from manyhands.communication.communicator import Communicator
 from manyhands.communication.compression.compressor import Compressor
+from manyhands.consistency.parameter_server.common_store import CommonStore
 from manyhands.consistency.parameter_server.remote_store import RemoteStore
-from manyhands.consistency.parameter_server.store import CommonStore, Store
+from manyhands.consistency.parameter_server.store import Store
 from manyhands.consistency.parameter_server.window_store import WindowStore
 from manyhands.contract import Replica
 

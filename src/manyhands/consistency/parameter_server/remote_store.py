@@ -21,12 +21,21 @@ from manyhands.communication.communicator import Board, Communicator, Work
 from manyhands.communication.compression.compressor import Compressor
 from manyhands.consistency.compressed import layout_of
 from manyhands.consistency.parameter_server.remote_board import RemoteBoard
-from manyhands.consistency.parameter_server.requests import ANSWER, ANSWERED_B, PAYLOAD, REQUEST, Ask, frame, header
-from manyhands.consistency.parameter_server.rounds import Outcome, late_for_a_round
-from manyhands.consistency.parameter_server.store import Shard, Store, within
+from manyhands.consistency.parameter_server.remote_rounds import RemoteRounds
+from manyhands.consistency.parameter_server.requests import (
+    ANSWER,
+    ANSWERED_B,
+    PAYLOAD,
+    REQUEST,
+    Ask,
+    finish,
+    frame,
+    header,
+)
+from manyhands.consistency.parameter_server.shards import Shard, within
+from manyhands.consistency.parameter_server.store import Store
 from manyhands.consistency.robust.aggregation import Aggregation
 from manyhands.contract import Parameters, Replica
-from manyhands.errors import DeadlineExceeded
 from manyhands.models.update_rules import rule_of
 
 
@@ -46,19 +55,19 @@ class RemoteStore(Store):
         super().__init__(replica, comm, servers, compressor)
         self._compress = None if self._parcels is None else str(compressor)
         assert comm.servers is not None
-        self._comm, self._world, self._optimizer = comm, comm.servers, optimizer
+        self.comm, self.world, self.optimizer = comm, comm.servers, optimizer
         self._stopped, self._boards = False, 0
-        self._held: dict[int, list[int]] = {}  # by server: its shards
+        self.held: dict[int, list[int]] = {}  # by server: its shards
         for s, shard in enumerate(self.shards):
             first = next(t for t, other in enumerate(self.shards) if other.piece == shard.piece)
-            self._held.setdefault(comm.size + s - first, []).append(s)
-        self._at = {s: (rank, i) for rank, held in sorted(self._held.items()) for i, s in enumerate(held)}
+            self.held.setdefault(comm.size + s - first, []).append(s)
+        self._at = {s: (rank, i) for rank, held in sorted(self.held.items()) for i, s in enumerate(held)}
         self._frames = [frame(s.hi - s.lo, replica.pieces[s.piece].flat.dtype) for s in self.shards]
         self._slots = [0 if optimizer is None else self._rule(i)["slots"] for i in range(len(replica.pieces))]
         comm.barrier()  # all have done with the store before
         if comm.rank == 0:
             with comm.counting("service"):
-                for rank, held in self._held.items():
+                for rank, held in self.held.items():
                     self._open(rank, held, scaled=scaled)
         for i, piece in enumerate(replica.pieces):
             if piece.width:
@@ -77,15 +86,15 @@ class RemoteStore(Store):
                     "dtype": str(self.replica.pieces[shard.piece].flat.dtype).removeprefix("torch."),
                     "width": self.replica.pieces[shard.piece].width,
                     "spans": [(u.lo - shard.lo, u.hi - shard.lo) for u in self.units[shard.units]],
-                    **({} if self._optimizer is None else self._rule(shard.piece)),
+                    **({} if self.optimizer is None else self._rule(shard.piece)),
                     **({} if self._compress is None else self._packing(shard)),
                 }
             )
-        text = json.dumps({"shards": described, "updates": self._optimizer is not None, "scaled": scaled}).encode()
+        text = json.dumps({"shards": described, "updates": self.optimizer is not None, "scaled": scaled}).encode()
         payload = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-        works = self._ask(rank, header(Ask.OPEN, count=len(payload)), payload)
-        self._answer(rank)
-        _finish(works)
+        works = self.ask(rank, header(Ask.OPEN, count=len(payload)), payload)
+        self.answer(rank)
+        finish(works)
 
     def _packing(self, shard: Shard) -> dict[str, Any]:
         """How to read payloads of a shard."""
@@ -93,30 +102,31 @@ class RemoteStore(Store):
         return {"compress": self._compress, "shapes": shapes, "lo": shard.lo, "hi": shard.hi}
 
     def _rule(self, i: int) -> dict[str, Any]:
-        assert self._optimizer is not None
-        rule = rule_of(self._optimizer, self._group_of(i))
+        assert self.optimizer is not None
+        rule = rule_of(self.optimizer, self.group_of(i))
         assert rule is not None, "the plan has been checked"
-        first = self._optimizer.param_groups[self._group_of(i)].get("initial_accumulator_value", 0.0)
+        first = self.optimizer.param_groups[self.group_of(i)].get("initial_accumulator_value", 0.0)
         return {"rule": rule.apply.__name__, "slots": rule.slots, "first": first}
 
-    def _group_of(self, i: int) -> int:
+    def group_of(self, i: int) -> int:
         """A server's optimizer of its own has one group for all pieces."""
-        return self.replica.pieces[i].group if self._optimizer is self.replica.optimizer else 0
+        return self.replica.pieces[i].group if self.optimizer is self.replica.optimizer else 0
 
-    def _ask(self, rank: int, request: Tensor, *payload: Tensor) -> list[Work]:
-        asked = self._world.send(request, rank, REQUEST)
-        return [asked, *(self._world.send(x, rank, PAYLOAD) for x in payload if x.numel())]
+    def ask(self, rank: int, request: Tensor, *payload: Tensor) -> list[Work]:
+        """Send a request and what it announces; to be finished."""
+        asked = self.world.send(request, rank, REQUEST)
+        return [asked, *(self.world.send(x, rank, PAYLOAD) for x in payload if x.numel())]
 
-    def _answer(self, rank: int) -> None:
+    def answer(self, rank: int) -> None:
         """One without values, of no shard."""
         whole, beginning, _ = frame(0, torch.uint8)
-        self._world.recv(whole, rank, ANSWER)
+        self.world.recv(whole, rank, ANSWER)
         self._stopped |= bool(beginning[2])
 
-    def _answer_of(self, s: int, *, values: bool) -> tuple[int, int, Tensor]:
+    def answer_of(self, s: int, *, values: bool) -> tuple[int, int, Tensor]:
         """Version, lateness, and the values if they are awaited; those until the shard's next answer."""
         whole, beginning, there = self._frames[s]
-        self._world.recv(whole if values else whole[:ANSWERED_B], self._at[s][0], ANSWER)
+        self.world.recv(whole if values else whole[:ANSWERED_B], self._at[s][0], ANSWER)
         version, late, stopped = beginning.tolist()
         self._stopped |= bool(stopped)
         return int(version), int(late), there
@@ -125,7 +135,8 @@ class RemoteStore(Store):
         """See `requests.header`."""
         return 0 if self._parcels is None else 1 + payload.numel()
 
-    def _slice(self, s: int, vectors: Sequence[Tensor]) -> Tensor:
+    def slice(self, s: int, vectors: Sequence[Tensor]) -> Tensor:
+        """Of ``vectors``, a piece each, what shard ``s`` has."""
         shard = self.shards[s]
         return vectors[shard.piece][shard.lo : shard.hi]
 
@@ -133,11 +144,11 @@ class RemoteStore(Store):
 
     def rebase(self) -> None:
         """The shards become what rank 0's pieces hold. Collective."""
-        if self._comm.rank == 0:
-            with self._comm.counting("service"):
+        if self.comm.rank == 0:
+            with self.comm.counting("service"):
                 flats = [piece.flat for piece in self.replica.pieces]
-                self._give(Ask.SET, [self._slice(s, flats) for s in range(len(self.shards))], [0] * len(self.shards))
-        self._comm.barrier()
+                self._give(Ask.SET, [self.slice(s, flats) for s in range(len(self.shards))], [0] * len(self.shards))
+        self.comm.barrier()
 
     def pull(self) -> None:
         """See `Store.pull`."""
@@ -146,34 +157,34 @@ class RemoteStore(Store):
 
     def push(self, vectors: Sequence[Tensor], *, pull: bool = False) -> None:
         """See `Store.push`."""
-        assert self._optimizer is not None
-        in_use = self._share_what_is_in_use()
+        assert self.optimizer is not None
+        in_use = self.share_what_is_in_use()
         packed, _ = self._pack(vectors)
         pushed = {s: payload for s in self._at if (payload := self._payload(s, packed[s], vectors))}
         returned = {s for s, payload in pushed.items() if pull and len(payload) == 1}
         mine = [piece.flat for piece in self.replica.pieces]
         for s, payload in pushed.items():
             for x in payload:
-                self._comm.access("push", x)
+                self.comm.access("push", x)
             if s in returned:
-                self._comm.access("pull", self._slice(s, mine))
-        with self._comm.counting("service"):
+                self.comm.access("pull", self.slice(s, mine))
+        with self.comm.counting("service"):
             works = []
             for s, payload in pushed.items():
                 rank, i = self._at[s]
-                group = self._optimizer.param_groups[self._group_of(self.shards[s].piece)]
+                group = self.optimizer.param_groups[self.group_of(self.shards[s].piece)]
                 what, count = (Ask.PUSH, s in returned) if len(payload) == 1 else (Ask.PUSH_ROWS, len(payload[0]))
                 rows_here = payload if len(payload) == 1 else (self._here(s, payload[0]), payload[1])
                 length = self._packed(payload[0]) if len(payload) == 1 else 0
                 asked = header(what, i, read=self.read[s], count=count, in_use=in_use, packed=length, group=group)
-                works += self._ask(rank, asked, *rows_here)
+                works += self.ask(rank, asked, *rows_here)
             for s in pushed:
-                version, late, values = self._answer_of(s, values=s in returned)
+                version, late, values = self.answer_of(s, values=s in returned)
                 self.staleness[late] += 1
                 if s in returned:
-                    self._slice(s, mine).copy_(values)
+                    self.slice(s, mine).copy_(values)
                     self.read[s] = version
-            _finish(works)
+            finish(works)
 
     def _payload(self, s: int, packed: Tensor, vectors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """What a push to shard ``s`` carries: its gradient; of a table the rows in it, if any, and theirs."""
@@ -200,52 +211,52 @@ class RemoteStore(Store):
         wanted = {s: within(rows, self.shards[s], piece.width) for s in self._at if self.shards[s].piece == i}
         wanted = {s: own for s, own in wanted.items() if len(own)}
         for own in wanted.values():
-            self._comm.access("pull", own)  # the request
-            self._comm.access("pull", table[: len(own)])  # the answer
-        with self._comm.counting("service"):
+            self.comm.access("pull", own)  # the request
+            self.comm.access("pull", table[: len(own)])  # the answer
+        with self.comm.counting("service"):
             works = []
             for s, own in wanted.items():
                 rank, number = self._at[s]
-                works += self._ask(rank, header(Ask.LOOK_UP, number, count=len(own)), self._here(s, own))
+                works += self.ask(rank, header(Ask.LOOK_UP, number, count=len(own)), self._here(s, own))
             for s, own in wanted.items():
                 whole, beginning, values = frame(len(own) * piece.width, piece.flat.dtype)
-                self._world.recv(whole, self._at[s][0], ANSWER)
+                self.world.recv(whole, self._at[s][0], ANSWER)
                 table[own] = values.view(-1, piece.width).to(table.device)
                 self.read[s] = int(beginning[0])
                 self._stopped |= bool(beginning[2])
-            _finish(works)
+            finish(works)
 
     def add(self, vectors: Sequence[Tensor]) -> None:
         """See `Store.add`."""
         packed, _ = self._pack(vectors)
         for s in self._at:
-            self._comm.access("push", packed[s])
-        with self._comm.counting("service"):
+            self.comm.access("push", packed[s])
+        with self.comm.counting("service"):
             self._give(Ask.ADD, packed, [self._packed(x) for x in packed])
 
     def _give(self, what: Ask, parts: Sequence[Tensor], packed: Sequence[int]) -> None:
         """A part a shard, which may be a payload of so many bytes less 1."""
         works = []
         for s, (rank, i) in self._at.items():
-            works += self._ask(rank, header(what, i, packed=packed[s]), parts[s])
+            works += self.ask(rank, header(what, i, packed=packed[s]), parts[s])
         for s in self._at:
-            self._answer_of(s, values=False)
-        _finish(works)
+            self.answer_of(s, values=False)
+        finish(works)
 
     def _fetch(self, into: Sequence[Tensor], shards: Sequence[int], *, noting: bool) -> None:
         """Whole shards; ``noting``: their versions, because what is computed next is computed at them."""
         for s in shards:
-            self._comm.access("pull", self._slice(s, into))
-        with self._comm.counting("service"):
-            works = [work for s in shards for work in self._ask(self._at[s][0], header(Ask.PULL, self._at[s][1]))]
+            self.comm.access("pull", self.slice(s, into))
+        with self.comm.counting("service"):
+            works = [work for s in shards for work in self.ask(self._at[s][0], header(Ask.PULL, self._at[s][1]))]
             for s in shards:
-                version, _, values = self._answer_of(s, values=True)
-                self._slice(s, into).copy_(values)
+                version, _, values = self.answer_of(s, values=True)
+                self.slice(s, into).copy_(values)
                 if noting:
                     self.read[s] = version
-            _finish(works)
+            finish(works)
 
-    def _share_what_is_in_use(self) -> bool:
+    def share_what_is_in_use(self) -> bool:
         """A parameter that some worker's backward has reached is in use for all. Whether all are."""
         if not self.replica.watching:
             return True
@@ -253,17 +264,17 @@ class RemoteStore(Store):
         used: list[int] = []
         for i, piece in enumerate(self.replica.pieces):
             used += reached[i].long().tolist() if i in reached else [1] * max(len(piece.spans), 1)
-        with self._comm.counting("service"):
+        with self.comm.counting("service"):
             works = []
-            units = {r: [u for s in held for u in self.units[self.shards[s].units]] for r, held in self._held.items()}
+            units = {r: [u for s in held for u in self.units[self.shards[s].units]] for r, held in self.held.items()}
             for rank, its in units.items():
                 mine = torch.tensor([used[u.parameter] for u in its], dtype=torch.int64)
-                works += self._ask(rank, header(Ask.USE, count=len(its)), mine)
+                works += self.ask(rank, header(Ask.USE, count=len(its)), mine)
             for rank, its in sorted(units.items()):
-                everybodys = self._world.recv(torch.zeros(len(its), dtype=torch.int64), rank, ANSWER).tensor
+                everybodys = self.world.recv(torch.zeros(len(its), dtype=torch.int64), rank, ANSWER).tensor
                 for unit, any_ in zip(its, everybodys.tolist(), strict=True):
                     used[unit.parameter] |= any_
-            _finish(works)
+            finish(works)
         first, settled = 0, {}
         for i, piece in enumerate(self.replica.pieces):
             count = max(len(piece.spans), 1)
@@ -273,84 +284,35 @@ class RemoteStore(Store):
         self.replica.settle(settled)
         return not self.replica.watching
 
-    def open_rounds(self, needed: int, rule: Aggregation) -> None:
-        """See `Store.open_rounds`."""
-        if self._comm.rank == 0:
-            (rank,) = self._held
-            said = {"needed": needed, "workers": self._comm.size, "rule": str(rule)}
-            payload = torch.frombuffer(bytearray(json.dumps(said).encode()), dtype=torch.uint8)
-            with self._comm.counting("service"):
-                works = self._ask(rank, header(Ask.ROUNDS, count=len(payload)), payload)
-                self._answer(rank)
-                _finish(works)
-        self._comm.barrier()
-
-    def bring(self, vectors: Sequence[Tensor], weight: float, *, votes: bool) -> tuple[int, Outcome]:
-        """See `Store.bring`."""
-        assert self._optimizer is not None
-        in_use = self._share_what_is_in_use()
-        ((rank, held),) = self._held.items()
-        mine, number = [piece.flat for piece in self.replica.pieces], self.read[0]
-        brought = [self._slice(s, vectors) for s in held] if weight else []
-        for x in brought:
-            self._comm.access("push", x)
-        for s in held:
-            self._comm.access("pull", self._slice(s, mine))
-        with self._comm.counting("service"):
-            groups = [self._optimizer.param_groups[self._group_of(self.shards[s].piece)] for s in held]
-            headers = [header(Ask.BRING, group=group) for group in groups]
-            about = torch.cat([torch.tensor([weight], dtype=torch.float64), *headers])
-            asked = header(Ask.BRING, read=number, count=votes, in_use=in_use)
-            works = self._ask(rank, asked, about, *brought)
-            came = self._world.recv(torch.zeros(self._comm.size, dtype=torch.int64), rank, ANSWER).tensor.tolist()
-            late = self._end_of_round(held, number, came)
-            _finish(works)
-        return max(late, 0), Outcome(max(-late, 0))
-
-    def _end_of_round(self, held: Sequence[int], number: int, came: Sequence[int]) -> int:
-        """Take what all shards are after round ``number``, to which ``came`` says who had come; what is said of it."""
-        late = 0
-        try:
-            for s in held:
-                self.read[s], late, values = self._answer_of(s, values=True)
-                self._slice(s, [piece.flat for piece in self.replica.pieces]).copy_(values)
-        except DeadlineExceeded as e:
-            raise late_for_a_round(e, number, came) from e
-        return late
-
-    def aside(self, by: int) -> None:
-        """See `Store.aside`."""
-        (rank,) = self._held
-        with self._comm.counting("service"):
-            works = self._ask(rank, header(Ask.ASIDE, read=by))
-            self._answer(rank)
-            _finish(works)
+    def rounds(self, needed: int, rule: Aggregation) -> RemoteRounds:
+        """See `Store.rounds`."""
+        return RemoteRounds(self, needed, rule)
 
     def snapshot(self) -> Parameters:
         """See `Store.snapshot`."""
         agreed = tuple(torch.empty_like(piece.flat) for piece in self.replica.pieces)
-        with self._comm.counting("consensus"):
-            self._comm.barrier()
+        with self.comm.counting("consensus"):
+            self.comm.barrier()
             self._fetch(agreed, list(self._at), noting=False)
-            self._comm.barrier()
+            self.comm.barrier()
         return agreed
 
     def regroup(self, comm: Communicator) -> None:
         """The servers are where they were, and so is everything on them."""
-        self._comm = comm
+        self.comm = comm
 
     def stop(self, step: int) -> None:
         """See `Store.stop`."""
-        with self._comm.counting("service"):
-            works = [work for rank in self._held for work in self._ask(rank, header(Ask.STOP, read=step))]
-            for rank in self._held:
-                self._answer(rank)
-            _finish(works)
+        with self.comm.counting("service"):
+            works = [work for rank in self.held for work in self.ask(rank, header(Ask.STOP, read=step))]
+            for rank in self.held:
+                self.answer(rank)
+            finish(works)
 
     def board(self) -> Board:
         """See `Store.board`."""
         self._boards += 1
-        return RemoteBoard(self._comm, self._boards)
+        return RemoteBoard(self.comm, self._boards)
 
     @property
     def stopped(self) -> bool:
@@ -362,20 +324,20 @@ class RemoteStore(Store):
     def state_dict(self) -> dict[str, Any]:
         """What `CommonStore.state_dict` says, rank 0's fetched from the servers."""
         state: dict[str, Any] = {"read": list(self.read), **self.left_over()}
-        if self._comm.rank != 0:
+        if self.comm.rank != 0:
             return state
         slots = [
             [torch.empty_like(piece.flat, device="cpu") for _ in range(count)]
             for piece, count in zip(self.replica.pieces, self._slots, strict=True)
         ]
         versions, updates, used = [0] * len(self.shards), [0] * len(self.units), [0] * self.parameters
-        with self._comm.counting("service"):
+        with self.comm.counting("service"):
             for s, (rank, i) in self._at.items():
-                works = self._ask(rank, header(Ask.KEEP, i))
+                works = self.ask(rank, header(Ask.KEEP, i))
                 counts, *parts = self._parts(s, slots)
                 for part in (counts, *parts):
-                    self._world.recv(part, rank, ANSWER)
-                _finish(works)
+                    self.world.recv(part, rank, ANSWER)
+                finish(works)
                 shard, n = self.shards[s], (len(counts) - 1) // 2
                 versions[s] = int(counts[0])
                 updates[shard.units] = counts[1 : n + 1].tolist()
@@ -387,25 +349,20 @@ class RemoteStore(Store):
         """Take up a `state_dict` of the same rank. Collective."""
         self.read = list(state["read"])
         self.take_left_over(state)
-        if self._comm.rank == 0:
-            with self._comm.counting("service"):
+        if self.comm.rank == 0:
+            with self.comm.counting("service"):
                 for s, (rank, i) in self._at.items():
                     shard = self.shards[s]
                     counts, *parts = self._parts(s, state["slots"])
                     used = [state["used"][unit.parameter] for unit in self.units[shard.units]]
                     counts.copy_(torch.tensor([state["versions"][s], *state["updates"][shard.units], *used]))
-                    works = self._ask(rank, header(Ask.RESTORE, i), counts, *parts)
-                    self._answer_of(s, values=False)
-                    _finish(works)
-        self._comm.barrier()
+                    works = self.ask(rank, header(Ask.RESTORE, i), counts, *parts)
+                    self.answer_of(s, values=False)
+                    finish(works)
+        self.comm.barrier()
 
     def _parts(self, s: int, slots: Sequence[Sequence[Tensor]]) -> list[Tensor]:
         """Of a shard: version, updates and use of its units, to be filled; and its parts of the slots."""
         shard = self.shards[s]
         counts = torch.zeros(1 + 2 * (shard.units.stop - shard.units.start), dtype=torch.int64)
         return [counts, *(slot[shard.lo : shard.hi] for slot in slots[shard.piece])]
-
-
-def _finish(works: Sequence[Work]) -> None:
-    for work in works:
-        work.wait()

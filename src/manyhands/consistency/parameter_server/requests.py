@@ -28,6 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from manyhands.communication.communicator import Work
+
 REQUEST, PAYLOAD, ANSWER = 1, 2, 3  # tags
 #: Of a parameter group what the rules read, betas apart. A schedule may move any of it, so it comes with each push.
 HYPERPARAMETERS = (
@@ -88,3 +90,9 @@ def frame(numel: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
 def group_of(numbers: Sequence[float]) -> dict[str, Any]:
     """The hyper-parameters of a header."""
     return dict(zip(HYPERPARAMETERS, numbers, strict=False)) | {"betas": tuple(numbers[len(HYPERPARAMETERS) :])}
+
+
+def finish(works: Sequence[Work]) -> None:
+    """Wait until requests are out."""
+    for work in works:
+        work.wait()

@@ -7,12 +7,13 @@ mean is kept as it is so far, which takes one vector; a rule needs all of them, 
 about vectors that are not finite, and about too few, is what `robust.worker` does. A round is decided as a whole: which
 gradients are in time and, by Krum's rule, which of them counts, is the same for all shards, so they lie on one server.
 
-`Round` is the state and the arithmetic. It lies in memory given from outside: common memory under a lock, where whoever
-comes last does the server's work, or a server rank's own.
+`Round` is the state and the arithmetic. It lies in memory given from outside: common memory under a lock
+(`common_rounds`), a window (`window_rounds`), or a server rank's own (`server`; `remote_rounds` is its workers' end).
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from enum import IntEnum
 
@@ -35,6 +36,22 @@ class Outcome(IntEnum):
     """What became of a round: it was APPLIED, or nothing was, for want of votes or of finite ones."""
 
     APPLIED, FEW, SPOILT = range(3)
+
+
+class Rounds(ABC):
+    """One worker's end of rounds; a `Store` opens them (`Store.rounds`)."""
+
+    @abstractmethod
+    def bring(self, vectors: Sequence[Tensor], weight: float, *, votes: bool) -> tuple[int, Outcome]:
+        """A gradient a piece, to the round whose parameters this worker has; then all shards are pulled.
+
+        Returns how many rounds it came too late, and if in time (0) what became of the round, once that has ended.
+        For ``weight`` and ``votes`` see `Round.take`.
+        """
+
+    @abstractmethod
+    def aside(self, by: int) -> None:
+        """Rounds do not wait for this worker from here on (1), or do again (−1)."""
 
 
 class Round:

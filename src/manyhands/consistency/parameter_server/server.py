@@ -24,6 +24,7 @@ from manyhands.communication.compression.compressor import Layout, OneShot, comp
 from manyhands.communication.compression.parcel import unpacked
 from manyhands.communication.transports.single import SingleCommunicator
 from manyhands.consistency.compressed import layout_for
+from manyhands.consistency.parameter_server.common_store import CommonStore
 from manyhands.consistency.parameter_server.remote_board import Boards
 from manyhands.consistency.parameter_server.requests import (
     ANSWER,
@@ -38,7 +39,6 @@ from manyhands.consistency.parameter_server.requests import (
     header,
 )
 from manyhands.consistency.parameter_server.rounds import Round
-from manyhands.consistency.parameter_server.store import CommonStore
 from manyhands.consistency.robust.aggregation import aggregation_from
 from manyhands.contract import Piece
 from manyhands.errors import CommunicationError, DamagedPayload, NonFiniteLoss, PeerLost
@@ -174,9 +174,8 @@ class _Held(CommonStore):
     def hold_rounds(self, worker: int, described: Mapping[str, Any]) -> None:
         """What ROUNDS describes: how many are waited for, of how many, and the rule."""
         rule = aggregation_from(described["rule"])
-        workers, allocate = described["workers"], functools.partial(self._comm.allocate, common=True)
+        workers, allocate = described["workers"], functools.partial(self.comm.allocate, common=True)
         self._round = Round(self.replica.pieces, described["needed"], workers, rule, allocate=allocate)
-        self._ended = self._comm.board()
         self._last_rounds = torch.zeros(workers, dtype=torch.int64)  # see `late_for_a_round`
         self._waiting: list[int] = []
         self.answer(worker)
@@ -186,7 +185,7 @@ class _Held(CommonStore):
         about = self._world.recv(torch.empty(1 + len(self.flats) * HEADER, dtype=torch.float64), worker, PAYLOAD).tensor
         weight, headers = float(about[0]), about[1:].view(-1, HEADER)
         gradients = [self._like(flat, worker) for flat in self.flats] if weight else []
-        late = int(self._versions[0]) - read
+        late = self.version - read
         if not late:
             self._last_rounds[worker] = read + 1
         self._world.send(self._last_rounds, worker, ANSWER).wait()
@@ -210,8 +209,8 @@ class _Held(CommonStore):
 
     def _end_and_tell(self) -> None:
         """Tell those who wait for the round's end, if it has ended."""
-        number = int(self._versions[0])
-        if not self._end_round():
+        number = self.version
+        if not self.finish(self._round):
             return
         for waiter in self._waiting:
             self._answer_round(waiter, -self._round.outcome(number))

@@ -10,7 +10,7 @@ sparse gradients only the rows that a batch touches travel, and their state, so 
 Guarantee: that of `CommonStore`, pushes to one shard happen one after the other and none is lost. Payload is counted
 as it counts it, as ``push`` and ``pull``. What the windows move for it is counted as ``service``: n elements for a pull
 and, with a state of k vectors, 2 (k + 1) n for a push, plus the counts; nothing for shards of one's own. Of rounds what
-`window_round` says travels, too. Words of locks and boards are not counted. Memory: each worker has a copy of
+`window_rounds` says travels, too. Words of locks and boards are not counted. Memory: each worker has a copy of
 everything, in which it works, beside its shards.
 """
 
@@ -23,8 +23,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from manyhands.consistency.parameter_server.store import CommonStore, To
-from manyhands.consistency.parameter_server.window_round import WindowRound, behind
+from manyhands.consistency.parameter_server.common_store import CommonStore
+from manyhands.consistency.parameter_server.shards import To
+from manyhands.consistency.parameter_server.window_rounds import WindowRounds, behind
 from manyhands.consistency.robust.aggregation import Aggregation
 from manyhands.contract import Parameters
 
@@ -52,11 +53,9 @@ class _Place(NamedTuple):
 class WindowStore(CommonStore):
     """See the file's head; the arguments are `CommonStore`'s, whose `flats` and counts are copies here."""
 
-    _round: WindowRound
-
     def _lay_out(self) -> None:
         """Lay out everybody's memory: where to stop, what is in use (of rank 0), and the shards."""
-        comm = self._comm
+        comm = self.comm
         self._stop_word = 0, torch.from_numpy(self._stop)
         self._in_use = WORD_B, torch.zeros(self.parameters, dtype=torch.int64)
         versions, updates = torch.from_numpy(self._versions), torch.from_numpy(self._updates)
@@ -81,7 +80,7 @@ class WindowStore(CommonStore):
 
     @contextlib.contextmanager
     def _holding(self, s: int, to: To, rows: Tensor | None = None) -> Iterator[None]:
-        comm, place = self._comm, self._places[s]
+        comm, place = self.comm, self._places[s]
         counts, vectors = place.counts(to), place.vectors(to)
         with self._locks[s]:
             if rows is None:
@@ -110,54 +109,46 @@ class WindowStore(CommonStore):
                     changed = [table[rows] for table in tables]
                     self._window.put(place.owner, *counts, *zip(there, changed, strict=True))
 
-    def _share_what_is_in_use(self) -> None:
+    def share_what_is_in_use(self) -> None:
         """What others have reached is read before, and what only this worker has, is added after."""
         _, theirs = self._in_use
         if not self._used.all():
-            with self._comm.counting("service"):
+            with self.comm.counting("service"):
                 self._window.get(0, self._in_use)
             self._used |= theirs.numpy()
-        super()._share_what_is_in_use()
+        super().share_what_is_in_use()
         if (self._used > theirs.numpy()).any():
-            with self._locks[0], self._comm.counting("service"):
+            with self._locks[0], self.comm.counting("service"):
                 self._window.get(0, self._in_use)
                 theirs |= torch.from_numpy(self._used)
                 self._window.put(0, self._in_use)
 
-    def _new_round(self, needed: int, rule: Aggregation) -> WindowRound:
-        """It lies with rank 0."""
-        comm = self._comm
-        return WindowRound(self.replica.pieces, needed, comm.size, rule, allocate=comm.allocate, comm=comm)
+    def rounds(self, needed: int, rule: Aggregation) -> WindowRounds:
+        """See `Store.rounds`."""
+        return WindowRounds(self, needed, rule)
 
-    @contextlib.contextmanager
-    def _holding_round(self, to: To) -> Iterator[None]:
-        with self._round_lock:
-            self._round.look()
-            if to is To.READ:
-                yield
-                return
-            with self._comm.counting("service"):
-                self._window.get(self._places[0].owner, self._places[0].version)
-            yield
-            self._round.leave()
+    def look_at_version(self) -> None:
+        """Get the first shard's."""
+        with self.comm.counting("service"):
+            self._window.get(self._places[0].owner, self._places[0].version)
 
     def rebase(self) -> None:
         """See `Store.rebase`."""
-        if self._comm.rank == 0:
-            with self._comm.counting("service"):
+        if self.comm.rank == 0:
+            with self.comm.counting("service"):
                 for shard, place in zip(self.shards, self._places, strict=True):
                     at, copy = place.values
                     copy.copy_(self.replica.pieces[shard.piece].flat[shard.lo : shard.hi])
                     self._window.put(place.owner, (at, copy))
-        self._comm.barrier()
+        self.comm.barrier()
 
     def snapshot(self) -> Parameters:
         """See `Store.snapshot`; counted are n elements pulled."""
-        with self._comm.counting("consensus"):
-            self._comm.barrier()
+        with self.comm.counting("consensus"):
+            self.comm.barrier()
             for place in self._places:
-                self._comm.access("pull", place.values[1])
-        with self._comm.counting("service"):
+                self.comm.access("pull", place.values[1])
+        with self.comm.counting("service"):
             for place in self._places:
                 self._window.get(place.owner, place.values)
         return super().snapshot()
@@ -165,20 +156,20 @@ class WindowStore(CommonStore):
     def stop(self, step: int) -> None:
         """See `Store.stop`: everybody finds it with himself."""
         super().stop(step)
-        with self._comm.counting("service"):
-            for rank in range(self._comm.size):
+        with self.comm.counting("service"):
+            for rank in range(self.comm.size):
                 self._window.put(rank, self._stop_word)
 
     @property
     def stopped(self) -> bool:
         """See `Store.stopped`."""
-        self._window.get(self._comm.rank, self._stop_word)
+        self._window.get(self.comm.rank, self._stop_word)
         return super().stopped
 
     def state_dict(self) -> dict[str, Any]:
         """See `Store.state_dict`."""
-        if self._comm.rank == 0:
-            with self._comm.counting("service"):
+        if self.comm.rank == 0:
+            with self.comm.counting("service"):
                 for place in self._places:
                     self._window.get(place.owner, *place.counts(To.UPDATE), *place.slots)
                 self._window.get(0, self._in_use)
@@ -188,10 +179,10 @@ class WindowStore(CommonStore):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See `Store.load_state_dict`."""
         super().load_state_dict(state)
-        if self._comm.rank == 0:
+        if self.comm.rank == 0:
             self._in_use[1].copy_(torch.from_numpy(self._used))
-            with self._comm.counting("service"):
+            with self.comm.counting("service"):
                 for place in self._places:
                     self._window.put(place.owner, *place.counts(To.UPDATE), *place.slots)
                 self._window.put(0, self._in_use)
-        self._comm.barrier()
+        self.comm.barrier()

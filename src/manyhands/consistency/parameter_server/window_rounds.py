@@ -1,4 +1,4 @@
-"""A round that lies in a window of rank 0: only those vectors travel that somebody needs (survey §VI-A).
+"""Rounds that lie in a window of rank 0: only those vectors travel that somebody needs (survey §VI-A).
 
     come      get the counts; a mean also its sum so far;   take g;   put the counts, and the row that took it
     complete  get the rows of the others;   end the round;   put the counts
@@ -10,14 +10,22 @@ move n; under a rule n, and by whoever completes the round n for each other vect
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
-from typing import Any
+import contextlib
+from collections.abc import Iterator, Sequence, Set
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from manyhands.communication.communicator import At, Communicator
+from manyhands.consistency.parameter_server.common_rounds import CommonRounds
 from manyhands.consistency.parameter_server.rounds import Round
+from manyhands.consistency.parameter_server.shards import To
+from manyhands.consistency.robust.aggregation import Aggregation
+
+if TYPE_CHECKING:
+    from manyhands.consistency.parameter_server.common_store import CommonStore
+    from manyhands.consistency.parameter_server.window_store import WindowStore
 
 #: Vectors begin at whole cache lines.
 LINE_B = 64
@@ -82,3 +90,25 @@ class WindowRound(Round):
         """See `Round.end`."""
         self._get(self.rows - self._brought)
         return super().end(number)
+
+
+class WindowRounds(CommonRounds):
+    """Rounds of ``store``, whose workers reach each other's memory; the round under way lies with rank 0."""
+
+    _store: WindowStore
+    round: WindowRound
+
+    def _new_round(self, store: CommonStore, needed: int, rule: Aggregation) -> WindowRound:
+        comm = store.comm
+        return WindowRound(store.replica.pieces, needed, comm.size, rule, allocate=comm.allocate, comm=comm)
+
+    @contextlib.contextmanager
+    def _holding(self, to: To) -> Iterator[None]:
+        with self._lock:
+            self.round.look()
+            if to is To.READ:
+                yield
+                return
+            self._store.look_at_version()
+            yield
+            self.round.leave()

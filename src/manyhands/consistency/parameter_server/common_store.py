@@ -1,0 +1,324 @@
+"""Shards in memory that all workers see: a parameter server without a process (survey §VI-A).
+
+    pull   lock;  θ and version;  unlock
+    push   lock;  θ ← u(θ, g);  version ← version + 1;  unlock
+
+Whoever pushes does the server's work himself, under the shard's lock. A worker that dies meanwhile leaves a lock for
+the next to take over. Guarantee: pushes to one shard happen one after the other and none is lost. Payload is counted
+as ``push`` and ``pull``.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from manyhands.communication.communicator import Board, Communicator
+from manyhands.communication.compression.compressor import Compressor
+from manyhands.consistency.parameter_server.common_rounds import CommonRounds
+from manyhands.consistency.parameter_server.rounds import Round
+from manyhands.consistency.parameter_server.shards import Shard, To, within
+from manyhands.consistency.parameter_server.store import Store
+from manyhands.consistency.robust.aggregation import Aggregation
+from manyhands.contract import Parameters, Replica
+from manyhands.models.update_rules import Rule, rule_of
+
+
+class CommonStore(Store):
+    """Shards in common memory, each under a lock.
+
+    ``optimizer`` is what a push does, with the hyper-parameters that it has then; without one there is only `add`.
+    ``scaled``: the learning rate is divided by 1 + staleness (Zhang et al. 2016, arXiv:1511.05950).
+    """
+
+    def __init__(
+        self,
+        replica: Replica,
+        comm: Communicator,
+        servers: int,
+        *,
+        optimizer: torch.optim.Optimizer | None = None,
+        scaled: bool = False,
+        compressor: Compressor | None = None,
+    ) -> None:
+        super().__init__(replica, comm, servers, compressor)
+        self.comm, self._scaled = comm, scaled
+        self._optimizer = optimizer
+        self.flats = [comm.allocate(p.flat.numel(), p.flat.dtype, common=True) for p in replica.pieces]
+        self._rules = [None if optimizer is None else self._rule(i) for i in range(len(replica.pieces))]
+        self._slots = [
+            [comm.allocate(p.flat.numel(), p.flat.dtype, common=True) for _ in range(rule.slots if rule else 0)]
+            for p, rule in zip(replica.pieces, self._rules, strict=True)
+        ]
+        self._versions, self._updates, self._used, self._stop = (
+            counters(comm, n) for n in (len(self.shards), len(self.units), self.parameters, 1)
+        )
+        self._locks = comm.locks(len(self.shards))
+        # Workers begin with different shards, so that they meet at a lock only by chance.
+        first = comm.rank * len(self.shards) // comm.size
+        self._order = [*range(first, len(self.shards)), *range(first)]
+        for i, piece in enumerate(replica.pieces):
+            if piece.width:
+                for slot in self._slots[i]:  # Adagrad's squares; what is looked up late begins like the rest
+                    slot.fill_(self._first_value(i))
+                replica.before_lookup(i, functools.partial(self._pull_rows, i))
+        self._lay_out()
+        self.rebase()
+
+    def _rule(self, i: int) -> Rule:
+        assert self._optimizer is not None
+        rule = rule_of(self._optimizer, self._group_of(i))
+        assert rule is not None, "the plan has been checked"
+        return rule
+
+    def _first_value(self, i: int) -> float:
+        assert self._optimizer is not None
+        return float(self._optimizer.param_groups[self._group_of(i)].get("initial_accumulator_value", 0.0))
+
+    def _group_of(self, i: int) -> int:
+        """A server's optimizer of its own has one group for all pieces."""
+        assert self._optimizer is not None
+        return self.replica.pieces[i].group if self._optimizer is self.replica.optimizer else 0
+
+    def _lay_out(self) -> None:
+        """All is allocated, and the slots hold what they begin with."""
+
+    def _holding(self, s: int, to: To, rows: Tensor | None = None) -> AbstractContextManager[None]:
+        """Inside, shard ``s`` (or some ``rows`` of its table) is this worker's alone, ``to`` do that with it."""
+        return self._locks[s]
+
+    def regroup(self, comm: Communicator) -> None:
+        """Memory and locks stay where they are."""
+        self.comm = comm
+
+    def rebase(self) -> None:
+        """The shards become what rank 0's pieces hold. Collective."""
+        if self.comm.rank == 0:
+            for flat, piece in zip(self.flats, self.replica.pieces, strict=True):
+                flat.copy_(piece.flat)
+        self.comm.barrier()
+
+    def pull(self) -> None:
+        """See `Store.pull`."""
+        for s in self._order:
+            shard = self.shards[s]
+            if self.replica.pieces[shard.piece].width:
+                continue  # rows come when they are looked up
+            theirs, mine = self._both(shard)
+            self.comm.access("pull", mine, at=shard.server)
+            with self._holding(s, To.READ):
+                mine.copy_(theirs)
+                self.read[s] = int(self._versions[s])
+
+    def push(self, vectors: Sequence[Tensor], *, pull: bool = False) -> None:
+        """See `Store.push`."""
+        self.share_what_is_in_use()
+        payloads, vectors = self._pack(vectors)
+        for s in self._order:
+            shard = self.shards[s]
+            if self.replica.pieces[shard.piece].width:
+                self._push_rows(s, vectors[shard.piece])
+                continue
+            theirs, mine = self._both(shard)
+            self.comm.access("push", payloads[s], at=shard.server)
+            if pull:
+                self.comm.access("pull", mine, at=shard.server)
+            with self._holding(s, To.UPDATE):
+                late = int(self._versions[s]) - self.read[s]
+                self._update(shard, vectors[shard.piece], late)
+                self._versions[s] += 1
+                if pull:
+                    mine.copy_(theirs)
+                    self.read[s] = int(self._versions[s])
+            self.staleness[late] += 1
+
+    def _pull_rows(self, i: int, rows: Tensor) -> None:
+        """The rows that a forward is about to look up."""
+        piece = self.replica.pieces[i]
+        for s, shard in enumerate(self.shards):
+            if shard.piece != i:
+                continue
+            own = within(rows, shard, piece.width)
+            if len(own):
+                mine, theirs = (flat.view(-1, piece.width) for flat in (piece.flat, self.flats[i]))
+                self.comm.access("pull", own, at=shard.server)  # the request
+                self.comm.access("pull", mine[: len(own)], at=shard.server)  # the answer
+                with self._holding(s, To.READ, own):
+                    mine[own] = theirs[own]
+                    self.read[s] = int(self._versions[s])
+
+    def _push_rows(self, s: int, values: Tensor) -> None:
+        """Of a sparse piece, what lies in shard ``s``."""
+        shard = self.shards[s]
+        piece = self.replica.pieces[shard.piece]
+        assert piece.rows is not None
+        own = within(piece.rows, shard, piece.width)
+        if not len(own):
+            return
+        first = int(torch.searchsorted(piece.rows, own[0]))
+        gradient = values.view(-1, piece.width)[first : first + len(own)]
+        self.comm.access("push", own, at=shard.server)
+        self.comm.access("push", gradient, at=shard.server)
+        with self._holding(s, To.UPDATE, own):
+            late = int(self._versions[s]) - self.read[s]
+            self._update_rows(shard, own, gradient, late)
+            self._versions[s] += 1
+        self.staleness[late] += 1
+
+    def _update_rows(self, shard: Shard, rows: Tensor, gradient: Tensor, late: int) -> None:
+        """The servers' optimizer on some rows of a table; all others it would leave as they are."""
+        rule, group = self._rule_and_group(shard, late)
+        updates = self._updates[shard.units]
+        updates += 1
+        shape = -1, self.replica.pieces[shard.piece].width
+        table, slots = self.flats[shard.piece].view(shape), [s.view(shape) for s in self._slots[shard.piece]]
+        theta, state = table[rows], [slot[rows] for slot in slots]
+        rule.apply(theta, gradient, state, int(updates[0]), group)
+        table[rows] = theta
+        for slot, values in zip(slots, state, strict=True):
+            slot[rows] = values
+
+    def rounds(self, needed: int, rule: Aggregation) -> CommonRounds:
+        """See `Store.rounds`."""
+        return CommonRounds(self, needed, rule)
+
+    @property
+    def version(self) -> int:
+        """Of the first shard, as this worker last saw it: where all are updated together, how often that was."""
+        return int(self._versions[0])
+
+    def finish(self, round: Round) -> bool:
+        """Apply ``round`` if it is complete; its number is the shards' version, which is then the next one's."""
+        if not round.complete:
+            return False
+        vectors = round.end(self.version)
+        for s, shard in enumerate(self.shards):
+            with self._holding(s, To.UPDATE):
+                if vectors is not None:
+                    self._update(shard, vectors[shard.piece], 0)
+                self._versions[s] += 1
+        return True
+
+    def add(self, vectors: Sequence[Tensor]) -> None:
+        """See `Store.add`."""
+        payloads, vectors = self._pack(vectors)
+        for s in self._order:
+            shard = self.shards[s]
+            change = vectors[shard.piece][shard.lo : shard.hi]
+            self.comm.access("push", payloads[s], at=shard.server)
+            with self._holding(s, To.ADD):
+                self.flats[shard.piece][shard.lo : shard.hi].add_(change)
+                self._versions[s] += 1
+
+    def _both(self, shard: Shard) -> tuple[Tensor, Tensor]:
+        """The shard itself, and where this worker has its copy."""
+        own = self.replica.pieces[shard.piece].flat
+        return self.flats[shard.piece][shard.lo : shard.hi], own[shard.lo : shard.hi]
+
+    def share_what_is_in_use(self) -> None:
+        """A parameter that some worker's backward has reached is in use for all."""
+        if not self.replica.watching:
+            if not self._used.all():
+                self._used[:] = 1
+            return
+        reached, first = self.replica.reached(), 0
+        settled = {}
+        for i, piece in enumerate(self.replica.pieces):
+            used = self._used[first : first + max(len(piece.spans), 1)]
+            if i in reached:
+                used |= reached[i].numpy().astype(np.int64)
+                settled[i] = torch.from_numpy(used.astype(np.float32))
+            else:
+                used[:] = 1
+            first += len(used)
+        self.replica.settle(settled)
+
+    def _update(self, shard: Shard, vector: Tensor, late: int) -> None:
+        """The servers' optimizer on the parameters that are in use."""
+        rule, group = self._rule_and_group(shard, late)
+        flat, slots = self.flats[shard.piece], self._slots[shard.piece]
+        for lo, hi, t in self._runs(shard):
+            rule.apply(flat[lo:hi], vector[lo:hi], [slot[lo:hi] for slot in slots], t, group)
+
+    def _rule_and_group(self, shard: Shard, late: int) -> tuple[Rule, Mapping[str, Any]]:
+        rule, optimizer = self._rules[shard.piece], self._optimizer
+        assert rule is not None
+        assert optimizer is not None
+        group: Mapping[str, Any] = optimizer.param_groups[self._group_of(shard.piece)]
+        if self._scaled and late:
+            group = {**group, "lr": group["lr"] / (1 + late)}
+        return rule, group
+
+    def _runs(self, shard: Shard) -> list[tuple[int, int, int]]:
+        """``(lo, hi, t)``: neighbours in use that are all updated for the t-th time now."""
+        updates = self._updates[shard.units]
+        if not self.replica.watching and (updates == updates[0]).all():
+            updates += 1
+            return [(shard.lo, shard.hi, int(updates[0]))]
+        runs: list[tuple[int, int, int]] = []
+        for k, unit in enumerate(self.units[shard.units]):
+            if not self._used[unit.parameter]:
+                continue
+            updates[k] += 1
+            t = int(updates[k])
+            if runs and runs[-1][1] == unit.lo and runs[-1][2] == t:
+                runs[-1] = (runs[-1][0], unit.hi, t)
+            else:
+                runs.append((unit.lo, unit.hi, t))
+        return runs
+
+    def snapshot(self) -> Parameters:
+        """See `Store.snapshot`."""
+        with self.comm.counting("consensus"):
+            self.comm.barrier()
+            agreed = tuple(flat.clone() for flat in self.flats)
+            self.comm.barrier()
+        return agreed
+
+    def board(self) -> Board:
+        """See `Store.board`."""
+        return self.comm.board()
+
+    def stop(self, step: int) -> None:
+        """See `Store.stop`."""
+        self._stop[0] = step + 1
+
+    @property
+    def stopped(self) -> bool:
+        """See `Store.stopped`."""
+        return bool(self._stop[0])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of this worker its versions; of rank 0 the servers' state, too, without the parameters themselves."""
+        state: dict[str, Any] = {"read": list(self.read), **self.left_over()}
+        if self.comm.rank == 0:
+            state["slots"] = [[slot.clone() for slot in slots] for slots in self._slots]
+            state |= {name: each.tolist() for name, each in self._counts().items()}
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up a `state_dict` of the same rank. Collective."""
+        self.read = list(state["read"])
+        self.take_left_over(state)
+        if self.comm.rank == 0:
+            for slots, saved in zip(self._slots, state["slots"], strict=True):
+                for slot, values in zip(slots, saved, strict=True):
+                    slot.copy_(values)
+            for name, each in self._counts().items():
+                each[:] = state[name]
+        self.comm.barrier()
+
+    def _counts(self) -> dict[str, np.ndarray[Any, np.dtype[np.int64]]]:
+        return {"versions": self._versions, "updates": self._updates, "used": self._used}
+
+
+def counters(comm: Communicator, n: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """``n`` whole numbers that all workers see; torch's own access to one element takes ten times as long."""
+    result: np.ndarray[Any, np.dtype[np.int64]] = comm.allocate(n, torch.int64, common=True).numpy()
+    return result
