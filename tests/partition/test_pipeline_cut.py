@@ -10,7 +10,8 @@ from torch import nn
 
 from manyhands import models
 from manyhands.errors import BadInput, UnknownName
-from manyhands.partition.pipeline.cut import balance, cut, cut_points
+from manyhands.partition.pipeline.balancing import balance
+from manyhands.partition.pipeline.cut import cut, cut_points
 from manyhands.partition.pipeline.opening import decoder
 
 

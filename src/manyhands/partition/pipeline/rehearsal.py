@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from manyhands.errors import BadInput
-from manyhands.partition.pipeline.cut import Cut, kept
+from manyhands.partition.pipeline.cut import Cut
+from manyhands.partition.pipeline.keeping import kept
 from manyhands.partition.pipeline.passing import tensors_of
 from manyhands.partition.pipeline.replica import refuse_untrainable
 from manyhands.partition.pipeline.schedule import Schedule
