@@ -1,12 +1,9 @@
 """A cluster file is read with every figure checked, written so that it reads back, and ready for common hardware."""
 
-from pathlib import Path
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from manyhands import cluster
 from manyhands.cluster import Cluster, Figure, Link, clusters
 from manyhands.cluster.description import LEVELS, plausible
 from manyhands.cluster.figure import UNITS
@@ -165,9 +162,14 @@ def _figures(described):
             yield from _figures(getattr(described, name))
 
 
-def test_every_ready_file_is_in_the_catalogue():
-    files = {p.stem for p in (Path(cluster.__file__).parent / "ready").glob("*.toml")}
-    assert files == set(clusters)
+def test_a_ready_cluster_is_a_file_and_says_what_it_says():
+    assert "dgx_a100" in clusters
+    for name in clusters:
+        assert clusters.load(name).__doc__ == load(name).about
+    with pytest.raises(UnknownName, match=r"no cluster named 'dgx_a1000'\. Did you mean 'dgx_a100'"):
+        load("dgx_a1000")
+    with pytest.raises(BadInput, match=r"no cluster in manyhands\.cluster\.ready named 'none'"):
+        load("manyhands.cluster.ready:none")
 
 
 def test_the_names_of_the_package():

@@ -1,9 +1,10 @@
 """What one trains on: devices, nodes and links, each figure with its unit and its source.
 
-`clusters` goes from a name to a ready cluster; a new one is a TOML file in ``ready/``, a function there and a line
-here. Your own is a file: ``load("mine.toml")``. Nothing here imports torch.
+`clusters` goes from a name to a ready cluster: a TOML file in ``ready/``. Your own is a file, too:
+``load("mine.toml")``. Nothing here imports torch.
 """
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from manyhands.catalogue import Catalogue
@@ -21,19 +22,8 @@ if TYPE_CHECKING:
 clusters = Catalogue(
     "cluster",
     {
-        "dgx_a100": "manyhands.cluster.ready:dgx_a100",
-        "dgx_h100": "manyhands.cluster.ready:dgx_h100",
-        "hgx_h200": "manyhands.cluster.ready:hgx_h200",
-        "dgx1_v100": "manyhands.cluster.ready:dgx1_v100",
-        "dgx1_p100": "manyhands.cluster.ready:dgx1_p100",
-        "gce_k80": "manyhands.cluster.ready:gce_k80",
-        "ec2_p2_8xlarge": "manyhands.cluster.ready:ec2_p2_8xlarge",
-        "ec2_p2_16xlarge": "manyhands.cluster.ready:ec2_p2_16xlarge",
-        "ethernet_100g": "manyhands.cluster.ready:ethernet_100g",
-        "ethernet_10g": "manyhands.cluster.ready:ethernet_10g",
-        "ethernet_1g": "manyhands.cluster.ready:ethernet_1g",
-        "wan": "manyhands.cluster.ready:wan",
-        "laptop": "manyhands.cluster.ready:laptop",
+        file.stem: f"manyhands.cluster.ready:{file.stem}"
+        for file in sorted((Path(__file__).parent / "ready").glob("*.toml"))
     },
 )
 
