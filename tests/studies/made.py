@@ -6,7 +6,7 @@ from torch import nn
 
 from manyhands.contract import Measurement, Spread, StepParts
 from manyhands.studies.grid import Cell, Grid, Study
-from manyhands.studies.rows import Row
+from manyhands.studies.row import Row
 
 TINY = {"model": "logistic", "data": "digits(limit=200)", "batch_size": 50, "epochs": 5}
 

@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 from manyhands.errors import BadInput, UnknownName
 from manyhands.studies import presets, studies
-from manyhands.studies.grid import FACTORS, MEASURES, PLAN_KEYS, TASK_KEYS, Cell, Grid, Study, find, parse
+from manyhands.studies.finding import find
+from manyhands.studies.grid import FACTORS, MEASURES, PLAN_KEYS, TASK_KEYS, Cell, Grid, Study, parse
 from tests.studies.made import study
 
 FILE = """

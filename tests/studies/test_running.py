@@ -11,7 +11,8 @@ from rich.console import Console
 from manyhands import studies, verbs
 from manyhands.errors import BadInput, ManyhandsError, WorkerFailed
 from manyhands.studies import calibration
-from manyhands.studies.grid import Cell, Grid, Study, find
+from manyhands.studies.finding import find
+from manyhands.studies.grid import Cell, Grid, Study
 from manyhands.studies.progress import TimeLeft
 from manyhands.studies.reporting import REPORT, report
 from manyhands.studies.rows import Rows, read

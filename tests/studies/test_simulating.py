@@ -7,7 +7,8 @@ import pytest
 from manyhands import studies, verbs
 from manyhands.errors import BadInput
 from manyhands.studies import calibration, simulating
-from manyhands.studies.grid import Cell, Grid, find, parse
+from manyhands.studies.finding import find
+from manyhands.studies.grid import Cell, Grid, parse
 from manyhands.studies.reporting import made_of
 from tests.studies.made import TINY, measurement, row, study
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from manyhands.studies.grid import Cell as Cell
     from manyhands.studies.grid import Study as Study
     from manyhands.studies.reporting import StudyResult as StudyResult
-    from manyhands.studies.rows import Row as Row
+    from manyhands.studies.row import Row as Row
     from manyhands.studies.running import run as run
 
 studies = Catalogue(
@@ -46,7 +46,7 @@ analyses = Catalogue(
 _WHERE = {
     "Cell": "manyhands.studies.grid",
     "Study": "manyhands.studies.grid",
-    "Row": "manyhands.studies.rows",
+    "Row": "manyhands.studies.row",
     "StudyResult": "manyhands.studies.reporting",
     "run": "manyhands.studies.running",
 }

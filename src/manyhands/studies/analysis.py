@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from manyhands.studies.grid import Study
-from manyhands.studies.rows import Row
+from manyhands.studies.row import Row
 from manyhands.studies.summary import Line
 
 #: How sure the rows are about a claim.

@@ -18,7 +18,7 @@ from manyhands.contract import Measurement
 from manyhands.errors import BadInput, WorkerFailed
 from manyhands.plan import Plan
 from manyhands.studies.grid import Cell
-from manyhands.studies.rows import Row, Status
+from manyhands.studies.row import Row, Status
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from manyhands.studies.contenders import WIDE, Contender, Run, contenders, mean_
 from manyhands.studies.findings import limits, trust, wrong
 from manyhands.studies.fits import Estimate
 from manyhands.studies.grid import Study
-from manyhands.studies.rows import Row
+from manyhands.studies.row import Row
 from manyhands.studies.summary import Line, counted
 from manyhands.studies.table import NONE, disturbed, in_bytes, in_ms, percent
 

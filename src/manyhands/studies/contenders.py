@@ -16,7 +16,7 @@ from typing import Any
 from manyhands.contract import StepParts
 from manyhands.studies.fits import Estimate, student_t
 from manyhands.studies.grid import PER_WORKER
-from manyhands.studies.rows import Row
+from manyhands.studies.row import Row
 from manyhands.studies.summary import Line, counted, quiet
 
 #: One run of a contender: its seed and its round.

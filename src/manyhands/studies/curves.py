@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from manyhands.studies.rows import Row
+from manyhands.studies.row import Row
 
 #: What is learned: shares of right answers, higher being better, or a loss, lower being better.
 Scale = Literal["test_accuracy", "test_loss"]

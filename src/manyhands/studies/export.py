@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from manyhands.errors import BadInput, ManyhandsError
-from manyhands.studies.rows import Row
+from manyhands.studies.row import Row
 
 Value = str | int | float | bool | None
 

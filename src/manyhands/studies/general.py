@@ -8,7 +8,7 @@ from manyhands.studies import charts, findings, fits, learning_charts, simulated
 from manyhands.studies.analysis import Analysis
 from manyhands.studies.contenders import Contender, contenders
 from manyhands.studies.grid import PER_WORKER, Study
-from manyhands.studies.rows import Row
+from manyhands.studies.row import Row
 from manyhands.studies.summary import Line
 
 

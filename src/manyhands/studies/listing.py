@@ -52,7 +52,8 @@ FILLED = ("params", "optimizer", "folder", "last_epoch", "model", "group", "rank
 NOTES = {
     "strategies": "n: the number of parameters. What is sent is the payload of one worker, a mean over many steps.",
     "compressors": "What --compress sends, e.g. --compress 'top_k(ratio=0.01)', an option of synchronous. n: the "
-    "number of parameters; what is sent is told for one layer of 1024 × 1024 in float32, as the payload of one worker.",
+    "number of parameters; what is sent is told for one layer of 1024 × 1024 in float32, as the payload of one worker. "
+    "Recommended: what loses least in docs/compression.md; a threshold is the task's, and so is a rate.",
     "aggregations": "An option of synchronous and backup_workers, e.g. aggregate=krum(f=1). n: workers waited for.",
     "partitions": "The axes of --mesh, e.g. --mesh data=2,tensor=2; docs/partitioning.md draws them.",
     "pipelines": "The order of micro-batches, e.g. --mesh pipeline=2 --pipeline \"gpipe(cut='block2')\"; each takes "
@@ -179,7 +180,7 @@ def _facts(kind: str, name: str, made: Any) -> dict[str, Any]:
         rule = made()
         return {"needs": rule.needs, "bears": f"{rule.bears(5)} of 5 workers by default"}
     if kind == "compressors":
-        return _compression(made())
+        return _compression(name, made())
     if kind == "transports":
         return {
             "shares memory": _yes(made.shares_memory),
@@ -197,8 +198,9 @@ def _facts(kind: str, name: str, made: Any) -> dict[str, Any]:
     return {}
 
 
-def _compression(made: Any) -> dict[str, Any]:
+def _compression(name: str, made: Any) -> dict[str, Any]:
     from manyhands.communication.compression.compressor import Layout
+    from manyhands.studies.compression.settings import recommended
 
     n = 2**20
     layout = Layout(((1024, 1024),))
@@ -223,6 +225,7 @@ def _compression(made: Any) -> dict[str, Any]:
         "payloads": "added by an all-reduce" if made.summable else "decoded by everybody",
         "route": ", ".join([first[0], *(f"{route} from {workers} workers" for route, workers in others)]),
         "promises": "; ".join(filter(None, promises)) or "none of a single step",
+        "recommended": "; ".join(f"{said.compress} with {said.optimizer} on {at}" for at, said in recommended(name)),
     }
 
 

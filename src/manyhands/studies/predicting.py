@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from manyhands import verbs
 from manyhands.studies.analysis import Chart, Point, Series
 from manyhands.studies.planned import Planned
-from manyhands.studies.rows import Row
+from manyhands.studies.row import Row
 from manyhands.studies.summary import Line, counted
 
 

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, T
 from rich.progress import Progress as Bar
 from rich.text import Text
 
-from manyhands.studies.rows import Row
+from manyhands.studies.row import Row
 
 
 class TimeLeft:

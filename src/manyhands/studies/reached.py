@@ -17,7 +17,8 @@ from pathlib import Path
 from manyhands.errors import BadInput
 from manyhands.studies.charting import LOSS_SHARE, POINT
 from manyhands.studies.curves import Scale, last, reached_at, scale_of
-from manyhands.studies.rows import Row, read
+from manyhands.studies.row import Row
+from manyhands.studies.rows import read
 from manyhands.task import Task
 
 #: Of a task, what decides how much is learned from a sample.

@@ -21,7 +21,8 @@ from manyhands.errors import BadInput, ManyhandsError
 from manyhands.studies import analyses, predicting
 from manyhands.studies.analysis import Analysis
 from manyhands.studies.grid import Study, parse
-from manyhands.studies.rows import STUDY, Row, read, write
+from manyhands.studies.row import Row
+from manyhands.studies.rows import STUDY, read, write
 from manyhands.studies.summary import Line, counted, summarize
 from manyhands.studies.table import Table, listed, table
 

@@ -12,22 +12,16 @@ at a time writes to a folder.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import fcntl
-import functools
-import json
-import operator
 import os
 import sqlite3
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
 
-from manyhands.contract import Measurement, Spread, StepParts
 from manyhands.errors import BadInput, ManyhandsError
-from manyhands.studies.grid import Cell, Measure, Study
+from manyhands.studies.grid import Cell, Study
+from manyhands.studies.row import COLUMNS, CREATE, INSERT, Row, flat, row_of
 from manyhands.training.metrics import json_text
 
 STUDY, ROWS, LINES, LOCK = "study.toml", "rows.sqlite", "rows.jsonl", ".lock"
@@ -35,83 +29,9 @@ STUDY, ROWS, LINES, LOCK = "study.toml", "rows.sqlite", "rows.jsonl", ".lock"
 #: Of the table's form; another number, another form.
 VERSION = 4
 
-Status = Literal["done", "refused", "failed"]
 
-
-@dataclass(frozen=True)
-class Row:
-    """What became of one run: its measurement, or why there is none."""
-
-    study: str
-    cell: str
-    repeat: int
-    status: Status
-    task: dict[str, Any]
-    plan: dict[str, Any]  # as asked
-    workers: int | None  # as decided, None where nothing was
-    threads: int | None
-    transport: str | None
-    cores: int
-    host: str
-    processor: str
-    started_at: str
-    seconds: float  # from start to end: workers started, data loaded, model evaluated
-    load_average: float  # of the minute before the start
-    measure: Measure = "train"
-    reason: str = ""
-    traceback: str = ""
-    disturbance: float | None = None  # the calibration loop about this run over the study's quickest, see calibration
-    noisy: bool = False  # that is beyond the bound, also when the run was repeated
-    attempts: int = 1
-    history: list[dict[str, Any]] = field(default_factory=list)  # see training.conclusion.record
-    noise: dict[str, float] | None = None  # of a noise cell, see gradient_noise.Noise
-    predicted_step_s: float | None = None  # the median step as it was predicted before the run
-    prediction_error: float | None = None  # the error bar of that, relative
-    unpredicted: str = ""  # why there is no prediction
-    simulated_on: str = ""  # of a simulated run: the cluster, and where its costs come from
-    measurement: Measurement | None = field(default=None)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values only, ready for JSON."""
-        return dataclasses.asdict(self)
-
-
-def _measured() -> dict[str, tuple[tuple[str, ...], Any]]:
-    """Column → where its figure lies in a measurement, and the type: ``step_s`` becomes ``measured_step_s_median`` …"""
-    found: dict[str, tuple[tuple[str, ...], Any]] = {}
-    for name, hint in get_type_hints(Measurement).items():
-        inner = get_type_hints(hint) if hint in (Spread, StepParts) else {}
-        for key, kind in inner.items():
-            found[f"measured_{name}_{key}"] = (name, key), kind
-        if not inner:
-            found[f"measured_{name}"] = (name,), hint
-    return found
-
-
-def _sql_type(hint: Any) -> str:
-    text = str(hint)
-    if _is_json(hint):
-        return "TEXT"
-    return "REAL" if "float" in text else "INTEGER" if "int" in text or "bool" in text else "TEXT"
-
-
-def _is_json(hint: Any) -> bool:
-    """Whether a column holds a table or a list, as JSON."""
-    return "dict" in str(hint) or "list" in str(hint)
-
-
-# Names of columns come from our own classes; values go in as parameters only.
-_OWN = {name: hint for name, hint in get_type_hints(Row).items() if name != "measurement"}
-_MEASURED = _measured()
-_COLUMNS = {**_OWN, **{name: hint for name, (_, hint) in _MEASURED.items()}}
-_CREATE = (
-    "CREATE TABLE rows ("
-    + ", ".join(f"{name} {_sql_type(hint)}" for name, hint in _COLUMNS.items())
-    + ", PRIMARY KEY (cell, repeat))"
-)
 #: What a folder knows beside its rows; older folders get it when they are opened.
 _CREATE_KNOWN = "CREATE TABLE IF NOT EXISTS known (name TEXT PRIMARY KEY, value REAL)"
-_INSERT = f"INSERT OR REPLACE INTO rows VALUES ({', '.join('?' * len(_COLUMNS))})"
 
 
 class Rows:
@@ -194,12 +114,12 @@ class Rows:
 
         Unless that is done and this is not: a measurement is lost to no failure.
         """
-        flat = _flat(row)
+        values = flat(row)
         try:
             if row.status != "done" and (row.cell, row.repeat) in self.done():
                 return
             with self._db:
-                self._db.execute(_INSERT, [flat[name] for name in _COLUMNS])
+                self._db.execute(INSERT, [values[name] for name in COLUMNS])
             with open(self.folder / LINES, "a", encoding="utf-8") as file:
                 file.write(_line(row))
         except (sqlite3.Error, OSError) as e:
@@ -321,7 +241,7 @@ def _create(db: sqlite3.Connection, folder: Path) -> None:
         with db:
             db.execute("BEGIN IMMEDIATE")
             db.execute(f"PRAGMA user_version = {VERSION}")
-            db.execute(_CREATE)
+            db.execute(CREATE)
             db.execute(_CREATE_KNOWN)
     except sqlite3.Error as e:
         raise _unwritable(folder, e) from e
@@ -329,7 +249,7 @@ def _create(db: sqlite3.Connection, folder: Path) -> None:
 
 def _select(db: sqlite3.Connection, path: Path) -> list[Row]:
     try:
-        return [_row(values) for values in db.execute("SELECT * FROM rows ORDER BY rowid")]
+        return [row_of(values) for values in db.execute("SELECT * FROM rows ORDER BY rowid")]
     except (sqlite3.Error, ValueError, TypeError) as e:
         raise _bad(path, e) from None
 
@@ -341,7 +261,7 @@ def _check(db: sqlite3.Connection, path: Path) -> None:
         names = [column[1] for column in db.execute("PRAGMA table_info(rows)")]
     except sqlite3.Error as e:
         raise _bad(path, e) from None
-    if found != VERSION or names != list(_COLUMNS):
+    if found != VERSION or names != list(COLUMNS):
         raise BadInput(
             f"{path} was written by something else or by another version of manyhands (form {found}, this is "
             f"{VERSION}): rows of two forms do not mix. Choose another folder with out= (--out)."
@@ -372,34 +292,3 @@ def lost(folder: Path, e: Exception) -> ManyhandsError:
 
 def _line(row: Row) -> str:
     return json_text(row.as_dict()) + "\n"
-
-
-def _flat(row: Row) -> dict[str, Any]:
-    """``row`` by column, tables as JSON."""
-    table = row.as_dict()
-    measured = table.pop("measurement")
-    for column, (path, _) in _MEASURED.items():
-        table[column] = None if measured is None else functools.reduce(operator.getitem, path, measured)
-    return {k: json.dumps(v) if isinstance(v, Mapping | list) else v for k, v in table.items()}
-
-
-def _read(value: Any, hint: Any) -> Any:
-    if value is None:
-        return None
-    return json.loads(value) if _is_json(hint) else bool(value) if hint is bool else value
-
-
-def _row(values: tuple[Any, ...]) -> Row:
-    """What `_flat` was made of."""
-    table = {name: _read(value, hint) for (name, hint), value in zip(_COLUMNS.items(), values, strict=True)}
-    measured: dict[str, Any] = {}
-    for column, (path, _) in _MEASURED.items():
-        value = table.pop(column)
-        if len(path) == 1:
-            measured[path[0]] = value
-        else:
-            measured.setdefault(path[0], {})[path[1]] = value
-    if measured["steps"] is None:
-        return Row(**table)
-    measured |= {"step_s": Spread(**measured["step_s"]), "step_parts_s": StepParts(**measured["step_parts_s"])}
-    return Row(**table, measurement=Measurement(**measured))

@@ -27,12 +27,14 @@ from manyhands.errors import BadInput
 from manyhands.studies import gradient_noise, simulating
 from manyhands.studies.calibration import BOUND, Calibration, watched_cores
 from manyhands.studies.circumstances import Started, processor
-from manyhands.studies.grid import Cell, Study, Value, find
+from manyhands.studies.finding import find
+from manyhands.studies.grid import Cell, Study, Value
 from manyhands.studies.planned import Planned, names, planned
 from manyhands.studies.predicting import Predicted, predict_all
 from manyhands.studies.progress import StudyProgress
 from manyhands.studies.reporting import StudyResult, command, made_of, write_page
-from manyhands.studies.rows import Row, Rows, finished
+from manyhands.studies.row import Row
+from manyhands.studies.rows import Rows, finished
 from manyhands.studies.run_folder import RunFolder
 from manyhands.task import Task
 from manyhands.training import environment

@@ -34,7 +34,7 @@ from manyhands.simulation.pace import StepCost
 from manyhands.studies.circumstances import Started
 from manyhands.studies.grid import Cell, Grid, Study, Value
 from manyhands.studies.planned import planned
-from manyhands.studies.rows import Row
+from manyhands.studies.row import Row
 from manyhands.studies.summary import Line, summarize
 from manyhands.studies.table import in_ms
 from manyhands.task import Task

@@ -28,7 +28,7 @@ from typing import TypeVar
 from manyhands.contract import Measurement, Spread, StepParts
 from manyhands.studies.fits import CannotFit, Estimate, bootstrap, bootstrap_ratio
 from manyhands.studies.grid import PER_WORKER, Cell
-from manyhands.studies.rows import Row, Status
+from manyhands.studies.row import Row, Status
 
 _K = TypeVar("_K")
 

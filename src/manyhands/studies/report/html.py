@@ -26,7 +26,7 @@ from manyhands.studies.report import provenance
 from manyhands.studies.report.draw import NARROW, WIDE, draw, drawn, left_out_words
 from manyhands.studies.report.lettering import number
 from manyhands.studies.report.provenance import Facts
-from manyhands.studies.rows import Row
+from manyhands.studies.row import Row
 from manyhands.studies.summary import Line
 from manyhands.studies.table import Table
 

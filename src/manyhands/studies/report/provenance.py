@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
 from manyhands.studies.grid import Grid, Study
-from manyhands.studies.rows import Row
+from manyhands.studies.row import Row
 
 Facts = tuple[tuple[str, str], ...]
 

@@ -11,7 +11,7 @@ from typing import Any
 from manyhands.contract import StepParts
 from manyhands.studies.fits import Estimate, SlopeFit, bootstrap, slope, student_t
 from manyhands.studies.grid import PER_WORKER, Cell, Study
-from manyhands.studies.rows import Row
+from manyhands.studies.row import Row
 from manyhands.studies.xin_ma import SETTINGS, VARIANTS
 
 

@@ -8,7 +8,7 @@ from typing import get_args
 from manyhands.studies.analysis import Analysis, Outcome
 from manyhands.studies.findings import trust, wrong
 from manyhands.studies.grid import Study
-from manyhands.studies.rows import Row
+from manyhands.studies.row import Row
 from manyhands.studies.summary import Line
 from manyhands.studies.xin_ma import design
 from manyhands.studies.xin_ma.conclusions import conclusions
