@@ -98,7 +98,7 @@ def search(said: argparse.Namespace) -> Answer:
         plan=base,
         study=None if reached is None else reached.samples,
         **asked,
-        **_given(said, "cluster", "compute", "measure", "limit", "price_per_worker_hour", "data_dir"),
+        **_given(said, "cluster", "compute", "fresh", "measure", "limit", "price_per_worker_hour", "data_dir"),
     )
     return Answer(found.as_dict(), functools.partial(searching.lines, task, found, reached))
 

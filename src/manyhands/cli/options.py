@@ -203,7 +203,6 @@ def _predict(parser: Parser) -> None:
     _task_and_plan(parser)
     cost = parser.add_argument_group("what takes how long")
     _priced_by(cost)
-    cost.add_argument("--fresh", action="store_true", help="measure anew what was measured within the last day")
     run = parser.add_argument_group("the run")
     _file_and_data(run)
 
@@ -237,7 +236,7 @@ def _search(parser: Parser) -> None:
     lists.add_argument("--limit", type=_whole, metavar="N", help="plans at most (default: 1000)")
     same = parser.add_argument_group("what all plans have in common")
     for option, says in (
-        ("--precision", "float32 or bfloat16 autocast (default: float32)"),
+        ("--precision", "float32, bfloat16 autocast or flexpoint, simulated (default: float32)"),
         ("--transport", "auto, shared, threads, gloo, mpi … (default: auto)"),
         ("--device", "auto, cpu or cuda (default: auto)"),
         ("--allocator", "tuned or plain: glibc's malloc (default: tuned)"),
@@ -309,7 +308,9 @@ def _task_and_plan(parser: Parser) -> None:
         "--micro-batches", type=_whole, metavar="N", help="passes of a step (default: 1, of a pipeline 4 a stage)"
     )
     plan.add_argument("--buffers", metavar="POLICY", help="average, rank0 or local: BatchNorm's (default: average)")
-    plan.add_argument("--precision", metavar="P", help="float32 or bfloat16 autocast (default: float32)")
+    plan.add_argument(
+        "--precision", metavar="P", help="float32, bfloat16 autocast or flexpoint, simulated (default: float32)"
+    )
     plan.add_argument(
         "--shard", type=_whole, metavar="STAGE", help="share out 1: optimizer state, 2: gradients, 3: parameters"
     )
@@ -393,6 +394,7 @@ def _priced_by(cost: argparse._ArgumentGroup) -> None:
         metavar="SOURCE",
         help="where computing is known from: measured, operators or roofline (default: the best there is)",
     )
+    cost.add_argument("--fresh", action="store_true", help="measure anew what was measured within the last day")
 
 
 def _tracing(group: argparse._ArgumentGroup) -> None:

@@ -1,29 +1,37 @@
-"""How long payloads take to make and to read: a number of nanoseconds a value, for each compressor.
+"""How long payloads take to make and to read, measured in this process.
 
-They are given, or measured in this process, once for each description: one thread, medians over a normally distributed
-vector of 512 × 512 values (`rehearsal.sample`). Schemes whose workers make a payload together (PowerSGD, random-k) are
-measured whole, as an exchange of two in which nothing is sent, half of it for making and half for reading.
+- `measured`: seconds a value, to encode and to decode, once for each description: a table for simulations, whose ranks
+  are too many to run their exchanges, and which also send payloads in other ways than by a mean of all. On one thread,
+  over a normally distributed vector of 512 × 512 values (`rehearsal.sample`); or they are given (`Coding`).
+- `exchange_s`: one exchange of all ranks, on tensors of a model's own shapes. What a call costs whatever its length is
+  in there, which is most of it for a small model, so this is by what ``compress=auto`` chooses. Schemes whose workers
+  make a payload together (PowerSGD, random-k) have it as their table, too: an exchange of two, half of it for making
+  and half for reading.
 
-Approximation: time grows with the number of values. What a vector costs that fits no cache, or hardly has a value, is
-not known.
+Approximation of the table: time grows with the number of values. What a vector costs that fits no cache, or hardly has
+a value, is not known.
 """
 
 from __future__ import annotations
 
 import functools
+import math
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
+from torch import Tensor
 
-from manyhands.communication.compression.compressor import Compressor, Layout, OneShot
+from manyhands.communication.compression.compressor import Compressor, Layout, OneShot, Shape
+from manyhands.communication.compression.meter import FIRST
 from manyhands.communication.compression.rehearsal import sample
 from manyhands.simulation.folded import FoldedCommunicator
 
 SIDE = 512
-ROUNDS = 7
+#: Values of the vector that is exchanged, at most; seconds for a figure.
+SAMPLE, BUDGET_S = SIDE * SIDE, 0.02
 
 
 @dataclass(frozen=True)
@@ -48,29 +56,60 @@ class Coding:
 def measured(compressor: Compressor) -> tuple[float, float]:
     """Seconds a value, here and now: to encode, to decode."""
     layout = Layout(((SIDE, SIDE),))
-    x = sample(compressor, layout.numel)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        if isinstance(compressor, OneShot):
-            state = Compressor.start(compressor, layout, 0, 2)
-            payload = compressor.encode(x.clone(), state)
-            out = torch.zeros(layout.numel)
-            encode_s = _median_s(lambda: compressor.encode(x.clone(), state))
-            return encode_s / layout.numel, _median_s(lambda: compressor.add_(out, payload, state)) / layout.numel
-        state = compressor.start(layout, 0, 2)
-        comm = FoldedCommunicator(2, lambda _: 0.0, alike=True)
-        both_s = _median_s(lambda: compressor.aggregate(x.clone(), comm, state))
-        return both_s / layout.numel / 2, both_s / layout.numel / 2
+        if not isinstance(compressor, OneShot):
+            half_s = exchange_s(compressor, layout, 2) / layout.numel / 2
+            return half_s, half_s
+        x = sample(compressor, layout.numel)
+        state = Compressor.start(compressor, layout, 0, 2)
+        payload = compressor.encode(x.clone(), state)
+        out = torch.zeros(layout.numel)
+        encode_s = _median_s(lambda x: compressor.encode(x, state), x)
+        return encode_s / layout.numel, _median_s(lambda _: compressor.add_(out, payload, state), x) / layout.numel
     finally:
         torch.set_num_threads(threads)
 
 
-def _median_s(work: Callable[[], object]) -> float:
-    work()
-    taken = []
-    for _ in range(ROUNDS):
-        began = time.perf_counter()
-        work()
-        taken.append(time.perf_counter() - began)
-    return float(np.median(taken))
+def exchange_s(compressor: Compressor, layout: Layout, size: int, budget_s: float = BUDGET_S) -> float:
+    """Processor time that a rank of ``size`` spends on an exchange of such a vector, communication left out.
+
+    It takes place, on a communicator that moves nothing, so it knows what tensors and slices cost beside their values.
+    Longer vectors than `SAMPLE` are taken by the element.
+    """
+    part = part_of(layout)
+    comm = FoldedCommunicator(size, lambda _: 0.0, alike=True)
+    state = compressor.start(part, 0, size)
+    state.exchanges = FIRST + 1  # none of these is looked at
+    gradient = 1e-3 * torch.randn(part.numel, generator=torch.Generator().manual_seed(0), dtype=part.dtype)
+    took_s = _median_s(lambda x: compressor.aggregate(x, comm, state), gradient, budget_s)
+    return took_s * layout.numel / max(part.numel, 1)
+
+
+def part_of(layout: Layout) -> Layout:
+    """Some of the tensors, of `SAMPLE` values at most, the largest first; a larger one in part, by rows."""
+    shapes, left = list[Shape](), SAMPLE
+    for shape in sorted(layout.shapes, key=math.prod, reverse=True):
+        numel = math.prod(shape)
+        row = numel // shape[0] if shape and numel else 1
+        if numel > left:
+            rows = left // row
+            shape = (rows, *shape[1:]) if rows and len(shape) > 0 else (left,)
+        if 0 < math.prod(shape) <= left:
+            shapes.append(shape)
+            left -= math.prod(shape)
+    return Layout(shapes, layout.dtype)
+
+
+def _median_s(work: Callable[[Tensor], object], given: Tensor, budget_s: float = BUDGET_S) -> float:
+    """Processor time of ``work`` on a copy of ``given``; the first one warms up."""
+    times, x, ends_at = list[float](), given.clone(), math.inf
+    while len(times) < 3 or (time.perf_counter() < ends_at and len(times) < 50):
+        x.copy_(given)
+        began = time.thread_time()
+        work(x)
+        times.append(time.thread_time() - began)
+        if len(times) == 1:
+            ends_at = time.perf_counter() + budget_s
+    return statistics.median(times[1:])

@@ -6,10 +6,8 @@ import contextlib
 import dataclasses
 import multiprocessing
 import os
-import shutil
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from multiprocessing import resource_tracker
@@ -22,6 +20,7 @@ from manyhands.communication.transports.launchers_word import LaunchersWord
 from manyhands.errors import BadInput, WorkerFailed
 from manyhands.training.member import Setup, serve
 from manyhands.training.team.processes import START_S, ProcessTeam, ended
+from manyhands.training.team_folder import TeamFolder
 
 #: How starting a process says that an object cannot go along: not found under its name, local, or of a kind (a lock, a
 #: file, a process group). The first is pickle's own, known by its name, as no source here imports that module.
@@ -57,7 +56,7 @@ class ForkserverTeam(ProcessTeam):
     def __init__(self, setups: Sequence[Setup], live: Any) -> None:
         super().__init__(setups[0].transport, len(setups))
         self._segment: Any = None
-        self._folder: str | None = None
+        self._folder: TeamFolder | None = None
         self._word: LaunchersWord | None = None
         self._processes: list[Any] = []
         self._with_main = False
@@ -92,8 +91,8 @@ class ForkserverTeam(ProcessTeam):
             offset = self._segment.reserve(SharedCommunicator.control_B(self.size))
             self._control = offset
             return [dataclasses.replace(s, control_offset=offset) for s in setups]
-        self._folder = tempfile.mkdtemp(prefix=f"manyhands-{os.getpid()}-")
-        rendezvous = str(Path(self._folder) / "rendezvous")
+        self._folder = TeamFolder()
+        rendezvous = str(self._folder.path / "rendezvous")
         if self.transport == "gloo":
             self._word = LaunchersWord(rendezvous)
         return [dataclasses.replace(s, rendezvous=rendezvous) for s in setups]
@@ -178,7 +177,7 @@ class ForkserverTeam(ProcessTeam):
         if self._segment is not None:
             self._segment.close()
         if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder.close()
 
 
 def _check_main(error: Exception) -> None:

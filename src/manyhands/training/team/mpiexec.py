@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from multiprocessing.connection import Listener
@@ -19,6 +18,7 @@ from typing import Any
 from manyhands.errors import BadInput, WorkerFailed
 from manyhands.training.member import Setup
 from manyhands.training.team.processes import START_S, ProcessTeam
+from manyhands.training.team_folder import TeamFolder
 from manyhands.training.wire import decode, encode
 
 
@@ -32,10 +32,10 @@ class MpiTeam(ProcessTeam):
                 "live objects cannot be handed to workers under mpiexec. Give model and data as text or as "
                 "my_module:factory, or use another transport."
             )
-        self._folder = tempfile.mkdtemp(prefix=f"manyhands-{os.getpid()}-")
+        self._folder = TeamFolder()
         self._pids: dict[int, int] = {}
         self._process: subprocess.Popen[bytes] | None = None
-        place = Path(self._folder)
+        place = self._folder.path
         key = secrets.token_bytes(32)
         (place / "key").touch(mode=0o600)
         (place / "key").write_bytes(key)
@@ -106,7 +106,7 @@ class MpiTeam(ProcessTeam):
                     with contextlib.suppress(ProcessLookupError):
                         os.killpg(self._process.pid, signal.SIGKILL)
                     self._process.wait()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.close()
 
 
 def _has_fileno(stream: Any) -> bool:
