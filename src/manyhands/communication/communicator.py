@@ -485,7 +485,8 @@ class Communicator(ABC):
         return self.counters.tallies[self.context.purpose][operation]
 
     def _count(self, operation: str, x: Tensor, messages: int, *, root: int = 0) -> None:
-        tally = self._tally(operation)
+        context = self.context
+        tally = context.counters.tallies[context.purpose][operation]
         tally.calls += 1
         if self.size > 1:
             tally.messages += messages

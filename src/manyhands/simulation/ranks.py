@@ -8,6 +8,9 @@ models do not.
 
 from __future__ import annotations
 
+import gc
+import heapq
+import math
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +19,7 @@ import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor
 
-from manyhands.communication.transports.events import Elapsed, Group
+from manyhands.communication.transports.events import Elapsed, Group, Operation
 from manyhands.communication.transports.inprocess import InProcessCommunicator
 from manyhands.communication.transports.simulated import SimulatedCommunicator, SimulatedWorld
 from manyhands.errors import ManyhandsError, WorkerFailed
@@ -89,6 +92,8 @@ class GreenletWorld(SimulatedWorld):
 class SizedCommunicator(SimulatedCommunicator):
     """Whose time passes without a change of turns: where nothing is computed nobody can tell before it next acts."""
 
+    world: SizedWorld
+
     def elapse(self, seconds: float, doing: str = "compute") -> None:
         """Let virtual time pass on this rank."""
         clocks, me = self.world.clocks, self.world_rank
@@ -97,11 +102,32 @@ class SizedCommunicator(SimulatedCommunicator):
         if self.world.observe is not None:
             self.world.observe(self, Elapsed(clocks[me], doing, seconds), begun, clocks[me])
 
+    def _access(self, operation: str, x: Tensor, at: int) -> None:
+        world, me, moved_B = self.world, self.world_rank, x.nbytes
+        world.settle(self)
+        place = self.group.members[at % self.size]
+        asked = Operation(operation, moved_B, 2, (me,), me, place, True, self.context.purpose)
+        ends, cost_s = world.charge(asked, (me,))
+        world.go_on_at(ends, self, operation, cost_s)
+        counters = self.context.counters
+        counters.communicate_s += cost_s
+        counters.moved_B += moved_B
+
 
 class SizedWorld(GreenletWorld):
     """Ranks without numbers: in their symmetric memory floating point has a size only (but float64 has numbers)."""
 
     numbers = False
+
+    def run(self, fn: Callable[..., Any], *args: Any) -> list[Any]:
+        """See `World.run`. Nothing that a rank makes refers to itself, so that nobody need look for such things."""
+        collecting = gc.isenabled()
+        gc.disable()
+        try:
+            return super().run(fn, *args)
+        finally:
+            if collecting:
+                gc.enable()
 
     def join(self, group: Group, index: int) -> SizedCommunicator:
         """Rank ``index``'s end of ``group``."""
@@ -113,6 +139,35 @@ class SizedWorld(GreenletWorld):
 
     def settle(self, comm: InProcessCommunicator) -> None:
         """Let those go first who are earlier by now."""
-        clock = self.clocks[comm.world_rank]
-        if not self._is_earliest(clock, comm.world_rank):
-            self.wait(comm, Elapsed(clock, "to be the earliest", 0.0))
+        me, ready = comm.world_rank, self._ready
+        clock = self.clocks[me]
+        if self.failure is not None or (ready and ready[0] < (clock, me)):
+            self.go_on_at(clock, comm, "to be the earliest", 0.0)
+
+    def go_on_at(self, at: float, comm: InProcessCommunicator, doing: str, cost_s: float) -> None:
+        """`wait` for a time that is known, with nothing but the clock to look at.
+
+        A rank that is lined up already is nobody's to wake.
+        """
+        me, clocks, ready = comm.world_rank, self.clocks, self._ready
+        before = clocks[me]
+        if self.failure is None:
+            if not ready or (at, me) < ready[0]:
+                clocks[me] = at  # the turn stays here
+            else:
+                turns = self._turns
+                clock, chosen, turn = heapq.heapreplace(ready, (at, me, turns[me]))
+                while turn != turns[chosen]:
+                    clock, chosen, turn = heapq.heappop(ready)
+                turns[chosen] = turn + 1
+                self._lined_up[chosen] = math.inf
+                clocks[chosen] = clock
+                if chosen != me:
+                    self._ranks[chosen].switch()
+        if self.failure is not None:
+            raise self.lost(comm, doing)
+        waited = at - before - cost_s
+        if waited > 0:  # rounding may leave less
+            comm.context.counters.wait_s += waited
+        if self.observe is not None:
+            self.observe(comm, Elapsed(at, doing, cost_s), before, at)

@@ -62,6 +62,8 @@ class TimedReplica(DataReplica):
 
     def _take(self, loss: Tensor, count: float) -> tuple[Tensor, float]:
         self._decayed = False
+        for piece in self.pieces:
+            piece.entries = None
         self.count = count
         return loss, count
 
@@ -215,4 +217,11 @@ class PricedReplica:
         return []
 
     def load_optimizer_state(self, state: Sequence[StateSlice]) -> None:
+        """None."""
+
+    def format_state(self) -> dict[str, Any]:
+        """None."""
+        return {}
+
+    def load_format_state(self, state: Mapping[str, Any]) -> None:
         """None."""

@@ -24,19 +24,10 @@ class NoNumbers(ManyhandsError):
     """A number was asked for where there are sizes only."""
 
 
-class _Storage:
-    """What views have in common; told apart by `_cdata`, as torch's is."""
-
-    __slots__ = ("_cdata",)
-
-    def __init__(self) -> None:
-        self._cdata = id(self)
-
-
 class Sized:
     """Behaves as a strided tensor of ``shape`` and ``dtype`` on the meta device, as far as strategies go."""
 
-    __slots__ = ("_storage", "dtype", "nbytes", "shape")
+    __slots__ = ("_base", "dtype", "nbytes", "shape")
 
     device = _META
     is_meta = True
@@ -44,10 +35,10 @@ class Sized:
     layout = torch.strided
     grad = None
 
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, storage: _Storage | None = None) -> None:
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, base: Sized | None = None) -> None:
         self.shape, self.dtype = shape, dtype
         self.nbytes = (shape[0] if len(shape) == 1 else math.prod(shape)) * dtype.itemsize
-        self._storage = storage or _Storage()
+        self._base = base  # of what this is a view; None: of nothing
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
@@ -83,28 +74,36 @@ class Sized:
         """By dtype."""
         return self.dtype.is_floating_point
 
-    def untyped_storage(self) -> _Storage:
-        """By which common memory is told."""
-        return self._storage
+    def untyped_storage(self) -> Sized:
+        """What all views of it have in common."""
+        return self if self._base is None else self._base
+
+    @property
+    def _cdata(self) -> int:
+        """By which storages are told apart, as torch's are."""
+        return id(self)
 
     def data_ptr(self) -> int:
         """Of the storage."""
-        return self._storage._cdata
+        return id(self.untyped_storage())
 
     # -- parts and shapes ----------------------------------------------------------------------------------------------
 
     def __getitem__(self, at: Any) -> Sized:
-        first, rest = self.shape[0], self.shape[1:]
-        if isinstance(at, slice):
+        shape = self.shape
+        first = shape[0]
+        if type(at) is slice:
+            if at.stop == first and at.start == 0 and at.step is None:
+                return self  # a view of everything
             lo, hi, step = at.indices(first)
             rows = hi - lo if step == 1 else -(-(hi - lo) // step)
-            return Sized((rows if rows > 0 else 0, *rest), self.dtype, self._storage)
+            return Sized((rows if rows > 0 else 0, *shape[1:]), self.dtype, self.untyped_storage())
         if isinstance(at, int):
             if not -first <= at < first:
                 raise IndexError(at)
-            return Sized(rest, self.dtype, self._storage)
+            return Sized(shape[1:], self.dtype, self.untyped_storage())
         if isinstance(at, Tensor) and not at.dtype.is_floating_point and at.dtype is not torch.bool:
-            return Sized((*at.shape, *rest), self.dtype)
+            return Sized((*at.shape, *shape[1:]), self.dtype)
         raise NoNumbers(f"an index of type {type(at).__name__}")
 
     def __setitem__(self, at: Any, value: Any) -> None:
@@ -114,16 +113,15 @@ class Sized:
         """Another shape, or dtype, of the same elements."""
         if len(shape) == 1 and isinstance(shape[0], torch.dtype):
             dtype = shape[0]
-            return Sized(
-                (*self.shape[:-1], self.shape[-1] * self.dtype.itemsize // dtype.itemsize), dtype, self._storage
-            )
+            last = self.shape[-1] * self.dtype.itemsize // dtype.itemsize
+            return Sized((*self.shape[:-1], last), dtype, self.untyped_storage())
         wanted = tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], Sequence) else shape
         if wanted == (-1,) and len(self.shape) == 1:
             return self
         if -1 in wanted:
             known = -math.prod(wanted)
             wanted = tuple(self.numel() // known if n == -1 else n for n in wanted)
-        return Sized(wanted, self.dtype, self._storage)
+        return Sized(wanted, self.dtype, self.untyped_storage())
 
     reshape = view
 
@@ -142,11 +140,11 @@ class Sized:
 
     def unbind(self) -> list[Sized]:
         """Rows."""
-        return [Sized(self.shape[1:], self.dtype, self._storage)] * self.shape[0]
+        return [Sized(self.shape[1:], self.dtype, self.untyped_storage())] * self.shape[0]
 
     def split(self, sizes: Sequence[int]) -> list[Sized]:
         """Parts of the first dim."""
-        return [Sized((n, *self.shape[1:]), self.dtype, self._storage) for n in sizes]
+        return [Sized((n, *self.shape[1:]), self.dtype, self.untyped_storage()) for n in sizes]
 
     # -- arithmetic ----------------------------------------------------------------------------------------------------
 

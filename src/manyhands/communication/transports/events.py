@@ -194,6 +194,8 @@ class Counters:
         self._at = {0: size}  # how many counters stand at a value
         #: Waits under way for which a change of neither least nor most is enough.
         self.careful = 0
+        #: Who waits, by rank of the world.
+        self.waiting: set[int] = set()
 
     def post(self, index: int, value: int, at: float) -> bool:
         """Set one of them; whether some wait may be over by it."""

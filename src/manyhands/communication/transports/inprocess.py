@@ -418,8 +418,9 @@ class InProcessBoard:
         comm = self._comm
         comm.world.settle(comm)
         with comm.world.exclusive():
-            if self._counters.post(comm.rank, value, comm.world.now(comm.world_rank)):
-                comm.world.wake(comm.group.members)
+            counters = self._counters
+            if counters.post(comm.rank, value, comm.world.now(comm.world_rank)) and counters.waiting:
+                comm.world.wake(sorted(counters.waiting))
 
     def read(self) -> list[int]:
         """All counters, in rank order."""
@@ -440,11 +441,13 @@ class InProcessBoard:
         with comm._timed(event.doing):
             with comm.world.exclusive():
                 counters.careful += event.careful
+                counters.waiting.add(comm.world_rank)
             try:
                 comm.world.wait(comm, event)
             finally:
                 with comm.world.exclusive():
                     counters.careful -= event.careful
+                    counters.waiting.discard(comm.world_rank)
         return self.read()
 
 

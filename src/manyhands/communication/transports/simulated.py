@@ -24,8 +24,8 @@ swapped with the turn; the caller's state is untouched by a run.
 
 from __future__ import annotations
 
-import contextlib
 import heapq
+import math
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
@@ -108,12 +108,13 @@ class SimulatedWorld(World):
         # earlier event simply adds an entry and the later one is passed over.
         self._ready: list[tuple[float, int, int]] = []
         self._turns = [0] * size
+        self._lined_up = [math.inf] * size  # for when, in the turn that is waited for
         self._waits: list[tuple[InProcessCommunicator, Event] | None] = [None] * size
         self._active: set[int] = set()
         self._rng: list[Tensor] = []
         self._callers_rng = torch.empty(0)
         self._deadlock = ""
-        self._nothing = contextlib.nullcontext()
+        self._nothing = threading.RLock()  # nobody else ever has it; entering it takes a tenth of a `nullcontext`
 
     def join(self, group: Group, index: int) -> SimulatedCommunicator:
         """Rank ``index``'s end of ``group``."""
@@ -135,7 +136,9 @@ class SimulatedWorld(World):
         begins = self.clocks[ranks[0]] if len(ranks) == 1 else max([self.clocks[rank] for rank in ranks])
         occupied = None if self.queue is None or not cost_s else self.queue(operation)
         if occupied is not None:
-            begins = max(begins, self._free_at.get(occupied, 0.0))
+            free_at = self._free_at.get(occupied, 0.0)
+            if free_at > begins:
+                begins = free_at
             self._free_at[occupied] = begins + cost_s
         return begins + cost_s, cost_s
 
@@ -180,9 +183,14 @@ class SimulatedWorld(World):
         return not self._ready or (clock, rank) < self._ready[0]
 
     def _line_up(self, rank: int, event: Event) -> None:
-        due, clock = event.due(), self.clocks[rank]
-        if due is not None:
-            heapq.heappush(self._ready, (due if due > clock else clock, rank, self._turns[rank]))
+        due, at = event.due(), self.clocks[rank]
+        if due is None:
+            return
+        if due > at:
+            at = due
+        if at < self._lined_up[rank]:
+            self._lined_up[rank] = at
+            heapq.heappush(self._ready, (at, rank, self._turns[rank]))
 
     def _next(self) -> int | None:
         """Whose turn it is now; None when all have returned."""
@@ -191,6 +199,7 @@ class SimulatedWorld(World):
                 clock, rank, turn = heapq.heappop(self._ready)
                 if turn == self._turns[rank]:
                     self._turns[rank] += 1
+                    self._lined_up[rank] = math.inf
                     self.clocks[rank] = clock
                     return rank
             if self._active:
