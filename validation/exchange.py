@@ -29,10 +29,14 @@ from manyhands.modelling.published.thakur import Hop, ring_all_reduce_s
 
 @dataclass(frozen=True)
 class Exchange:
-    """Seconds a byte and a message of each phase, and what is left after the step for a network's parameters."""
+    """Seconds a byte and a message of each phase, and what is left after the step for a network's parameters.
+
+    What has been pushed is then added up by a host, one gradient after another.
+    """
 
     pull_s_per_B: float = 0.0
     push_s_per_B: float = 0.0
+    add_s_per_B: float = 0.0
     message_s: float = 0.0
     after_s: float = 0.0
 
@@ -56,17 +60,18 @@ def of(way: str, cluster: Cluster, devices: int, parameter_B: Mapping[str, float
         copy = 1 / host.bandwidth_Bps(here)
         memory = cluster.node.memory_bandwidth
         added = (here + 3) / memory.si if memory is not None else 0.0
-        return Exchange(copy, max(copy, added), host.latency.si)
+        return Exchange(copy, copy, added, host.latency.si)
     within = cluster.link("within")
     # Of a byte of parameters, what passes the port of the fullest device: to or from all others.
     fullest = (here - 1) * largest_load(sizes, here) / total / within.bandwidth_Bps(here) if here > 1 else 0.0
     if way == "parameter_server/gpu":
-        return Exchange(fullest, fullest, within.latency.si)
+        return Exchange(fullest, fullest, message_s=within.latency.si)
     if way == "replicated_nccl":
         hop = Hop(within.latency.si, 1 / within.bandwidth_Bps(here))
-        return Exchange(0.0, ring_all_reduce_s(1.0, here, Hop(0, hop.s_per_B)), 2 * (here - 1) * hop.latency_s)
+        ring_s = ring_all_reduce_s(1.0, here, Hop(0, hop.s_per_B))
+        return Exchange(push_s_per_B=ring_s, message_s=2 * (here - 1) * hop.latency_s)
     if way == "replicated_no_nccl":
-        return Exchange(0.0, fullest, within.latency.si, after_s=fullest * total)
+        return Exchange(push_s_per_B=fullest, message_s=within.latency.si, after_s=fullest * total)
     network_s = 0.0
     if nodes > 1:
         # In the busier direction of a port with a server on it: gradients of the others and the parameters of the rest.
@@ -75,7 +80,8 @@ def of(way: str, cluster: Cluster, devices: int, parameter_B: Mapping[str, float
         network_s = each / cluster.link("between").bandwidth_Bps(1)
     latency_s = within.latency.si if nodes == 1 else cluster.link("between").latency.si
     if way == "distributed_replicated_ps_sync":
-        return Exchange(0.0, fullest + network_s, latency_s, after_s=fullest * total)
+        return Exchange(push_s_per_B=fullest + network_s, message_s=latency_s, after_s=fullest * total)
     if way == "dist_device_sync":
-        return Exchange(fullest + network_s / 2, fullest + network_s / 2, latency_s)
+        each_s = fullest + network_s / 2
+        return Exchange(each_s, each_s, message_s=latency_s)
     raise ValueError(f"no exchange {way!r}")

@@ -157,6 +157,16 @@ def test_phases_names_and_modules_add_up_to_the_whole():
     assert conv.dtype == "float32"
 
 
+def test_every_gradient_is_made_where_backward_undoes_its_layer():
+    """Batch norm counts its batches, unseen by autograd; the convolution before it keeps its weights all the same."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 36, 5))
+    step = count(net, torch.zeros(2, 3, 8, 8), torch.zeros(2, dtype=torch.long), F.cross_entropy)
+    made = {x.name: (x.module, x.parameters) for x in step if x.phase == "backward" and x.parameters}
+    assert made["convolution_backward"] == ("0", ("0.weight",))
+    assert made["native_batch_norm_backward"] == ("1", ("1.weight", "1.bias"))
+    assert {name for _, names in made.values() for name in names} == set(step.parameter_B)
+
+
 def test_views_move_nothing_and_an_expanded_tensor_is_what_it_was_expanded_from():
     class Views(nn.Module):
         def __init__(self):

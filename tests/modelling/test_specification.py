@@ -115,5 +115,7 @@ def test_forward_is_backward_the_other_way_round(timed):
 def test_the_last_layers_gradients_are_hidden_and_the_firsts_are_not():
     assert wait_free.backward_s([(1, 1), (1, 0), (1, 0)]) == 3
     assert wait_free.backward_s([(1, 0), (1, 0), (1, 1)]) == 4
+    assert wait_free.backward_s([(1, 1, 2), (1, 1, 2)]) == 6  # the second station ends at 4, then takes the next
+    assert wait_free.backward_s([(1, 1, 0), (1, 1, 2)]) == 5
     assert wait_free.forward_s([(1, 1), (1, 0)]) == 3
     assert wait_free.forward_s([(1, 0), (1, 1)]) == 2

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from manyhands.cluster import load
-from validation import exchange, networks, published, scores, tables
+from validation import exchange, limits, networks, published, scores, tables
 from validation.tables import Row
 
 
@@ -46,6 +46,19 @@ def test_one_device_exchanges_nothing_but_with_the_host():
 def test_arrays_are_put_on_the_emptiest_device():
     assert exchange.largest_load([6, 3, 1, 2], 2) == 6
     assert exchange.largest_load([1] * 8, 4) == 2
+
+
+def test_a_host_adds_up_the_last_gradient_after_it_has_come_and_the_longer_the_more_devices():
+    steps = [published.predicted_s(row("DGX-1", "AlexNet", n, "parameter_server/cpu", batch=2), 1.0) for n in (2, 4, 8)]
+    assert steps[0] < steps[1] < steps[2]
+
+
+def test_limits_take_in_those_before_them_and_leave_unknown_devices_alone():
+    k80, other = load("gce_k80").device, load("dgx_a100").device
+    found = [limits.limited(k80, limit) for limit in limits.Limit]
+    assert [d.peak_of("float32") / 4.37e12 for d in found] == pytest.approx([1, 0.64, 0.64, 0.64 * 2 / 3], rel=1e-12)
+    assert [d.memory_bandwidth.si / 240e9 for d in found] == pytest.approx([1, 1, 0.8, 0.8], rel=1e-12)
+    assert limits.limited(other, limits.Limit.ISSUE) == other
 
 
 def test_a_ring_within_the_node_moves_what_a_ring_moves():

@@ -237,7 +237,9 @@ class Recorder(TorchDispatchMode):
         if self.phase == "backward":
             return self._forward.get(number, ("", ()))
         read = tuple(dict.fromkeys(self.parameters[s] for x in operands if (s := storage(x)) in self.parameters))
-        self._forward[number] = self.at, read
+        # What autograd does not see (batch norm counts its batches) finds the number of the operator before it.
+        if read or number not in self._forward:
+            self._forward[number] = self.at, read
         return self.at, read
 
 
