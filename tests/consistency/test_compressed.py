@@ -6,6 +6,7 @@ from torch import nn
 
 import manyhands as mh
 from manyhands.communication.communicator import Communicator
+from manyhands.communication.compression import compressor as compressor_module
 from manyhands.communication.compression import compressors
 from manyhands.communication.compression.compressor import compressor_from
 from manyhands.errors import BadInput, NonFiniteLoss
@@ -79,6 +80,29 @@ def test_odd_models_and_shares_keep_the_promises(name, case):
 
 def test_a_model_of_two_dtypes_has_two_vectors():
     assert_joined(synchronous("top_k(ratio=0.1)"), "simulated", 3, problem("mixed", "momentum", dtype="mixed"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"optimizer": "sgd(lr=0.1)"},
+        {"optimizer": "sgd(lr=0.1)", "clip": 0.01},
+        {"optimizer": "sgd(lr=0.1, weight_decay=0.01)"},
+        {"optimizer": "sgd(lr=0.1)", "loss": "squared_error(l2=0.01)"},
+        {"optimizer": "adam"},
+    ],
+    ids=str,
+)
+def test_a_mean_of_few_entries_updates_as_the_whole_vector_does(options, tmp_path, monkeypatch):
+    def parameters(few: int) -> list[torch.Tensor]:
+        monkeypatch.setattr(compressor_module, "FEW", few)
+        task = mh.Task(model="perceptron(hidden=50)", data="digits", steps=8, batch_size=50, **options)
+        plan = mh.Plan(workers=2, transport="threads", threads=1, compress="top_k(ratio=0.001)")
+        result = mh.train(task, plan, out=tmp_path / str(few), progress=False)
+        return [p.detach() for p in result.model.parameters()]
+
+    some, whole = parameters(64), parameters(10**9)
+    assert all(torch.equal(a, b) for a, b in zip(some, whole, strict=True))
 
 
 # -- not finite --------------------------------------------------------------------------------------------------------

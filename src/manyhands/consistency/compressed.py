@@ -138,10 +138,11 @@ class CompressedMean:
             keeps = not (piece.flat.is_meta or piece.width)
             self._states.append(compressor.start(layout, rank, size, i) if keeps else State(layout))
 
-    def average_(self, vectors: Sequence[Tensor], weights: Sequence[float]) -> None:
+    def average_(self, vectors: Sequence[Tensor], weights: Sequence[float]) -> list[Tensor | None]:
         """Each vector becomes its mean, every rank of the communicator weighing as ``weights`` say. Collective.
 
         Vectors and weights are finite. The gradient of a sparse piece becomes that of all rows that anybody has.
+        Returns of each mean where alone it is not zero, if that is few places.
         """
         compressor, pieces = self._compressor, self._replica.pieces
         for x, piece, group, members, state in zip(
@@ -159,6 +160,7 @@ class CompressedMean:
                 rehearse(x, compressor, group, state.layout)
             else:
                 compressor.aggregate(x, group, state)
+        return [state.touched for state in self._states]
 
     def state_dict(self) -> list[dict[str, Any]]:
         """What the compressor keeps of every piece."""
@@ -245,7 +247,8 @@ class CompressedWorker(Worker):
         gradients = [piece.grad for piece in replica.pieces]
         finite = all(map(is_finite, gradients))
         weights = gather_weights(comm, loss, count if finite else math.inf, what="loss or the gradient")
-        self._mean.average_(gradients, weights)
+        for piece, touched in zip(replica.pieces, self._mean.average_(gradients, weights), strict=True):
+            piece.entries = touched
         clip_(replica, comm, [(0, piece.flat.numel()) for piece in replica.pieces], sliced=False)
         for piece in replica.pieces:
             replica.apply(piece, 0, piece.flat.numel())

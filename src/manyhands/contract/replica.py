@@ -52,6 +52,8 @@ class Piece:
     group: int = 0
     spans: Sequence[tuple[int, int]] = ()
     width: int = 0  # 0: dense
+    #: Where alone ``grad`` is not zero, ascending, if a strategy knows it; None: anywhere.
+    entries: Tensor | None = None
     shapes: Sequence[tuple[int, ...]] = ()
 
 
@@ -161,6 +163,14 @@ class Replica(Protocol):
 
     def optimizer_state(self) -> list[StateSlice]:
         """The optimizer state that this worker holds."""
+        ...
+
+    def format_state(self) -> dict[str, Any]:
+        """What a number format that is simulated keeps on this worker."""
+        ...
+
+    def load_format_state(self, state: Mapping[str, Any]) -> None:
+        """Take up a `format_state` of the same rank."""
         ...
 
     def load_optimizer_state(self, state: Sequence[StateSlice]) -> None:

@@ -29,6 +29,7 @@ from manyhands.contract import Batch, Block, Piece, Ready, StateSlice, carried, 
 from manyhands.errors import BadInput
 from manyhands.partition.backward import backward
 from manyhands.partition.buckets import Announcer
+from manyhands.partition.flexpoint import Flex16
 from manyhands.partition.rows import RowUpdate, before_lookup, tables, take_gradient, updates_rows_alone
 from manyhands.partition.update import LOST, SliceUpdate, Span, strides_of
 
@@ -107,9 +108,11 @@ class DataReplica:
         if precision == "bfloat16":
             device = next((p.device.type for p in model.parameters()), "cpu")
             self._autocast = lambda: torch.autocast(device, dtype=torch.bfloat16)
+        self._format = Flex16(model) if precision == "flexpoint" else None
         _separate_elements(model)
         self._buffers = _places_of_buffers(model)
-        self._lay_out(common, tables(model) if sparse and not self._l2 else {})
+        # Whoever rounds weights where others read them would hide overflows from them.
+        self._lay_out(common and self._format is None, tables(model) if sparse and not self._l2 else {})
         self._start_alike()
         if not self.pieces:
             raise BadInput("The optimizer has no trainable parameter; there is nothing to learn.")
@@ -208,7 +211,7 @@ class DataReplica:
         t0 = time.perf_counter()
         for piece in self.pieces:
             if not piece.width:
-                piece.grad.zero_()
+                _clear(piece)
         self._decayed = False
         parameter, grad = next(self._turns)
         if parameter.grad is not grad:
@@ -220,7 +223,8 @@ class DataReplica:
         if ready is not None:
             announcer = self._announcer = self._announcer or Announcer(self.pieces, self._spans)
             announcer.begin(ready)
-        with self._watch() if self.watching else _NOTHING:
+        watching = self._watch() if self.watching else _NOTHING
+        with watching, _NOTHING if self._format is None else self._format.training():
             loss, count = self._passes(batch, _nothing if announcer is None else announcer.last_pass)
             if announcer is not None:
                 announcer.finish(loss, count)
@@ -440,6 +444,7 @@ class DataReplica:
         for start, stop in runs:
             if start < stop:
                 piece.grad[start:stop].add_(piece.flat[start:stop], alpha=self._l2)
+                piece.entries = None
 
     def norm(self, bounds: Sequence[tuple[int, int]]) -> Tensor:
         """See `contract.Replica.norm`."""
@@ -515,6 +520,15 @@ class DataReplica:
             self.watching, self._unsettled = True, set(range(len(self.pieces)))
             self._in_use = {s.parameter for s in state}
 
+    def format_state(self) -> dict[str, Any]:
+        """See `contract.Replica.format_state`."""
+        return {} if self._format is None else self._format.state_dict()
+
+    def load_format_state(self, state: Mapping[str, Any]) -> None:
+        """See `contract.Replica.load_format_state`."""
+        if self._format is not None:
+            self._format.load_state_dict(state)
+
     # -- the model, for evaluation and export ----------------------------------------------------------------------
 
     @contextlib.contextmanager
@@ -564,6 +578,15 @@ def _separate_elements(model: torch.nn.Module) -> None:
                 continue
             if any(st == 0 and n > 1 for st, n in zip(b.stride(), b.shape, strict=True)):
                 module._buffers[name] = made.setdefault(id(b), b.contiguous())
+
+
+def _clear(piece: Piece) -> None:
+    """Set the gradient to zero: where it is not, if that is known."""
+    if piece.entries is None:
+        piece.grad.zero_()
+    else:
+        piece.grad[piece.entries] = 0
+        piece.entries = None
 
 
 def _nothing(loss: Tensor, count: float) -> None:

@@ -70,12 +70,25 @@ class SliceUpdate:
         """One update, by the piece's gradient; or by ``gradients`` of its parameters, all of them whole, in order."""
         if self._some_unused:
             self._some_unused = any(s.unused for s in self._spans)
+        if gradients is None and self.piece.entries is not None and self._takes_entries():
+            self._sgd_of(self.piece.entries)
+            return
+        self.piece.entries = None  # an optimizer may write to gradients
         if self._plain:
             self._sgd(gradients)
         else:
             self._generic(gradients)
 
     # -- plain SGD -------------------------------------------------------------------------------------------------
+
+    def _takes_entries(self) -> bool:
+        """Whether what has no gradient stays as it is, and all is updated at once."""
+        group, whole = self._master.param_groups[self._group], self._flat.numel() == self.piece.flat.numel()
+        return self._plain and whole and group["momentum"] == group["weight_decay"] == 0 and not self._some_unused
+
+    def _sgd_of(self, entries: Tensor) -> None:
+        lr = self._master.param_groups[self._group]["lr"]
+        self._flat[entries] = self._flat[entries].add_(self._grad[entries], alpha=-lr)
 
     def _sgd(self, gradients: Sequence[Tensor] | None) -> None:
         group = self._master.param_groups[self._group]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from manyhands.errors import Problem
 
 BUFFER_POLICIES = ("average", "rank0", "local")
-PRECISIONS = ("float32", "bfloat16")
+PRECISIONS = ("float32", "bfloat16", "flexpoint")
 DEVICES = ("auto", "cpu", "cuda")
 ALLOCATORS = ("tuned", "plain")
 #: The transports whose class says ``shares_memory``; asking the classes would load torch.

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 from manyhands.checks import is_positive, is_whole
 from manyhands.communication import transports
-from manyhands.contract import Setting
+from manyhands.communication.topology import Mesh
+from manyhands.contract import Setting, Strategy
 from manyhands.errors import InvalidPlan, Problem, UnknownName
 from manyhands.plan.compressing import compressed
 from manyhands.plan.cuts import check_cuts, micro_batches, sharded
@@ -51,6 +52,8 @@ def resolve(plan: Plan, facts: Facts) -> Resolved:
     strategy = compressed(plan, sharded(plan, found), device, found)
     found.extend(strategy.problems(setting))
     check_cuts(plan, mesh, facts, strategy, found)
+    if plan.precision == "flexpoint":
+        _whole_tensors(plan, mesh, strategy, found)
     if len(found) == len(unknown) == 1:
         raise unknown[0]
     if found:
@@ -90,6 +93,18 @@ def resolve(plan: Plan, facts: Facts) -> Resolved:
         micro_batches=micro_batches(plan, mesh),
     )
     return Resolved(made, setting, tuple(notes))
+
+
+def _whole_tensors(plan: Plan, mesh: Mesh, strategy: Strategy, found: list[Problem]) -> None:
+    cut = any(mesh[axis] > 1 for axis in mesh if axis != "data") or plan.tensor is not None or plan.pipeline is not None
+    if cut or is_whole(plan.shard, 2) or not strategy.identical:
+        found.append(
+            Problem(
+                f"precision='flexpoint' with strategy={strategy.name} on {mesh}",
+                "every worker rounds whole tensors of weights, and all of them alike, between two steps.",
+                "Use strategy=synchronous and a mesh of data alone, or precision=float32.",
+            )
+        )
 
 
 def _unknown_names(plan: Plan, found: list[Problem]) -> list[UnknownName]:

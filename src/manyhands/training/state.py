@@ -5,7 +5,8 @@
     optimizer   per parameter and key, whole tensors assembled from the workers' slices (so any worker count fits)
     schedule    the learning-rate schedule's own state
     groups      the hyper-parameters of each parameter group as the schedule left them
-    ranks       per rank: random number generators, buffers, the strategy's live state, loss since the last record
+    ranks       per rank: random number generators, buffers, live state of the strategy and of a number format that is
+                simulated, loss since the last record
     history     epoch records so far; the last is cut short where the run ended between two
     trained_s   time spent in steps so far, rank 0's
 
@@ -57,6 +58,7 @@ def collect(
         "generators": generators.capture(device, own_process=own_process(comm)),
         "buffers": [b.clone() for b in replica.buffers],
         "strategy": worker.state_dict(),
+        "format": replica.format_state(),
         "since": list(since),
     }
     everybody = gather(comm, mine)
@@ -153,6 +155,7 @@ def restore(
         for buffer, kept in zip(replica.buffers, mine["buffers"], strict=True):
             buffer.copy_(kept)
         worker.load_state_dict(mine["strategy"])
+        replica.load_format_state(mine.get("format", {}))
     if same_mesh:
         total, counted = state["ranks"][comm.rank]["since"]
         return total, counted

@@ -46,6 +46,8 @@ from manyhands.errors import BadInput, DamagedPayload
 from manyhands.grammar import format_description
 
 Shape = tuple[int, ...]
+#: Fewer elements than one in so many are gone through by themselves: each costs a line of memory or two, out of order.
+FEW = 64
 #: Subtracts what was sent from the vector it was made of.
 Sent = Callable[[Tensor], None]
 
@@ -64,6 +66,11 @@ class Layout:
     def itemsize(self) -> int:
         """Bytes of a value as it is worked on, and sent where values are."""
         return 8 if self.dtype == torch.float64 else 4
+
+    @property
+    def scalar(self) -> type[np.floating[Any]]:
+        """The same as NumPy's type."""
+        return np.float64 if self.dtype == torch.float64 else np.float32
 
     @cached_property
     def tensors(self) -> NDArray[np.int64]:
@@ -104,6 +111,13 @@ def _clipped(starts: NDArray[np.int64], lo: int, hi: int) -> NDArray[np.int64]:
     return np.concatenate([np.zeros(int(hi > lo), np.int64), inner])
 
 
+class Entries(NamedTuple):
+    """Some elements of a vector, all others of which are zero: where they are, ascending, and what."""
+
+    indices: NDArray[Any]
+    values: NDArray[Any]
+
+
 @dataclass
 class State:
     """What a worker keeps for one vector from step to step; all of it is needed for an exact resume."""
@@ -117,6 +131,8 @@ class State:
     #: Of the slices, then of this rank's own slice when it is encoded again; see the scatter route.
     parts: list[State] = field(default_factory=list)
     exchanges: int = 0  # of this process; no part of a checkpoint
+    #: Where alone the last mean is not zero, ascending, if that is few places; None: anywhere. No part of one either.
+    touched: Tensor | None = None
 
     def is_looked_at(self) -> bool:
         """Whether the exchange that begins is one whose error is told (see `meter`)."""
@@ -281,6 +297,7 @@ class Compressor(ABC):
         Every ``gradient`` is finite and has been multiplied by its rank's share. A rank that is alone sends nothing and
         keeps its gradient as it is.
         """
+        state.touched = None
         if comm.size == 1:
             return gradient
         counters, began = comm.counters, time.perf_counter()
@@ -321,6 +338,10 @@ class OneShot(Compressor):
 
         Raises `DamagedPayload` for one that does not fit, before anything is written out of bounds.
         """
+
+    def entries(self, payload: Tensor, state: State) -> Entries | None:
+        """What ``payload`` stands for, where that are some entries; None: a whole vector. Raises as `add_` does."""
+        return None
 
     def trim(self, state: State) -> None:
         """What becomes of the residual after a payload has been sent; nothing, as a rule."""
@@ -391,13 +412,31 @@ class OneShot(Compressor):
         if route == "dense":
             out.copy_(self.decode(payload, state))
             comm.all_reduce(out).wait()
+            out.mul_(1 / size)
         else:
-            payloads = gather(payload, lengths, comm)
-            out.zero_()
-            for each in payloads:
-                self.add_(out, each, state)
-        out.mul_(1 / size)
+            self._set_mean(out, gather(payload, lengths, comm, meanwhile=out.zero_), state)
         return lambda residual: self.add_(residual, payload, state, -1)
+
+    def _set_mean(self, out: Tensor, payloads: Sequence[Tensor], state: State) -> None:
+        """Of ``out``, which is zero; where it stays so but for a few elements, only these are gone through."""
+        found = [self.entries(each, state) for each in payloads]
+        some = [each for each in found if each is not None]
+        if len(some) < len(found) or sum(each.indices.size for each in some) * FEW > out.numel():
+            for payload, each in zip(payloads, found, strict=True):
+                if each is None:
+                    self.add_(out, payload, state)
+                else:
+                    out.numpy()[each.indices] += each.values
+            out.mul_(1 / len(payloads))
+            return
+        every = np.sort(np.concatenate([each.indices for each in some]).astype(np.int64))
+        where = every[np.diff(every, prepend=-1) > 0]
+        values = np.zeros(where.size, state.layout.scalar)
+        for each in some:
+            values[np.searchsorted(where, each.indices)] += each.values
+        values *= 1 / len(payloads)
+        out.numpy()[where] = values
+        state.touched = torch.from_numpy(where)
 
     def _scatter(self, x: Tensor, out: Tensor, comm: Communicator, state: State) -> Sent:
         layout, size = state.layout, comm.size
@@ -431,13 +470,18 @@ class OneShot(Compressor):
         return subtract
 
 
-def gather(payload: Tensor, lengths: Sequence[int], comm: Communicator) -> list[Tensor]:
-    """Everybody's payload in rank order. Collective."""
+def gather(
+    payload: Tensor, lengths: Sequence[int], comm: Communicator, *, meanwhile: Callable[[], object] | None = None
+) -> list[Tensor]:
+    """Everybody's payload in rank order. Collective; ``meanwhile`` is called while they are on their way."""
     ends = np.cumsum(lengths).tolist()
     bounds = [(end - length, end) for end, length in zip(ends, lengths, strict=True)]
     everything = torch.empty(ends[-1], dtype=torch.uint8)
     everything[slice(*bounds[comm.rank])] = payload
-    comm.all_gather(everything, bounds).wait()
+    work = comm.all_gather(everything, bounds)
+    if meanwhile is not None:
+        meanwhile()
+    work.wait()
     return [everything[lo:hi] for lo, hi in bounds]
 
 

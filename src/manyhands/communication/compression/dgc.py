@@ -28,15 +28,15 @@ from torch import Tensor
 from manyhands.catalogue import Reference
 from manyhands.checks import is_positive, is_whole
 from manyhands.communication.communicator import Communicator
-from manyhands.communication.compression.compressor import Layout, OneShot, State
-from manyhands.communication.compression.entries import LONGEST, check_ratio, entries, largest, pack, unpack
+from manyhands.communication.compression.compressor import Entries, Layout, State
+from manyhands.communication.compression.entries import Sparsifier, check_ratio, entries, largest, pack, unpack
 
 #: Of the values, in the first quarter of a warm-up; each further quarter has this share of the one before.
 WARM = 0.25
 
 
 @dataclass(frozen=True)
-class DeepGradientCompression(OneShot):
+class DeepGradientCompression(Sparsifier):
     """Top-k of accumulated velocities: the optimizer's ``momentum`` happens here, before anything is left out."""
 
     name: ClassVar[str] = "dgc"
@@ -48,7 +48,6 @@ class DeepGradientCompression(OneShot):
         survey="VI-B",
     )
     replaces_optimizer: ClassVar[bool] = True
-    longest: ClassVar[int | None] = LONGEST
 
     ratio: float = 0.001
     momentum: float = 0.9
@@ -102,7 +101,6 @@ class DeepGradientCompression(OneShot):
         state.tensors["velocity"].numpy()[indices] = 0
         return pack(indices, values[indices])
 
-    def add_(self, out: Tensor, payload: Tensor, state: State, sign: int = 1) -> None:
-        """See `OneShot.add_`."""
-        indices, values = unpack(payload, state.layout, self.name)
-        out.numpy()[indices] += values if sign > 0 else -values
+    def entries(self, payload: Tensor, state: State) -> Entries:
+        """See `OneShot.entries`."""
+        return unpack(payload, state.layout, self.name)

@@ -1,4 +1,4 @@
-"""Some entries of a vector: finding the largest, and index-value pairs as bytes.
+"""Some entries of a vector: finding the largest, index-value pairs as bytes, and what schemes that send them share.
 
 An entry is 4 bytes of index and 4 (or 8) of value; indices stand first, in ascending order.
 """
@@ -6,20 +6,45 @@ An entry is 4 bytes of index and 4 (or 8) of value; indices stand first, in asce
 from __future__ import annotations
 
 import math
-from typing import Any
+from abc import abstractmethod
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from manyhands.communication.compression.compressor import Layout, check_length, check_numbers
+from manyhands.communication.compression.bits import chunks
+from manyhands.communication.compression.compressor import (
+    Entries,
+    Layout,
+    OneShot,
+    State,
+    check_length,
+    check_numbers,
+)
 from manyhands.errors import DamagedPayload
 
 #: Indices are whole numbers of 31 bits.
 LONGEST = 2**31 - 1
 #: How many values are looked at to guess where the k-th largest lies.
 SAMPLE = 16_384
+
+
+class Sparsifier(OneShot):
+    """A scheme whose payload stands for some entries of the vector; all others are zero."""
+
+    longest: ClassVar[int | None] = LONGEST
+
+    @abstractmethod
+    def entries(self, payload: Tensor, state: State) -> Entries | None:
+        """See `OneShot.entries`."""
+
+    def add_(self, out: Tensor, payload: Tensor, state: State, sign: int = 1) -> None:
+        """See `OneShot.add_`."""
+        found = self.entries(payload, state)
+        assert found is not None
+        out.numpy()[found.indices] += found.values if sign > 0 else -found.values
 
 
 def entries(ratio: float, numel: int) -> int:
@@ -35,7 +60,16 @@ def check_ratio(ratio: object, name: str = "ratio") -> None:
 
 def beyond(x: NDArray[Any], threshold: float) -> NDArray[np.int64]:
     """Where |x| ≥ threshold, ascending."""
-    return np.flatnonzero((x >= threshold) | (x <= -threshold))
+    found, parts = [], chunks(x.size)
+    flags = np.empty((2, parts[0].stop if parts else 0), bool)
+    for part in parts:
+        above, below = flags[:, : part.stop - part.start]
+        np.greater_equal(x[part], threshold, out=above)
+        np.less_equal(x[part], -threshold, out=below)
+        indices = np.flatnonzero(np.logical_or(above, below, out=above))
+        indices += part.start
+        found.append(indices)
+    return np.concatenate(found) if found else np.zeros(0, np.int64)
 
 
 def largest(x: NDArray[Any], k: int) -> NDArray[np.int64]:
@@ -68,16 +102,16 @@ def pack(indices: NDArray[np.int64], values: NDArray[Any]) -> Tensor:
     return torch.from_numpy(np.concatenate(parts))
 
 
-def unpack(payload: Tensor, layout: Layout, name: str) -> tuple[NDArray[np.int32], NDArray[Any]]:
+def unpack(payload: Tensor, layout: Layout, name: str) -> Entries:
     """Indices and values of `pack`, looked at: whoever writes there writes within the vector."""
     coded = payload.numpy()
     k = coded.size // (4 + layout.itemsize)
     check_length(coded, k * (4 + layout.itemsize), name)
     indices = coded[: 4 * k].view(np.int32)
     check_indices(indices, layout.numel, name)
-    values = coded[4 * k :].view(np.float64 if layout.itemsize == 8 else np.float32)
+    values = coded[4 * k :].view(layout.scalar)
     check_numbers(values, name)
-    return indices, values
+    return Entries(indices, values)
 
 
 def check_indices(indices: NDArray[Any], numel: int, name: str) -> None:

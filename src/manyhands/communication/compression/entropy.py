@@ -27,8 +27,15 @@ from torch import Tensor
 
 from manyhands.catalogue import Reference
 from manyhands.communication.compression.bits import Bytes, best_rice, from_rice, rice
-from manyhands.communication.compression.compressor import Compressor, Layout, OneShot, State, compressor_from
-from manyhands.communication.compression.entries import check_indices
+from manyhands.communication.compression.compressor import (
+    Compressor,
+    Entries,
+    Layout,
+    OneShot,
+    State,
+    compressor_from,
+)
+from manyhands.communication.compression.entries import Sparsifier, check_indices
 from manyhands.communication.compression.strom import SIGN, Strom
 from manyhands.communication.compression.top_k import TopK
 from manyhands.errors import DamagedPayload
@@ -125,13 +132,21 @@ class Entropy(OneShot):
     def _word(self, state: State) -> int:
         return state.layout.itemsize if self.inner.lossless else 1
 
+    def entries(self, payload: Tensor, state: State) -> Entries | None:
+        """See `OneShot.entries`."""
+        return self.inner.entries(self._decoded(payload, state), state) if isinstance(self.inner, Sparsifier) else None
+
     def add_(self, out: Tensor, payload: Tensor, state: State, sign: int = 1) -> None:
         """See `OneShot.add_`."""
+        self.inner.add_(out, self._decoded(payload, state), state, sign)
+
+    def _decoded(self, payload: Tensor, state: State) -> Tensor:
+        """The payload of the scheme itself."""
         coded = payload.numpy()
         if not coded.size or coded[0] > PLANES:
             raise DamagedPayload(f"entropy: a payload of {coded.size} bytes that does not say how it is coded")
         kind, coded = int(coded[0]), coded[1:]
-        numel, most = out.numel(), self.inner.payload_B(state.layout)
+        numel, most = state.layout.numel, self.inner.payload_B(state.layout)
         if kind == GAPS and isinstance(self.inner, Strom):
             coded = _decode_words(coded, numel)
         elif kind == GAPS:
@@ -144,7 +159,7 @@ class Entropy(OneShot):
         elif kind == PLANES:
             coded = decode_planes(coded, self._word(state), most)
         # An alignment that a view of words may rely on.
-        self.inner.add_(out, torch.from_numpy(np.array(coded)), state, sign)
+        return torch.from_numpy(np.array(coded))
 
 
 def _code_gaps(indices: np.ndarray) -> Bytes:

@@ -20,7 +20,6 @@ quantization and encoding, arXiv:1610.02132, lemma 3.1.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -45,6 +44,8 @@ from manyhands.communication.compression.entries import LONGEST, check_indices
 from manyhands.errors import DamagedPayload
 
 FIXED, ELIAS = 0, 1
+#: Binary digits of a level's fraction that chance decides by: with 255 levels they fit 31.
+FRACTION = 23
 
 
 @dataclass(frozen=True)
@@ -106,8 +107,12 @@ class QSGD(OneShot):
     def _head_B(self, layout: Layout) -> int:
         return layout.itemsize * len(layout.blocks(self.bucket))
 
-    def quantized(self, x: NDArray[Any], draw: Callable[[int], NDArray[Any]]) -> tuple[NDArray[Any], NDArray[np.uint8]]:
-        """Norms of the buckets, and ξ of every value; ``draw``: so many numbers from [0, 1)."""
+    def quantized(self, x: NDArray[Any], random: np.random.BitGenerator) -> tuple[NDArray[Any], NDArray[np.uint8]]:
+        """Norms of the buckets, and ξ of every value.
+
+        In whole numbers of 2^−23 of a level: to s·|x|/norm as many of them are added as chance says, less than a level,
+        and whole levels are what is left of it.
+        """
         level, norms = np.empty(x.size, np.uint8), []
         for part in chunks(x.size, self.bucket):
             values = x[part]
@@ -116,22 +121,29 @@ class QSGD(OneShot):
                 squares = np.add.reduceat(np.square(values), starts)
             if not np.isfinite(squares).all():
                 squares = np.add.reduceat(np.square(values, dtype=np.float64), starts)
-            # Unbiased with any norm that no value is beyond. Of a denormal one the reciprocal is infinite: it is 0.
+            # Unbiased with any norm that no value is beyond. One so small that its factor would be infinite is 0; its
+            # square has left the dtype's range long before.
             norm = np.nextafter(np.sqrt(squares).astype(x.dtype), x.dtype.type(np.inf))
-            some = norm > 256 * np.finfo(x.dtype).tiny
-            per_norm = np.where(some, self.levels / np.where(some, norm, 1), 0).astype(x.dtype)
+            some = norm > 2.0 ** (FRACTION + 16) * np.finfo(x.dtype).tiny
+            per_norm = np.where(some, self.levels * 2.0**FRACTION / np.where(some, norm, 1), 0).astype(x.dtype)
             scaled = np.abs(values)
-            scaled *= np.repeat(per_norm, np.diff(starts, append=values.size))
-            scaled += draw(values.size)
-            # A value that is its bucket's norm rounds to s, and never to more.
-            level[part] = np.minimum(scaled, self.levels, out=scaled).astype(np.uint8)
+            scaled *= np.repeat(per_norm, self.bucket)[: values.size]
+            whole = scaled.astype(np.int32).view(np.uint32)
+            drawn = random.random_raw((values.size + 1) // 2).view(np.uint32)[: values.size]
+            drawn >>= np.uint32(32 - FRACTION)
+            whole += drawn
+            whole >>= np.uint32(FRACTION)
+            # A value that is its bucket's norm rounds to s, and what the norm was rounded by must not make it more.
+            if whole.max() > self.levels:
+                np.minimum(whole, self.levels, out=whole)
+            level[part] = whole
             norms.append(norm)
         return np.concatenate(norms), level
 
     def encode(self, x: Tensor, state: State) -> Tensor:
         """See `OneShot.encode`."""
         values = x.numpy()
-        norms, level = self.quantized(values, state.uniform(self.seed))
+        norms, level = self.quantized(values, state.random(self.seed).bit_generator)
         parts = [norms.view(np.uint8)]
         if self.coding == "elias":
             coded, fixed_B = elias(level, values < 0), planes_B(values.size, 1 + self.bits)
@@ -155,14 +167,15 @@ class QSGD(OneShot):
             return
         check_length(coded, self.payload_B(layout), self.name)
         bitmaps = coded[head:].reshape(1 + self.bits, -1)
+        integer: np.dtype[Any] = np.dtype(np.int8 if self.levels < 128 else np.int16)
         for part in chunks(values.size, self.bucket):
             negative, *level_bits = bitmaps[:, part.start // 8 : -(-part.stop // 8)]
             size = part.stop - part.start
             whole = from_planes(np.concatenate(level_bits), size, self.bits)
-            if whole.max() > self.levels:
+            if self.levels < 2**self.bits - 1 and whole.max() > self.levels:
                 raise DamagedPayload(f"qsgd: a level of {whole.max()} where there are {self.levels}")
-            minus = -np.unpackbits(negative, count=size).astype(np.int16)  # 0 or −1, all bits of which are set
-            level = ((whole ^ minus) - minus).astype(values.dtype)
+            minus = -np.unpackbits(negative, count=size).astype(integer)  # 0 or −1, all bits of which are set
+            level = ((whole.astype(integer) ^ minus) - minus).astype(values.dtype)
             level *= np.repeat(steps[part.start // self.bucket : -(-part.stop // self.bucket)], self.bucket)[:size]
             values[part] += level
 

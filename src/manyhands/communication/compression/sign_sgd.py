@@ -4,9 +4,10 @@ feedback, scaled signs are averaged instead (Karimireddy et al. 2019).
     feedback=False    x̄_i = sign Σ_p sign(g_p,i)                       so every step moves all parameters by the same
     feedback=True     C(x) = (‖x‖₁/d) · sign x  of each tensor of d values
 
-A vote has no magnitude: learning rates are those of the sign (1e-3 rather than 0.1). One bit has no room for zero, nor
-for a tie: zeros vote up and down in turn (by index, step and worker), so that what nobody uses does not drift. Two
-workers who disagree, when all see all votes, leave the value at 0.
+A vote has no magnitude: learning rates are those of the sign (1e-3 rather than 0.1), and of a small value one batch's
+sign is chance, so an optimizer with momentum, which averages votes, learns faster than one without. One bit has no room
+for zero, nor for a tie: zeros vote up and down in turn (by index, step and worker), so that what nobody uses does not
+drift. Two workers who disagree, when all see all votes, leave the value at 0.
 
 Payload: n/8 bytes, each way where slices have owners that count; with feedback 4 bytes a tensor more.
 Guarantee: votes: an approximation. With feedback: a contraction with δ = ‖x‖₁²/(d ‖x‖²) ≥ 1/d; sent and residual add up

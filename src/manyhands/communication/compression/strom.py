@@ -26,8 +26,8 @@ from torch import Tensor
 
 from manyhands.catalogue import Reference
 from manyhands.checks import is_positive
-from manyhands.communication.compression.compressor import Layout, OneShot, State
-from manyhands.communication.compression.entries import LONGEST, beyond, check_indices
+from manyhands.communication.compression.compressor import Entries, Layout, State
+from manyhands.communication.compression.entries import Sparsifier, beyond, check_indices
 from manyhands.errors import DamagedPayload
 
 SIGN = np.uint32(1 << 31)
@@ -49,7 +49,7 @@ def decode(words: NDArray[np.uint32], numel: int) -> tuple[NDArray[np.int64], ND
 
 
 @dataclass(frozen=True)
-class Strom(OneShot):
+class Strom(Sparsifier):
     """Send ``threshold`` wherever that much has added up: an index and a sign, 4 bytes an entry."""
 
     name: ClassVar[str] = "strom"
@@ -60,7 +60,6 @@ class Strom(OneShot):
         "Interspeech",
         survey="VI-B",
     )
-    longest: ClassVar[int | None] = LONGEST
 
     threshold: float = 1e-3
 
@@ -82,10 +81,9 @@ class Strom(OneShot):
         """See `OneShot.encode`."""
         return torch.from_numpy(encode(x.numpy(), self.threshold).view(np.uint8))
 
-    def add_(self, out: Tensor, payload: Tensor, state: State, sign: int = 1) -> None:
-        """See `OneShot.add_`."""
+    def entries(self, payload: Tensor, state: State) -> Entries:
+        """See `OneShot.entries`."""
         if payload.numel() % 4:
             raise DamagedPayload(f"strom: a payload of {payload.numel()} bytes; entries have 4 each")
-        indices, signs = decode(payload.numpy().view(np.uint32), out.numel())
-        values = out.numpy()
-        values[indices] += values.dtype.type(sign * self.threshold) * signs
+        indices, signs = decode(payload.numpy().view(np.uint32), state.layout.numel)
+        return Entries(indices, state.layout.scalar(self.threshold) * signs)

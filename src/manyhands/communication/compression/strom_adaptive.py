@@ -10,8 +10,11 @@ kept in the state as ``clipped``. Every ``shake``-th step (0: never) is sent at 
 Payload: min(4k, n/4) + 8 bytes for k entries.
 Guarantee: an approximation; sent, residual and what was clipped add up to the gradients.
 
+Between ``least`` and ``most`` τ stays where it is: early gradients are large and carry it up, and later ones then
+hardly pass. So ``adapt`` is near 1, and a small network that learns in a few hundred steps wants a larger ``most``.
+
 Strom 2015; Skymind, Deeplearning4j 1.0, distributed training: gradient sharing (its defaults: τ = 1e-3, density between
-1e-4 and 1e-2, clip 5 every 5 steps).
+1e-4 and 1e-2, twice or half of τ in 20 steps, clip 5 every 5 steps).
 """
 
 from __future__ import annotations
@@ -28,13 +31,13 @@ from manyhands.checks import is_positive, is_whole
 from manyhands.communication.communicator import Communicator
 from manyhands.communication.compression import strom
 from manyhands.communication.compression.bits import from_signed_planes, planes_B, signed_planes
-from manyhands.communication.compression.compressor import Layout, OneShot, State, check_length
-from manyhands.communication.compression.entries import LONGEST, check_ratio
+from manyhands.communication.compression.compressor import Entries, Layout, State, check_length
+from manyhands.communication.compression.entries import Sparsifier, check_ratio
 from manyhands.errors import DamagedPayload
 
 
 @dataclass(frozen=True)
-class StromAdaptive(OneShot):
+class StromAdaptive(Sparsifier):
     """Strom's scheme whose threshold follows how much is sent, between ``least`` and ``most`` of the values."""
 
     name: ClassVar[str] = "strom_adaptive"
@@ -45,12 +48,11 @@ class StromAdaptive(OneShot):
         "deeplearning4j.org",
         survey="VI-B",
     )
-    longest: ClassVar[int | None] = LONGEST
 
     threshold: float = 1e-3
     least: float = 1e-4
     most: float = 1e-2
-    adapt: float = 0.8
+    adapt: float = 0.966  # 2^(−1/20)
     clip: float = 5.0
     clip_every: int = 5
     shake: int = 0
@@ -120,20 +122,32 @@ class StromAdaptive(OneShot):
                 state.numbers["threshold"] *= self.adapt
         return torch.from_numpy(np.concatenate([np.array([header]).view(np.uint8), body]))
 
-    def add_(self, out: Tensor, payload: Tensor, state: State, sign: int = 1) -> None:
-        """See `OneShot.add_`."""
-        coded, values = payload.numpy(), out.numpy()
-        if coded.size < 8:
-            raise DamagedPayload(f"strom_adaptive: a payload of {coded.size} bytes; the threshold has 8")
-        header = float(coded[:8].view(np.float64)[0])
-        if not is_positive(abs(header)) or abs(header) > float(np.finfo(values.dtype).max):
-            raise DamagedPayload(f"strom_adaptive: a threshold of {abs(header)}")
-        tau = values.dtype.type(sign * abs(header))
+    def entries(self, payload: Tensor, state: State) -> Entries | None:
+        """See `OneShot.entries`; None: two bits a value."""
+        coded, layout, header = payload.numpy(), state.layout, _header(payload, state.layout)
         if header < 0:
-            check_length(coded[8:], planes_B(values.size, 2), "strom_adaptive")
-            values += tau * from_signed_planes(coded[8:], values.size)
-            return
+            return None
         if coded.size % 4:
             raise DamagedPayload(f"strom_adaptive: a payload of {coded.size} bytes; entries have 4 each")
-        indices, signs = strom.decode(coded[8:].view(np.uint32), values.size)
-        values[indices] += tau * signs
+        indices, signs = strom.decode(coded[8:].view(np.uint32), layout.numel)
+        return Entries(indices, layout.scalar(header) * signs)
+
+    def add_(self, out: Tensor, payload: Tensor, state: State, sign: int = 1) -> None:
+        """See `OneShot.add_`."""
+        header, values = _header(payload, state.layout), out.numpy()
+        if header > 0:
+            super().add_(out, payload, state, sign)
+            return
+        coded = payload.numpy()[8:]
+        check_length(coded, planes_B(values.size, 2), "strom_adaptive")
+        values += values.dtype.type(-sign * header) * from_signed_planes(coded, values.size)
+
+
+def _header(payload: Tensor, layout: Layout) -> float:
+    """The threshold; negative: two bits a value follow."""
+    if payload.numel() < 8:
+        raise DamagedPayload(f"strom_adaptive: a payload of {payload.numel()} bytes; the threshold has 8")
+    header = float(payload.numpy()[:8].view(np.float64)[0])
+    if not is_positive(abs(header)) or abs(header) > float(np.finfo(layout.scalar).max):
+        raise DamagedPayload(f"strom_adaptive: a threshold of {abs(header)}")
+    return header

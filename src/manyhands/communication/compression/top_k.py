@@ -17,12 +17,12 @@ from typing import ClassVar
 from torch import Tensor
 
 from manyhands.catalogue import Reference
-from manyhands.communication.compression.compressor import Layout, OneShot, State, check_length
-from manyhands.communication.compression.entries import LONGEST, check_ratio, entries, largest, pack, unpack
+from manyhands.communication.compression.compressor import Entries, Layout, State, check_length
+from manyhands.communication.compression.entries import Sparsifier, check_ratio, entries, largest, pack, unpack
 
 
 @dataclass(frozen=True)
-class TopK(OneShot):
+class TopK(Sparsifier):
     """The ``ratio`` of the values with the largest magnitude, as index and value."""
 
     name: ClassVar[str] = "top_k"
@@ -33,7 +33,6 @@ class TopK(OneShot):
         "EMNLP, arXiv:1704.05021",
         survey="VI-B",
     )
-    longest: ClassVar[int | None] = LONGEST
 
     ratio: float = 0.01
 
@@ -55,8 +54,7 @@ class TopK(OneShot):
         indices = largest(values, entries(self.ratio, values.size))
         return pack(indices, values[indices])
 
-    def add_(self, out: Tensor, payload: Tensor, state: State, sign: int = 1) -> None:
-        """See `OneShot.add_`."""
+    def entries(self, payload: Tensor, state: State) -> Entries:
+        """See `OneShot.entries`."""
         check_length(payload, self.payload_B(state.layout), self.name)
-        indices, values = unpack(payload, state.layout, self.name)
-        out.numpy()[indices] += values if sign > 0 else -values
+        return unpack(payload, state.layout, self.name)
