@@ -22,7 +22,8 @@ from manyhands.contract import Setting, Strategy
 from manyhands.plan import ONE_SIDED, SHARE_MEMORY, strategy_from
 from manyhands.studies.report.canvas import Canvas, settings
 from manyhands.studies.report.palette import Style
-from manyhands.studies.rows import Row, read
+from manyhands.studies.row import Row
+from manyhands.studies.rows import read
 
 HERE = Path(__file__).parent
 PAGE, PICTURE = HERE / "strategies.md", HERE / "strategies.svg"

@@ -6,14 +6,26 @@ import re
 
 import pytest
 
+from manyhands import verbs
 from manyhands.cli import options
 from manyhands.cli.summary import in_parts, seconds, size
 from manyhands.communication.quota import cpu_quota
 from manyhands.consistency import strategies
 from manyhands.contract import StepParts
+from manyhands.errors import BadInput
 from manyhands.plan import Plan
 from manyhands.studies import doctor, listing, parity
 from manyhands.task import Task
+
+
+@pytest.mark.parametrize("command", ["predict", "search"])
+def test_fresh_is_for_predictions_and_searches_alike(run, monkeypatch, command):
+    def verb(*_, fresh=False, **__):
+        raise BadInput(f"fresh: {fresh}")
+
+    monkeypatch.setattr(verbs, command, verb)
+    assert "fresh: True" in run(command, "--data", "digits", "--fresh")[2]
+    assert "fresh: False" in run(command, "--data", "digits")[2]
 
 
 def test_every_part_of_a_task_and_a_plan_has_an_option():

@@ -10,7 +10,8 @@ from manyhands.communication.communicator import Communicator
 from manyhands.communication.compression.compressor import Layout, compressor_from
 from manyhands.errors import BadInput
 from manyhands.modelling import compression
-from manyhands.modelling.compression import CANDIDATES, SAMPLE, choose, coding_s, from_probe, kept, part_of
+from manyhands.modelling.compression import CANDIDATES, choose, from_probe, kept
+from manyhands.simulation.coding import SAMPLE, exchange_s, part_of
 from manyhands.testing import run_ranks
 
 SHAPES = [(256, 784), (256,), (10, 256)]
@@ -63,7 +64,7 @@ def test_what_is_alone_or_cannot_compress_takes_none():
 @pytest.mark.parametrize("text", CANDIDATES)
 @pytest.mark.parametrize("size", [2, 3])
 def test_coding_is_measured_of_every_candidate(text, size):
-    assert 0 < coding_s(compressor_from(text), Layout(((50, 40), (50,))), size, 0.0) < 10
+    assert 0 < exchange_s(compressor_from(text), Layout(((50, 40), (50,))), size, 0.0) < 10
 
 
 @given(st.lists(st.lists(st.integers(0, 2000), max_size=3).map(tuple), min_size=1, max_size=5))

@@ -10,8 +10,9 @@ from manyhands.communication.compression.compressor import compressor_from
 from manyhands.contract import StepParts
 from manyhands.studies.compression import report
 from manyhands.studies.compression.design import compression
-from manyhands.studies.compression.settings import SETTINGS
-from manyhands.studies.grid import find
+from manyhands.studies.compression.settings import SETTINGS, recommended
+from manyhands.studies.finding import find
+from manyhands.studies.listing import details
 from manyhands.studies.summary import summarize
 from manyhands.studies.table import COMPRESSION, table
 from tests.studies.made import measurement, row
@@ -58,10 +59,21 @@ def analysis():
     return report.analyse(study, rows, summarize(study.cells(), rows))
 
 
-@pytest.mark.parametrize("task", ["cnn", "gpt"])
-def test_every_compressor_has_a_recommended_setting_that_can_be_planned(task):
-    named = [compressor_from(setting.compress).name for setting in SETTINGS[task].settings]
-    assert set(named) == set(compressors)
+@pytest.mark.parametrize("task", SETTINGS)
+def test_every_compressor_has_one_recommended_setting_and_a_dense_run_to_be_held_against(task):
+    of = SETTINGS[task]
+    assert sorted(compressor_from(setting.compress).name for setting in of.schemes) == sorted({*compressors} - {"none"})
+    assert {setting.base for setting in of.schemes} <= {setting.optimizer for setting in of.dense}
+
+
+def test_what_is_recommended_is_listed():
+    entry = next(e for e in details("compressors") if e.name == "top_k")
+    said = [f"{setting.compress} with {setting.optimizer} on {task}" for task, setting in recommended("top_k")]
+    assert entry.facts["recommended"] == "; ".join(said)
+    assert len(said) == len(SETTINGS)
+
+
+def test_every_run_can_be_planned():
     study = find("compression")
     for cell in study.cells():
         cell.make()

@@ -3,9 +3,9 @@
     T(C) = coding(C) + Σ link(operation, bytes)      over the operations of C's exchange
     dense: link(all_reduce, 4n)
 
-coding is measured here: an exchange with numbers of the model's own shapes, on a communicator that moves nothing, for a
-quarter of a second over all candidates; longer vectors are priced by the element. link is what a cluster's prices say
-or, on this machine, what a `probe` of the transport has measured, as a line in the logarithms between its sizes.
+coding is measured here (`coding.exchange_s`): exchanges of the model's own shapes that move nothing, for a quarter of
+a second over all candidates. link is what a cluster's prices say or, on this machine, what a `probe` of the transport
+has measured, as a line in the logarithms between its sizes.
 
 Candidates are schemes that need no threshold and no learning rate of their own, at their defaults. An approximation has
 to earn something: one that saves less than `WORTH` of the exchange is not taken.
@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import statistics
 import time
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
@@ -33,11 +32,10 @@ from manyhands.cluster import Cluster
 from manyhands.cluster.measured import Curve
 from manyhands.communication.communicator import Communicator
 from manyhands.communication.compression.compressor import Compressor, Cost, Layout, Shape, compressor_from
-from manyhands.communication.compression.meter import FIRST
 from manyhands.communication.transports.events import Operation
 from manyhands.errors import BadInput
 from manyhands.plan import Resolved
-from manyhands.simulation.folded import FoldedCommunicator
+from manyhands.simulation.coding import exchange_s
 from manyhands.simulation.prices import Prices
 from manyhands.training.member import Member
 from manyhands.training.team import team
@@ -46,8 +44,8 @@ AUTO = "auto"
 CANDIDATES = ("bfloat16", "int8", "one_bit", "qsgd", "top_k", "powersgd")
 #: Of a dense exchange, that a compressed one has to save.
 WORTH = 0.25
-#: Seconds in all that candidates are measured for, and values of the vector they are measured on, at most.
-BUDGET_S, SAMPLE = 0.25, 1 << 18
+#: Seconds in all that candidates are measured for.
+BUDGET_S = 0.25
 #: A probe begins with so many bytes, goes on to eight times as many until an operation takes so long or the model's
 #: size is passed (a line goes on from there), and takes the quickest of so many times.
 SMALLEST_B, LONG_S, REPEATS = 1 << 10, 0.01, 5
@@ -92,7 +90,8 @@ def choose(shapes: Sequence[Shape], size: int, price: Price, where: str, among: 
         return Choice("none", "compress=auto takes none: no scheme goes with this plan", dense, ())
     each_s = BUDGET_S / len(among)
     found = [
-        _option(made, layout, size, price, coding_s(made, layout, size, each_s)) for made in map(compressor_from, among)
+        _option(made, layout, size, price, exchange_s(made, layout, size, each_s))
+        for made in map(compressor_from, among)
     ]
     found.sort(key=lambda option: option.seconds)
     best = found[0]
@@ -127,42 +126,6 @@ def _why(best: Option, dense: Option, others: Sequence[Option], where: str) -> s
 
 def _said(seconds: float) -> str:
     return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
-
-
-# -- what coding takes -------------------------------------------------------------------------------------------------
-
-
-def coding_s(made: Compressor, layout: Layout, size: int, budget_s: float) -> float:
-    """Processor time that a rank of ``size`` spends on an exchange of such a vector, communication left out."""
-    part = part_of(layout)
-    comm = FoldedCommunicator(size, lambda _: 0.0, alike=True)
-    state = made.start(part, 0, size)
-    state.exchanges = FIRST + 1  # none of these is looked at
-    gradient = 1e-3 * torch.randn(part.numel, generator=torch.Generator().manual_seed(0), dtype=part.dtype)
-    times, x, ends_at = list[float](), gradient.clone(), math.inf
-    while len(times) < 3 or (time.perf_counter() < ends_at and len(times) < 50):
-        x.copy_(gradient)
-        began = time.thread_time()
-        made.aggregate(x, comm, state)
-        times.append(time.thread_time() - began)
-        if len(times) == 1:  # the first one warms up
-            ends_at = time.perf_counter() + budget_s
-    return statistics.median(times[1:]) * layout.numel / max(part.numel, 1)
-
-
-def part_of(layout: Layout) -> Layout:
-    """Some of the tensors, of `SAMPLE` values at most, the largest first; a larger one in part, by rows."""
-    shapes, left = list[Shape](), SAMPLE
-    for shape in sorted(layout.shapes, key=math.prod, reverse=True):
-        numel = math.prod(shape)
-        row = numel // shape[0] if shape and numel else 1
-        if numel > left:
-            rows = left // row
-            shape = (rows, *shape[1:]) if rows and len(shape) > 0 else (left,)
-        if 0 < math.prod(shape) <= left:
-            shapes.append(shape)
-            left -= math.prod(shape)
-    return Layout(shapes, layout.dtype)
 
 
 # -- what links take ---------------------------------------------------------------------------------------------------

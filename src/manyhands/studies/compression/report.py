@@ -19,7 +19,7 @@ from manyhands.studies.compression.settings import SETTINGS
 from manyhands.studies.curves import Scale, crossing, mean_curve, scale_of
 from manyhands.studies.findings import trust, wrong
 from manyhands.studies.grid import Study
-from manyhands.studies.rows import Row
+from manyhands.studies.row import Row
 from manyhands.studies.summary import Line
 from manyhands.studies.table import NONE, in_bytes, in_ms
 
@@ -138,8 +138,8 @@ def _rounds(compress: str, line: Line) -> int:
 
 def _off(run: Run, dense: Sequence[Run], scale: Scale) -> tuple[float, bool]:
     """How far from the dense run of its optimizer (else the first), better being above 0, and whether that will do."""
-    against = {s.compress: s.against for s in SETTINGS["gpt" if scale == "test_loss" else "cnn"].settings}
-    own = run.optimizer if run.compress == "none" else against.get(run.compress, "")
+    bases = {s.compress: s.base for s in SETTINGS["gpt" if scale == "test_loss" else "cnn"].schemes}
+    own = bases.get(run.compress, run.optimizer)
     base = next((each for each in dense if each.optimizer == own), dense[0]).last
     off = run.last - base if scale == "test_accuracy" else 1 - run.last / base
     return off, off >= -(POINTS if scale == "test_accuracy" else LOSS_SHARE)
