@@ -59,7 +59,7 @@ def alternated(
         if exchanges_here(plan):
             first = joined([one["profiles"][0] for one in halves[0]])
             operations = asked() if halves[0][0]["plain"] else operations_of(first)
-            curves.append(curves_here(crew, plan.transport, plan.workers, operations))
+            curves.append(curves_here(crew, plan.transport, plan.workers, operations, first.compute_s))
     steps = min(half[0]["times"].shape[1] for half in halves)
     times = torch.cat([half[0]["times"][:, :steps] for half in halves])
     plain, exact = bool(halves[0][0]["plain"]), tuple(map(_mean, *curves)) if curves else ()

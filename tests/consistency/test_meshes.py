@@ -6,6 +6,7 @@ from torch import nn
 
 from manyhands.communication.topology import Mesh
 from manyhands.communication.transports.simulated import SimulatedWorld
+from manyhands.consistency import synchronous
 from manyhands.consistency.clipping import clip_, global_norm
 from manyhands.consistency.replica_average import ReplicaAverage
 from manyhands.consistency.synchronous import Synchronous
@@ -86,7 +87,7 @@ def bucketed(comm, bucket_B):
     """Two steps in buckets; what was counted, what is declared, how many buckets, and the parameters."""
     comm.mesh = Mesh(data=comm.size)
     comm.overlaps = True  # for the simulated transport, which lets nothing go on beside computing
-    before = buckets.cut_into_buckets.__defaults__
+    before, synchronous.BUCKET_B = buckets.cut_into_buckets.__defaults__, 0  # as if there were much to send
     buckets.cut_into_buckets.__defaults__ = (bucket_B,)
     try:
         generator = torch.Generator().manual_seed(2)
@@ -112,7 +113,7 @@ def bucketed(comm, bucket_B):
             "parameters": torch.cat([p.flat for p in made.pieces]),
         }
     finally:
-        buckets.cut_into_buckets.__defaults__ = before
+        buckets.cut_into_buckets.__defaults__, synchronous.BUCKET_B = before, 4 * 2**20
         del comm.overlaps
 
 

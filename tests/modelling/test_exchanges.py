@@ -58,8 +58,8 @@ def test_of_many_sizes_the_ends_are_kept():
 def test_knots_lie_at_the_sizes_that_were_asked_for():
     step = [asked("reduce_scatter"), asked("all_gather", common=True), asked("send", 64)]
     with team("threads", 2, threads=1) as crew:
-        found = {curve.operation: curve for curve in curves_here(crew, "threads", 2, step)}
-        assert curves_here(crew, "threads", 2, [asked("recv")]) == ()
+        found = {curve.operation: curve for curve in curves_here(crew, "threads", 2, step, 1e-4)}
+        assert curves_here(crew, "threads", 2, [asked("recv")], 1e-4) == ()
     assert found.keys() == {"reduce_scatter", COMMON_GATHER, REREAD, "send"}
     assert {name: curve.sizes_B for name, curve in found.items()} == {
         **dict.fromkeys(("reduce_scatter", COMMON_GATHER, REREAD), (400,)),

@@ -7,9 +7,9 @@
     sharded      reduce-scatter ḡ; worker p updates slice p and keeps optimizer state for it alone; all-gather θ
                  (ZeRO stage 1, Rajbhandari et al. 2020, arXiv:1910.02054; U3 of the 2018 course project's family).
                  On shared memory θ exists once and the all-gather is a barrier.
-    replicated   all-reduce ḡ; every worker updates everything. Where exchanges go on beside backward, gradients leave
-                 in buckets as they become final (Li et al. 2020, arXiv:2006.15704); they count as one all-reduce a
-                 piece, and once more, as they are, under the purpose ``buckets``.
+    replicated   all-reduce ḡ; every worker updates everything. Where exchanges go on beside backward, gradients of
+                 more than one bucket leave as they become final (Li et al. 2020, arXiv:2006.15704); they count as one
+                 all-reduce a piece, and once more, as they are, under the purpose ``buckets``.
 
 ``aggregate`` may put a rule of `robust` in the mean's place: ``synchronous(aggregate=krum(f=1))`` bears one worker that
 sends anything. Everybody then gathers all gradients and updates everything; see `robust.worker`.
@@ -42,7 +42,7 @@ from manyhands.consistency.clipping import clip_
 from manyhands.consistency.compressed import CompressedWorker, Compressing, problems_of
 from manyhands.consistency.robust.aggregation import Aggregation, aggregation_from, too_few
 from manyhands.consistency.robust.worker import RobustWorker
-from manyhands.contract import Batch, Reference, Replica, Setting, Strategy, Traffic, Worker
+from manyhands.contract import BUCKET_B, Batch, Reference, Replica, Setting, Strategy, Traffic, Worker
 from manyhands.errors import NonFiniteLoss, Problem, Vetoed
 
 
@@ -236,7 +236,8 @@ class ReplicatedWorker(Worker):
     def __init__(self, replica: Replica, comm: Communicator) -> None:
         super().__init__(replica, comm)
         self._groups = [comm.over(piece.replicated_over) for piece in replica.pieces]
-        self._overlap = all(group.overlaps and group.size > 1 for group in self._groups)
+        gradients_B = sum(piece.grad.nbytes for piece in replica.pieces)
+        self._overlap = gradients_B > BUCKET_B and all(group.overlaps and group.size > 1 for group in self._groups)
 
     def step(self, batch: Batch) -> Tensor:
         """One step; see the file's head."""

@@ -8,11 +8,12 @@ from manyhands.catalogue import Reference
 from manyhands.contract.block import Block
 from manyhands.contract.carrying import carried, put_down
 from manyhands.contract.measurement import Measurement, Spread, StepParts
-from manyhands.contract.replica import Batch, Piece, Ready, Replica, StateSlice
+from manyhands.contract.replica import BUCKET_B, Batch, Piece, Ready, Replica, StateSlice
 from manyhands.contract.strategy import Parameters, Setting, Strategy, Traffic, Worker
 from manyhands.contract.tensors import is_finite, rows_of
 
 __all__ = [
+    "BUCKET_B",
     "Batch",
     "Block",
     "Measurement",

@@ -24,7 +24,9 @@ from manyhands.training.team import Team
 
 JOB = f"{__name__}:job"
 #: For each pattern.
-SECONDS = 0.1
+SECONDS = 0.15
+#: Ranks compute for as long as a step before a round, and so long at most: who waits has gone to sleep by then.
+LONGEST_S = 0.003
 #: Sizes of one operation; of more, as many that lie between the least and the largest.
 MOST_SIZES = 6
 #: Exchanges that are no part of a step.
@@ -33,21 +35,30 @@ LOOKING = ("consensus", "control")
 DEADLINE_S = 60.0
 
 
-def curves_here(crew: Team, transport: str, ranks: int, operations: Iterable[Operation]) -> tuple[Curve, ...]:
-    """Curves with a knot at each size that ``operations`` have, by a crew of exactly ``ranks`` on ``transport``."""
+def curves_here(
+    crew: Team, transport: str, ranks: int, operations: Iterable[Operation], compute_s: float
+) -> tuple[Curve, ...]:
+    """Curves with a knot at each size that ``operations`` have, by a crew of exactly ``ranks`` on ``transport``.
+
+    ``compute_s``: what a step computes.
+    """
     kind = transports.load(transport)
     wanted = patterns_for(operations, ranks, shares_memory=kind.shares_memory, one_sided=kind.one_sided)
     if not wanted:
         return ()
     listed = [[name, list(sizes)] for name, sizes in wanted.items()]
-    told = crew.run(JOB, listed, SECONDS, deadline_s=DEADLINE_S + 4 * SECONDS * len(listed))[0]
+    told = crew.run(JOB, listed, SECONDS, min(compute_s, LONGEST_S), deadline_s=DEADLINE_S + 4 * SECONDS * len(listed))[
+        0
+    ]
     oversubscribed = ranks > futex.cores()
     return tuple(curve for found in told for curve in Try(found, None, None, oversubscribed).curves(transport, ranks))
 
 
-def job(member: Member, wanted: Sequence[tuple[str, Sequence[int]]], seconds: float) -> list[dict[str, Any]]:
+def job(
+    member: Member, wanted: Sequence[tuple[str, Sequence[int]]], seconds: float, compute_s: float
+) -> list[dict[str, Any]]:
     """What a worker does: rounds of each pattern at its sizes; what `at_sizes` has found of each."""
-    return [at_sizes(member.comm, name, sizes, seconds) for name, sizes in wanted]
+    return [at_sizes(member.comm, name, sizes, seconds, compute_s) for name, sizes in wanted]
 
 
 def patterns_for(

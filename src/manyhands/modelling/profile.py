@@ -153,7 +153,9 @@ def profiles(
         with _crew(task, plan, cluster) as crew:
             told = crew.run(JOBS, missing, seconds, data_dir, deadline_s=DEADLINE_S + 2 * seconds * len(missing))
             made = [joined([one[i] for one in told]) for i in range(len(missing))]
-            curves = _curves(crew, plan, operations_of(made[0]))  # what is exchanged does not depend on the batch
+            curves = _curves(
+                crew, plan, operations_of(made[0]), made[0].compute_s
+            )  # what is exchanged does not depend on the batch
         for n, each in zip(missing, made, strict=True):
             found[n] = whole = dataclasses.replace(each, curves=curves)
             _keep(_key(tasks[n], plan), whole, lasts=_lasting(task))
@@ -240,7 +242,7 @@ class Steps:
     def __init__(self, run: Run, mirror: MirrorCommunicator, actions: Actions | None) -> None:
         self._run, self._mirror, self._actions = run, mirror, actions
         self._shares = run.sampler.batches(epochs=10**9, steps=None)
-        self._elements = 0
+        self._elements = self._taken = 0
         self._apply = run.replica.apply
         run.replica.apply = self._counted  # type: ignore[method-assign]
         self.begin()
@@ -248,7 +250,7 @@ class Steps:
     def begin(self) -> None:
         """Forget the steps so far."""
         self._rows: list[tuple[float, float, float, float]] = []
-        self._elements = self._samples = 0
+        self._elements = self._samples = self._taken = 0
         self._mirror.exchanges.clear()
         if self._actions is not None:
             self._actions.clear()
@@ -278,11 +280,12 @@ class Steps:
             rest_s = max(whole_s - compute_s - update_s - (spent.here_s - before[4]), 0.0)
             self._rows.append((compute_s - mirrored_s, update_s, rest_s, priced_s))
             self._samples = max(self._samples, len(share.indices))
+        self._taken += taken
         del self._rows[before_now : before_now + skipped]
 
     def told(self) -> dict[str, Any]:
         """As it travels."""
-        n = len(self._rows)
+        n = self._taken  # those whose times are not kept have exchanged, too
         return {
             "rows": torch.tensor(self._rows, dtype=torch.float64),
             "samples": self._samples,
@@ -310,18 +313,18 @@ def _measured(
             raise NotAlike(next(one["not_alike"] for one in told if "not_alike" in one))
         found = joined(told)
         operations = operations_of(found) if asked is None else asked()
-        return dataclasses.replace(found, curves=_curves(crew, plan, operations))
+        return dataclasses.replace(found, curves=_curves(crew, plan, operations, found.compute_s))
 
 
-def _curves(crew: Team, plan: Plan, operations: Sequence[Operation]) -> tuple[Curve, ...]:
+def _curves(crew: Team, plan: Plan, operations: Sequence[Operation], compute_s: float) -> tuple[Curve, ...]:
     """Of the plan's exchanges, by ``crew``; those under mpiexec take no live objects and are a crew of their own."""
     if not exchanges_here(plan):
         return ()
     assert plan.workers is not None
     if plan.transport != "mpi":
-        return curves_here(crew, plan.transport, plan.workers, operations)
+        return curves_here(crew, plan.transport, plan.workers, operations, compute_s)
     with team(plan.transport, plan.workers, threads=plan.threads) as others:
-        return curves_here(others, plan.transport, plan.workers, operations)
+        return curves_here(others, plan.transport, plan.workers, operations, compute_s)
 
 
 def exchanges_here(plan: Plan) -> bool:

@@ -10,11 +10,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from manyhands.contract import Piece, Ready
+from manyhands.contract import BUCKET_B, Piece, Ready
 from manyhands.partition.update import Span
-
-#: What one announcement covers. Li et al. (§5.2) found 10 to 25 MB best for NCCL and 5 MB for gloo.
-BUCKET_B = 4 * 2**20
 
 
 def cut_into_buckets(

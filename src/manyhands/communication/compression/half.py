@@ -13,6 +13,7 @@ BFLOAT16 for deep learning training, arXiv:1905.12322.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -64,11 +65,16 @@ class Half(OneShot):
 
     def add_(self, out: Tensor, payload: Tensor, state: State, sign: int = 1) -> None:
         """See `OneShot.add_`."""
+        out.add_(self.decode(payload, state), alpha=sign)
+
+    def decode(self, payload: Tensor, state: State) -> Tensor:
+        """See `OneShot.decode`."""
         check_length(payload, self.payload_B(state.layout), self.name)
-        values = payload.view(self.format)
-        if not bool(torch.isfinite(values).all()):
+        values = payload.view(self.format).to(state.layout.dtype)
+        # A sum is a tenth of asking each value of two bytes; one that is not finite may have overflowed.
+        if not math.isfinite(values.sum().item()) and not bool(values.isfinite().all()):
             raise DamagedPayload(f"{self.name}: a value that is not finite")
-        out.add_(values, alpha=sign)
+        return values
 
     def exchange(self, x: Tensor, out: Tensor, comm: Communicator, state: State) -> Sent:
         """See `Compressor.exchange`."""

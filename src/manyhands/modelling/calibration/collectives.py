@@ -18,7 +18,7 @@ from manyhands.communication import futex
 from manyhands.communication.communicator import Communicator
 from manyhands.modelling.calibration import stamps
 from manyhands.modelling.calibration.knots import FEWEST, MOST, expected_s, first_sizes, next_size
-from manyhands.modelling.calibration.patterns import OWN_READ, PATTERNS, Pattern, Round
+from manyhands.modelling.calibration.patterns import OWN_READ, PATTERNS, Pattern, Round, computing
 from manyhands.training.member import Member
 
 #: Rounds of a knot; so many more go before, which touch new memory and wake who sleeps.
@@ -53,17 +53,27 @@ def curves(member: Member, ranks: int, name: str, budget_s: float, most_B: int, 
             group.close()
 
 
-def at_sizes(comm: Communicator, name: str, sizes: Sequence[int], budget_s: float) -> dict[str, Any]:
-    """What pattern ``name`` takes at these sizes, all ranks of ``comm`` taking part; as `curves` tells it."""
-    return _Curves(comm, PATTERNS[name], budget_s, max(sizes), few=False).at(sizes)
+def at_sizes(comm: Communicator, name: str, sizes: Sequence[int], budget_s: float, compute_s: float) -> dict[str, Any]:
+    """What pattern ``name`` takes at these sizes, all ranks of ``comm`` computing for so long and then taking part; as
+    `curves` tells it.
+    """
+    return _Curves(comm, PATTERNS[name], budget_s, max(sizes), few=False, compute_s=compute_s).at(sizes)
 
 
 class _Curves:
-    def __init__(self, comm: Communicator, pattern: Pattern, budget_s: float, most_B: int, few: bool) -> None:
+    def __init__(
+        self,
+        comm: Communicator,
+        pattern: Pattern,
+        budget_s: float,
+        most_B: int,
+        few: bool,
+        compute_s: float = 0.0,
+    ) -> None:
         self._comm, self._pattern, self._budget_s, self._few = comm, pattern, budget_s, few
         self._most_B = most_B if pattern.sized else 0
         floats = -(-most_B // ITEM_B // comm.size) * comm.size  # equal chunks for everybody
-        self._round: Round = pattern.make(comm, floats if pattern.sized else 0)
+        self._round: Round = pattern.make(comm, floats if pattern.sized else 0, computing(compute_s))
         self._rounds_s: dict[int, float] = {}
         self._found: dict[int, list[tuple[float, float]]] = {}  # by size, of each series
         self._confirmed: set[int] = set()

@@ -1,9 +1,9 @@
-"""One round of an operation as a training step has it: write one's input anew, compute a little, enter.
+"""One round of an operation as a training step has it: compute a little, write one's input anew, enter.
 
 A tight loop measures something else: inputs that nobody has written since, caches that hold nothing but the transport,
-and ranks that arrive together. So before each round all ranks meet, each fills its tensors as a backward pass does, and
-multiplies two matrices. What strategies of common memory do is measured in their order: scatter the gradients, update a
-slice, gather (a barrier there), read all.
+and ranks that arrive together, wide awake. So before each round all ranks meet, multiply two matrices (or as many as
+take a step's time) and fill their tensors as a backward pass does. What strategies of common memory do is measured in
+their order: scatter the gradients, update a slice, gather (a barrier there), read all.
 
 A pattern names its series, each timed by two stamps of every rank, and how its stamps become a time.
 """
@@ -29,36 +29,46 @@ _NOT_HERE = [float("nan"), float("nan")]
 OWN_READ = "own_read"
 #: Some 20 µs of a core: 48 KB and more than the first cache holds.
 _WORK = 80
+#: What a rank computes before it enters.
+Computing = Callable[[], object]
 
 
 @dataclass(frozen=True)
 class Pattern:
-    """``make(comm, floats)`` gives the round of tensors up to that long; collective."""
+    """``make(comm, floats, compute)`` gives the round of tensors up to that long; collective."""
 
     series: tuple[str, ...]
-    make: Callable[[Communicator, int], Round]
+    make: Callable[[Communicator, int, Computing], Round]
     times: Callable[[Stamps, Stamps], Stamps] = stamps.since_last_arrival
     #: Series that a rank does by itself.
     alone: tuple[str, ...] = ()
     sized: bool = True
 
 
-def _computing() -> Callable[[], object]:
-    factor, product = torch.full((_WORK, _WORK), 0.5), torch.empty(_WORK, _WORK)
-    return lambda: torch.mm(factor, factor, out=product)
+def computing(seconds: float = 0.0) -> Computing:
+    """Some matrices multiplied, once or for so long; whoever waits meanwhile has gone to sleep when it is over."""
+    factor, product, clock = torch.full((_WORK, _WORK), 0.5), torch.empty(_WORK, _WORK), time.perf_counter
+
+    def compute() -> None:
+        until = clock() + seconds
+        torch.mm(factor, factor, out=product)
+        while clock() < until:
+            torch.mm(factor, factor, out=product)
+
+    return compute
 
 
-def _meeting(operation: Callable[[Communicator, Tensor], object]) -> Callable[[Communicator, int], Round]:
+def _meeting(operation: Callable[[Communicator, Tensor], object]) -> Callable[[Communicator, int, Computing], Round]:
     """A collective on memory of each rank's own, in the transport's kind of it."""
 
-    def make(comm: Communicator, most: int) -> Round:
-        whole, compute, clock = comm.allocate(most), _computing(), time.perf_counter
+    def make(comm: Communicator, most: int, compute: Computing) -> Round:
+        whole, clock = comm.allocate(most), time.perf_counter
 
         def once(n: int) -> list[float]:
             x = whole[:n]
             comm.barrier()
-            x.fill_(1.0)
             compute()
+            x.fill_(1.0)
             arrived = clock()
             operation(comm, x)
             return [arrived, clock()]
@@ -68,8 +78,8 @@ def _meeting(operation: Callable[[Communicator, Tensor], object]) -> Callable[[C
     return make
 
 
-def _barrier(comm: Communicator, most: int) -> Round:
-    compute, clock = _computing(), time.perf_counter
+def _barrier(comm: Communicator, most: int, compute: Computing) -> Round:
+    clock = time.perf_counter
 
     def once(n: int) -> list[float]:
         compute()
@@ -80,16 +90,16 @@ def _barrier(comm: Communicator, most: int) -> Round:
     return once
 
 
-def _sharded(comm: Communicator, most: int) -> Round:
+def _sharded(comm: Communicator, most: int, compute: Computing) -> Round:
     """A step of ``synchronous(update='sharded')`` without its model."""
     grads, params = comm.allocate(most), comm.allocate(most, common=True)
-    mine, compute, clock = torch.empty(most), _computing(), time.perf_counter
+    mine, clock = torch.empty(most), time.perf_counter
 
     def once(n: int) -> list[float]:
         grad, flat, private = grads[:n], params[:n], mine[:n]
         comm.barrier()
-        grad.fill_(1.0)
         compute()
+        grad.fill_(1.0)
         a = clock()
         lo, hi = comm.reduce_scatter(grad, weight=1.0)
         b = clock()
@@ -107,15 +117,15 @@ def _sharded(comm: Communicator, most: int) -> Round:
     return once
 
 
-def _scattered(comm: Communicator, most: int) -> Round:
+def _scattered(comm: Communicator, most: int, compute: Computing) -> Round:
     """The same where every rank has parameters of its own."""
-    grads, params, compute, clock = comm.allocate(most), comm.allocate(most), _computing(), time.perf_counter
+    grads, params, clock = comm.allocate(most), comm.allocate(most), time.perf_counter
 
     def once(n: int) -> list[float]:
         grad, flat = grads[:n], params[:n]
         comm.barrier()
-        grad.fill_(1.0)
         compute()
+        grad.fill_(1.0)
         a = clock()
         lo, hi = comm.reduce_scatter(grad, weight=1.0)
         b = clock()
@@ -127,17 +137,17 @@ def _scattered(comm: Communicator, most: int) -> Round:
     return once
 
 
-def _send(comm: Communicator, most: int) -> Round:
+def _send(comm: Communicator, most: int, compute: Computing) -> Round:
     """Rank 2k sends to 2k + 1, all pairs at once."""
-    whole, compute, clock = torch.empty(most), _computing(), time.perf_counter
+    whole, clock = torch.empty(most), time.perf_counter
     peer = comm.rank ^ 1
     sends, takes_part = comm.rank % 2 == 0, peer < comm.size
 
     def once(n: int) -> list[float]:
         x = whole[:n]
         comm.barrier()
-        x.fill_(1.0)
         compute()
+        x.fill_(1.0)
         arrived = clock()
         if takes_part and sends:
             comm.send(x, peer).wait()
@@ -148,17 +158,17 @@ def _send(comm: Communicator, most: int) -> Round:
     return once
 
 
-def _swap(comm: Communicator, most: int) -> Round:
+def _swap(comm: Communicator, most: int, compute: Computing) -> Round:
     """Ranks 2k and 2k + 1 send to each other, and read what has come."""
-    whole, theirs, compute, clock = torch.empty(most), torch.empty(most), _computing(), time.perf_counter
+    whole, theirs, clock = torch.empty(most), torch.empty(most), time.perf_counter
     peer = comm.rank ^ 1
     takes_part = peer < comm.size
 
     def once(n: int) -> list[float]:
         x = whole[:n]
         comm.barrier()
-        x.fill_(1.0)
         compute()
+        x.fill_(1.0)
         arrived = clock()
         if takes_part:
             sent = comm.send(x, peer)
@@ -169,7 +179,7 @@ def _swap(comm: Communicator, most: int) -> Round:
     return once
 
 
-def _served(comm: Communicator, most: int) -> Round:
+def _served(comm: Communicator, most: int, compute: Computing) -> Round:
     """A server that is memory: ranks take turns to add a gradient to it and to read it, under its lock.
 
     Each reads what another has written last. Nobody waits for the lock: queues are the simulation's business.

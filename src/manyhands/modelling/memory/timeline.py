@@ -11,10 +11,10 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from manyhands.contract import BUCKET_B
 from manyhands.modelling.memory.heap import Heap
 from manyhands.modelling.memory.liveness import Blocks, Event, Pass
 from manyhands.modelling.memory.rehearsal import Update
-from manyhands.partition.buckets import BUCKET_B
 from manyhands.partition.pipeline.schedule import Action
 
 #: A step is over.

@@ -20,10 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from manyhands.communication.communicator import Communicator
-from manyhands.contract import Batch, Piece, rows_of
+from manyhands.contract import BUCKET_B, Batch, Piece, rows_of
 from manyhands.errors import BadInput
 from manyhands.partition.backward import backward
-from manyhands.partition.buckets import BUCKET_B
 from manyhands.partition.conjugate import told
 from manyhands.partition.data import DataReplica, LastPass, arguments
 from manyhands.partition.sharded.units import exchanged_B, units_of

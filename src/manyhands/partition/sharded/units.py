@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from manyhands.communication.communicator import reference_B
-from manyhands.partition.buckets import BUCKET_B
+from manyhands.contract import BUCKET_B
 
 #: The largest unit is this part of the model, so that what is gathered beside the slices stays small; but not smaller
 #: than a bucket, below which an exchange takes as long for less.
