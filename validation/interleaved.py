@@ -1,8 +1,8 @@
 """Real steps and mirrored ones in turn, in the same processes: what both meet of the host's moods is the same.
 
-A shared host changes its speed by half within tens of seconds, and not for all cores alike. So a run and the profile
-that predicts it (those at other batches half as long) alternate every `TURN_S`, and what exchanges take is measured
-after each half of the turns; what is compared are medians over all of them.
+A shared host changes its speed by half within seconds, and not for all cores alike. So a run and the profile that
+predicts it (those at other batches half as long) alternate every `TURN_S`, and so do rounds of the plan's exchanges by
+themselves; what is compared is a turn with itself.
 """
 
 from __future__ import annotations
@@ -17,12 +17,15 @@ import torch
 from numpy.typing import NDArray
 
 from manyhands.cluster.measured import Curve
+from manyhands.communication import futex
 from manyhands.communication.transports.events import Operation
 from manyhands.consistency.synchronous import Synchronous
 from manyhands.contract import Batch
 from manyhands.modelling import calibration
-from manyhands.modelling.exchanges import curves_here
-from manyhands.modelling.profile import Profile, Steps, exchanges_here, joined, mirrored, operations_of
+from manyhands.modelling.calibration.collectives import meter
+from manyhands.modelling.calibration.repeating import Try
+from manyhands.modelling.exchanges import LONGEST_S, patterns_for
+from manyhands.modelling.profile import Profile, Steps, joined, mirrored, operation
 from manyhands.plan import Plan
 from manyhands.simulation.folded import NotAlike
 from manyhands.task import Task, from_table
@@ -35,6 +38,8 @@ from manyhands.training.team import Team
 JOB = f"{__name__}:job"
 TURN_S = 0.12
 TURNS = 8
+#: Of a turn, for each kind of exchange.
+EXCHANGE_S = 0.05
 #: Of a turn's steps the first are not counted: caches hold the other's.
 FIRST = 2
 
@@ -45,41 +50,40 @@ def alternated(
     tables: dict[str, Any],
     turns: int,
     batches: Sequence[int],
-    asked: Callable[[], Sequence[Operation]],
-) -> tuple[NDArray[np.float64], list[Profile]]:
-    """Times of real steps (turn × step) of worker 0, and profiles at the task's batch and at each of ``batches``.
+    asked: Sequence[Operation],
+) -> tuple[NDArray[np.float64], list[list[Profile]]]:
+    """Times of real steps (turn × step) of worker 0, and by turn profiles at the task's batch and at ``batches``.
 
-    ``asked``: see `modelling.profile.profile`.
+    ``asked``: what a strategy exchanges that is measured as a plain one. What exchanges take is the median of turns.
     """
+    told = crew.run(JOB, turns, tables, list(batches), [list(x) for x in asked], deadline_s=300.0)
     assert plan.workers is not None
-    halves: list[list[dict[str, Any]]] = []
-    curves = []
-    for _ in range(2):
-        halves.append(crew.run(JOB, -(-turns // 2), tables, list(batches), deadline_s=300.0))
-        if exchanges_here(plan):
-            first = joined([one["profiles"][0] for one in halves[0]])
-            operations = asked() if halves[0][0]["plain"] else operations_of(first)
-            curves.append(curves_here(crew, plan.transport, plan.workers, operations, first.compute_s))
-    steps = min(half[0]["times"].shape[1] for half in halves)
-    times = torch.cat([half[0]["times"][:, :steps] for half in halves])
-    plain, exact = bool(halves[0][0]["plain"]), tuple(map(_mean, *curves)) if curves else ()
-    found = []
-    for i in range(1 + len(batches)):
-        one, other = ([told["profiles"][i] for told in half] for half in halves)
-        told = [a | {"rows": torch.cat([a["rows"], b["rows"]])} for a, b in zip(one, other, strict=True)]
-        found.append(dataclasses.replace(joined(told), plain=plain, curves=exact))
-    return times.numpy(), found
+    oversubscribed = plan.workers > futex.cores()
+    tries = [[Try(each, None, None, oversubscribed) for each in turn] for turn in told[0]["exchanges"]]
+    by_turn = [[c for one in turn for c in one.curves(plan.transport, plan.workers)] for turn in tries]
+    more: dict[str, Any] = {"plain": bool(told[0]["plain"])}
+    more["curves"] = tuple(_median_curve(each) for each in zip(*by_turn, strict=True))
+    found = [
+        [
+            dataclasses.replace(joined([one["profiles"][turn][i] for one in told]), **more)
+            for i in range(1 + len(batches))
+        ]
+        for turn in range(turns)
+    ]
+    return told[0]["times"].numpy(), found
 
 
-def _mean(first: Curve, second: Curve) -> Curve:
-    """Of two of one operation."""
-    seconds = tuple((a + b) / 2 for a, b in zip(first.seconds, second.seconds, strict=True))
-    apart = tuple(abs(a - b) / (a + b) if a + b else 0.0 for a, b in zip(first.seconds, second.seconds, strict=True))
-    return dataclasses.replace(first, seconds=seconds, spread=tuple(map(max, apart, first.spread)))
+def _median_curve(each: Sequence[Curve]) -> Curve:
+    seconds = np.array([c.seconds for c in each])
+    low, middle, high = np.quantile(seconds, (0.25, 0.5, 0.75), axis=0)
+    spread = (high - low) / np.sqrt(len(each)) / np.where(middle > 0, middle, 1.0)
+    return dataclasses.replace(each[0], seconds=tuple(middle.tolist()), spread=tuple(spread.tolist()))
 
 
-def job(member: Member, turns: int, tables: dict[str, Any], batches: Sequence[int]) -> dict[str, Any]:
-    """What a worker does; the times of its real steps by turns, and what `Steps.told` tells of the mirrored ones."""
+def job(
+    member: Member, turns: int, tables: dict[str, Any], batches: Sequence[int], asked: Sequence[Sequence[Any]]
+) -> dict[str, Any]:
+    """What a worker does: in each turn real steps, mirrored ones at every batch, and rounds of the plan's exchanges."""
     task, plan = from_table(Task, tables["task"], "[task]"), from_table(Plan, tables["plan"], "[plan]")
     cluster, options = calibration.cached(), Options()
     real = prepare(member, task, plan, options)
@@ -90,19 +94,46 @@ def job(member: Member, turns: int, tables: dict[str, Any], batches: Sequence[in
     _steps(real, shares, 5)
     for profiled in mirrors:
         profiled.take(TURN_S)
-    count = max(3, int(TURN_S / max(_longest(member, _steps(real, shares, 5)), 1e-6)))
-    for profiled in mirrors:
-        profiled.begin()
-    times = []
+    step_s = _longest(member, _steps(real, shares, 5))
+    count = max(3, int(TURN_S / max(step_s, 1e-6)))
+    operations = [operation(said) for said in asked] if plain else _asked(member, mirrors[0].told())
+    meters = _meters(member, operations, step_s)
+    times, profiles, exchanges = [], [], []
     for _ in range(turns):
         member.comm.barrier()
         times.append(_steps(real, shares, FIRST + min(count, 500))[FIRST:])
         for i, profiled in enumerate(mirrors):
             member.comm.barrier()
+            profiled.begin()
             profiled.take(TURN_S / 2 if i else TURN_S, skipped=FIRST)
+        profiles.append([profiled.told() for profiled in mirrors])
+        exchanges.append([measured() for measured in meters])
     real.worker.meet()
-    profiles = [profiled.told() for profiled in mirrors]
-    return {"times": torch.tensor(times, dtype=torch.float64), "plain": plain, "profiles": profiles}
+    return {
+        "times": torch.tensor(times, dtype=torch.float64),
+        "plain": plain,
+        "profiles": profiles,
+        "exchanges": exchanges,
+    }
+
+
+def _asked(member: Member, told: dict[str, Any]) -> list[Operation]:
+    """What a step exchanges; of a pipeline what any rank hands over."""
+    hops = torch.zeros(member.comm.size, dtype=torch.float64)
+    hops[member.comm.rank] = max((n for _, n in told["hops"]), default=0)
+    with member.comm.counting("control"):
+        member.comm.all_reduce(hops).wait()
+    found = [operation(said) for *said, _ in told["exchanges"]]
+    return found + [Operation("send", int(n), 2, (0, 1), 0, 1, False, "cut") for n in set(hops.tolist()) - {0.0}]
+
+
+def _meters(member: Member, operations: Sequence[Operation], step_s: float) -> list[Callable[[], dict[str, Any]]]:
+    comm = member.comm
+    if comm.size == 1:
+        return []
+    wanted = patterns_for(operations, comm.size, shares_memory=comm.shares_memory, one_sided=comm.one_sided)
+    compute_s = min(step_s, LONGEST_S)
+    return [meter(comm, name, sizes, EXCHANGE_S, compute_s) for name, sizes in wanted.items()]
 
 
 def _mirrored(member: Member, task: Any, plan: Plan, cluster: Any) -> tuple[Steps, bool]:

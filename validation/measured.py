@@ -2,9 +2,10 @@
 
 Every row is a configuration (model, batch, workers, threads, transport, strategy, cut) that nothing was fitted to. Its
 real steps and the profile that predicts it alternate within the same processes, eight turns of an eighth of a second,
-so that both meet the same state of the host (`interleaved`), and what the plan's exchanges take by themselves, at their
-sizes, is measured after each four; all other prices are those of the last calibration.
-What is compared are medians; the noise floor is what odd turns differ by from even ones. Beside it, on the same rows:
+so that both meet the same state of the host (`interleaved`), and in each turn the plan's exchanges are measured by
+themselves, at their sizes; all other prices are those of the last calibration. What is compared are medians within a
+turn, and a row's error is the median over its turns; the noise floor is what odd turns differ by from even ones. Beside
+it, on the same rows:
 
     grid         from profiles at half and at twice the batch, by a straight line between them
     operators    computing from this machine's tables of operators
@@ -103,9 +104,13 @@ class Row:
         return self.model, self.batch
 
     def best_guess(self, way: str) -> float | None:
-        """The median prediction of one way."""
+        """What one way predicts: of a prediction a turn, the step times the median of what they say of theirs."""
         found = self.predicted_s.get(way)
-        return statistics.median(found) if found else None
+        if not found:
+            return None
+        if len(found) == len(self.runs_s):
+            return self.step_s * statistics.median(a / b for a, b in zip(found, self.runs_s, strict=True))
+        return statistics.median(found)
 
     @property
     def knots(self) -> tuple[int, ...]:
@@ -149,7 +154,7 @@ def measure(row: Row, ways: Sequence[Way], turns: int, cluster: Cluster) -> None
                 tables,
                 turns,
                 row.knots,
-                lambda: prediction.asked_by(task, plan, cluster, model, splits),
+                prediction.asked_by(task, plan, cluster, model, splits),
             )
     except ManyhandsError as e:
         row.failures["run"] = str(e).splitlines()[0]
@@ -160,21 +165,23 @@ def measure(row: Row, ways: Sequence[Way], turns: int, cluster: Cluster) -> None
             continue
         try:
             if way == "measured":
-                computed = prediction.as_measured(plan, found[0])
+                computed = [prediction.as_measured(plan, turn[0]) for turn in found]
             elif way == "grid":
-                computed = grid(plan, found)
+                computed = [grid(plan, turn) for turn in found]
             else:
                 calculated = prediction.computing(
                     task, plan, cluster, model, splits, here=True, compute=way, fresh=False, data_dir=None
                 )
-                computed = dataclasses.replace(calculated, curves=found[0].curves)
-            guess = prediction.predicted(task, plan, cluster, model, splits, here=True, computed=computed)
+                computed = [dataclasses.replace(calculated, curves=found[0][0].curves)]
+            guesses = [
+                prediction.predicted(task, plan, cluster, model, splits, here=True, computed=each) for each in computed
+            ]
         except ManyhandsError as e:
             row.failures[way] = str(e).splitlines()[0]
         else:
-            row.predicted_s[way] = [guess.step_s]
+            row.predicted_s[way] = [guess.step_s for guess in guesses]
             if way == "measured":
-                row.error = guess.error
+                row.error = statistics.median(guess.error for guess in guesses)
 
 
 def grid(plan: mh.Plan, found: Sequence[Profile]) -> prediction.Computed:

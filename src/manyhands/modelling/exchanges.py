@@ -16,7 +16,7 @@ from typing import Any
 from manyhands.cluster.measured import Curve
 from manyhands.communication import futex, transports
 from manyhands.communication.transports.events import Operation
-from manyhands.modelling.calibration.collectives import at_sizes
+from manyhands.modelling.calibration.collectives import meter
 from manyhands.modelling.calibration.repeating import Try
 from manyhands.simulation.prices import SERVED
 from manyhands.training.member import Member
@@ -57,8 +57,8 @@ def curves_here(
 def job(
     member: Member, wanted: Sequence[tuple[str, Sequence[int]]], seconds: float, compute_s: float
 ) -> list[dict[str, Any]]:
-    """What a worker does: rounds of each pattern at its sizes; what `at_sizes` has found of each."""
-    return [at_sizes(member.comm, name, sizes, seconds, compute_s) for name, sizes in wanted]
+    """What a worker does: rounds of each pattern at its sizes; what `meter` has found of each."""
+    return [meter(member.comm, name, sizes, seconds, compute_s)() for name, sizes in wanted]
 
 
 def patterns_for(

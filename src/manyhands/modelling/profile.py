@@ -367,14 +367,14 @@ def joined(told: Sequence[dict[str, Any]]) -> Profile:
         steps=steps,
         factors=computing / middle,
         spread=abs(halves[0] - halves[1]) / middle,
-        exchanges=tuple((_operation(said), times) for *said, times in told[0]["exchanges"]),
+        exchanges=tuple((operation(said), times) for *said, times in told[0]["exchanges"]),
         when=time.time(),
         actions=tuple((kind, int(stage), float(s)) for one in told for kind, stage, s in one["actions"]),
         hops=tuple((int(boundary), int(n)) for one in told for boundary, n in one["hops"]),
     )
 
 
-def _operation(said: Sequence[Any]) -> Operation:
+def operation(said: Sequence[Any]) -> Operation:
     """As it has travelled."""
     return Operation._make([*said[:3], tuple(said[3]), *said[4:]])
 
@@ -426,7 +426,7 @@ def _keep(key: str, found: Profile, *, lasts: bool) -> None:
 def _read(key: str) -> Profile | None:
     try:
         table = json.loads(_place(key).read_bytes())
-        exchanges = tuple((_operation(said), float(n)) for said, n in table["exchanges"])
+        exchanges = tuple((operation(said), float(n)) for said, n in table["exchanges"])
         made = {"factors": np.array(table["factors"]), "exchanges": exchanges}
         made |= {name: tuple(map(tuple, table[name])) for name in ("actions", "hops")}
         made["curves"] = tuple(_curve(each) for each in table["curves"])

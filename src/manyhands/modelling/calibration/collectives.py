@@ -6,8 +6,9 @@ time is up, with no word between them.
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -53,11 +54,14 @@ def curves(member: Member, ranks: int, name: str, budget_s: float, most_B: int, 
             group.close()
 
 
-def at_sizes(comm: Communicator, name: str, sizes: Sequence[int], budget_s: float, compute_s: float) -> dict[str, Any]:
-    """What pattern ``name`` takes at these sizes, all ranks of ``comm`` computing for so long and then taking part; as
-    `curves` tells it.
+def meter(
+    comm: Communicator, name: str, sizes: Sequence[int], budget_s: float, compute_s: float
+) -> Callable[[], dict[str, Any]]:
+    """What pattern ``name`` takes at these sizes whenever it is called, by all ranks of ``comm`` together, as `curves`
+    tells it; they compute for so long before each round. Collective.
     """
-    return _Curves(comm, PATTERNS[name], budget_s, max(sizes), few=False, compute_s=compute_s).at(sizes)
+    made = _Curves(comm, PATTERNS[name], budget_s, max(sizes), few=False, compute_s=compute_s)
+    return functools.partial(made.at, sizes)
 
 
 class _Curves:
@@ -116,8 +120,9 @@ class _Curves:
         return self._told()
 
     def at(self, sizes: Sequence[int]) -> dict[str, Any]:
-        """At these sizes and no others."""
-        self._ended = self._began
+        """At these sizes and no others, anew."""
+        self._found.clear()
+        self._began = self._ended = self._clock_of_all()
         for size in sizes:
             self._knot(size, fewest=len(sizes))
         return self._told()
