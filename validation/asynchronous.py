@@ -43,7 +43,7 @@ from manyhands.training.run import Options
 from manyhands.training.team import team
 from validation import page, scores
 
-JOB = f"{__name__}:job"
+JOB = "validation.asynchronous:job"  # run as a script this file has another name
 #: An update gathers what arrives within so many of a worker's cycles.
 GATHERS = 2.5
 #: As Oyama et al. report for their own model, in percent: time of a sweep, batch, staleness.
@@ -304,9 +304,8 @@ def of_runs(repeats: int) -> Iterator[str]:
         middle = sorted(pairs, key=lambda pair: pair[0].epoch_s)[len(pairs) // 2]
         rows.append(_row(setup.name, middle[0], middle[2], middle[1]))
         for i in range(3):
-            real = statistics.median(_mean(late) if i == 2 else is_.means[i] for is_, late, _ in pairs)
-            guess = statistics.median(said.means[i] for *_, said in pairs)
-            errors[i].append(100 * abs(guess / real - 1))
+            ratios = [said.means[i] / (_mean(late) if i == 2 else is_.means[i]) for is_, late, said in pairs]
+            errors[i].append(100 * abs(statistics.median(ratios) - 1))  # a run and what was said of it, a second before
     yield from ("", "### Real runs of two workers against predictions", "")
     yield from scores.table([x.replace("formula", "predicted") for x in HEAD], rows)
     yield ""
