@@ -79,13 +79,14 @@ def trained(precision: str, out, *, transport: str = "threads", resume: bool = F
     return mh.train(task, plan, out=out, resume=resume, progress=False)
 
 
+@pytest.mark.slow
 def test_a_perceptron_learns_as_in_float32(tmp_path):
     losses = [trained(p, tmp_path / p, epochs=4).history[-1]["train_loss"] for p in ("float32", "flexpoint")]
     assert losses[0] != losses[1]
     assert losses[1] == pytest.approx(losses[0], rel=0.01)
 
 
-@pytest.mark.parametrize("transport", ["shared", "gloo"])
+@pytest.mark.parametrize("transport", [pytest.param("shared", marks=pytest.mark.slow), "gloo"])
 def test_replicas_stay_identical_where_each_has_a_process(transport, tmp_path):
     a, b = (trained("flexpoint", tmp_path / on, steps=4, transport=on) for on in (transport, "threads"))
     assert all(torch.equal(x, y) for x, y in zip(a.model.parameters(), b.model.parameters(), strict=True))
