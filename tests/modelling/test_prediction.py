@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import manyhands as mh
 from manyhands import verbs
 from manyhands.cluster import load
-from manyhands.cluster.measured import Measured
+from manyhands.cluster.measured import Curve, Measured
 from manyhands.communication.communicator import reference_B
 from manyhands.communication.topology import Mesh
 from manyhands.communication.transports.events import Operation
@@ -25,6 +25,7 @@ from manyhands.modelling.profile import Profile
 from manyhands.partition.data import DataReplica
 from manyhands.partition.pipeline.cut import cut
 from manyhands.partition.pipeline.description import parse
+from manyhands.partition.pipeline.pipedream import pipedream
 from manyhands.partition.pipeline.replica import PipelineReplica
 from manyhands.partition.pipeline.schedule import Action, makespan
 from manyhands.plan import strategy_from
@@ -406,6 +407,36 @@ def test_a_pipelines_step_is_its_longest_path(monkeypatch):
     assert found.summary.bubble_by_worker == pytest.approx([1 - 12e-3 / found.step_s] * 2, rel=1e-6)
     again = mh.predict(TASK, dataclasses.replace(plan, recompute=True), HERE, memory=False)
     assert again.step_s - found.step_s == pytest.approx(1e-3 * (4 + 2 - 1), rel=1e-6)
+
+
+def test_a_stage_that_has_more_to_do_is_in_the_path_once(monkeypatch):
+    actions = (("F", 0, 1e-3), ("B", 0, 2e-3), ("F", 1, 1e-3), ("B", 1, 2e-3))
+    plan = mh.Plan(mesh="pipeline=2", pipeline="gpipe", micro_batches=4, transport="shared", threads=1)
+    steps = []
+    for factors in ([[1, 1]] * 4, [[1.5, 0.5]] * 4):
+        given = made(factors, actions=actions, update_s=0.0)
+        monkeypatch.setattr(computed, "profile", lambda *_, given=given, **__: given)
+        steps.append(mh.predict(TASK, plan, HERE, memory=False).step_s)
+    assert steps[0] == steps[1]
+
+
+def test_a_stage_of_pipedream_updates_after_each_backward(monkeypatch):
+    actions = (("F", 0, 1e-3), ("B", 0, 2e-3), ("F", 1, 1e-3), ("B", 1, 2e-3))
+    given = made([[1, 1]], compute_s=4 * 3.5e-3, actions=actions, update_s=1.0)  # half a millisecond each, in computing
+    monkeypatch.setattr(computed, "profile", lambda *_, **__: given)
+    plan = mh.Plan(mesh="pipeline=2", strategy="pipedream", micro_batches=4, transport="shared", threads=1)
+    free = makespan(pipedream(2, 4), {"F": 1e-3, "B": 2.5e-3})
+    assert free < mh.predict(TASK, plan, HERE, memory=False).step_s < free * 1.05
+
+
+def test_exchanges_inside_a_model_get_the_price_that_was_measured_just_now():
+    exchange = Operation("all_reduce", 400, 2, (0, 1), None, None, False, "cut")
+    here = Curve(transport="shared", operation="all_reduce", ranks=2, sizes_B=(400,), seconds=(2e-4,), spread=(0.0,))
+    given = made([[1, 1]], compute_s=1.5e-3, cut_s=5e-4, exchanges=[(exchange, 3.0)])
+    plan = mh.Plan(workers=2, transport="shared", strategy=mh.Synchronous())
+    found = computed.cut_anew(computed.as_measured(plan, given), Prices(HERE, 2, "shared", [here]))
+    assert found.measured.cut_s == pytest.approx(6e-4)
+    assert found.cost.compute_s == pytest.approx(1.6e-3)
 
 
 def test_what_a_servers_optimizer_takes_is_priced_with_each_push():
