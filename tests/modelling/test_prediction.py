@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -232,6 +233,25 @@ def test_a_rank_of_a_pipeline_works_without_its_neighbour(rank):
     assert {(kind, stage) for kind, stage, _ in actions.told()} == {(a.kind, a.stage) for a in order.rows[rank]}
     assert actions.sent_B() == ({0: 2 * 6 * 4} if rank == 0 else {})
     assert float(replica.pieces[0].grad.abs().sum()) > 0
+
+
+def test_steps_whose_times_are_not_kept_count_as_steps_that_exchange():
+    mirror = MirrorCommunicator(0, 2, transport="gloo", shares_memory=False)
+    share = SimpleNamespace(indices=torch.zeros(3), global_count=6, before=SimpleNamespace(step=0))
+    rows = SimpleNamespace(rows=lambda _: (None, None))
+    run = SimpleNamespace(
+        comm=mirror,
+        schedule=None,
+        splits=SimpleNamespace(train=rows),
+        sampler=SimpleNamespace(batches=lambda **_: itertools.repeat(share)),
+        replica=SimpleNamespace(compute_s=0.0, update_s=0.0, apply=lambda *_: None),
+        worker=SimpleNamespace(step=lambda _: mirror.all_reduce(torch.zeros(10)).wait()),
+    )
+    steps = profiles.Steps(run, mirror, None)
+    steps.take(0.0, skipped=2)
+    told = steps.told()
+    assert len(told["rows"]) == profiles.FEWEST_STEPS - 2
+    assert [times for *_, times in told["exchanges"]] == [1.0]
 
 
 # -- put together ------------------------------------------------------------------------------------------------------
