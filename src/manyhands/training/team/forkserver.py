@@ -61,9 +61,7 @@ class ForkserverTeam(ProcessTeam):
         self._processes: list[Any] = []
         self._with_main = False
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(
-            ["torch", "torch._dynamo", "manyhands.training.loop", "manyhands.training.member"]
-        )
+        context.set_forkserver_preload(["manyhands.training.team.preloaded"])
         try:
             for setup in self._rendezvous([dataclasses.replace(s, environment=dict(os.environ)) for s in setups]):
                 ours, theirs = context.Pipe()
