@@ -8,6 +8,7 @@ themselves; what is compared is a turn with itself.
 from __future__ import annotations
 
 import dataclasses
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from manyhands.cluster import Cluster
 from manyhands.cluster.measured import Curve
 from manyhands.communication import futex
 from manyhands.communication.transports.events import Operation
@@ -25,6 +27,7 @@ from manyhands.modelling import calibration
 from manyhands.modelling.calibration.collectives import meter
 from manyhands.modelling.calibration.repeating import Try
 from manyhands.modelling.exchanges import LONGEST_S, patterns_for
+from manyhands.modelling.operators.gauge import Gauge
 from manyhands.modelling.profile import Profile, Steps, joined, mirrored, operation
 from manyhands.plan import Plan
 from manyhands.simulation.folded import NotAlike
@@ -40,6 +43,8 @@ TURN_S = 0.12
 TURNS = 8
 #: Of a turn, for each kind of exchange.
 EXCHANGE_S = 0.05
+#: Of a turn, for how quick the machine is.
+GAUGE_S = 0.06
 #: Of a turn's steps the first are not counted: caches hold the other's.
 FIRST = 2
 
@@ -51,8 +56,9 @@ def alternated(
     turns: int,
     batches: Sequence[int],
     asked: Sequence[Operation],
-) -> tuple[NDArray[np.float64], list[list[Profile]]]:
-    """Times of real steps (turn × step) of worker 0, and by turn profiles at the task's batch and at ``batches``.
+) -> tuple[NDArray[np.float64], list[list[Profile]], list[float]]:
+    """Times of real steps (turn × step) of worker 0, and by turn: profiles at the task's batch and at ``batches``, and
+    how many times as long as at its calibration the machine takes.
 
     ``asked``: what a strategy exchanges that is measured as a plain one. What exchanges take is the median of turns.
     """
@@ -63,6 +69,7 @@ def alternated(
     by_turn = [[c for one in turn for c in one.curves(plan.transport, plan.workers)] for turn in tries]
     more: dict[str, Any] = {"plain": bool(told[0]["plain"])}
     more["curves"] = tuple(_median_curve(each) for each in zip(*by_turn, strict=True))
+    slower = [statistics.median(one["slower"][turn] for one in told) for turn in range(turns)]
     found = [
         [
             dataclasses.replace(joined([one["profiles"][turn][i] for one in told]), **more)
@@ -70,7 +77,7 @@ def alternated(
         ]
         for turn in range(turns)
     ]
-    return told[0]["times"].numpy(), found
+    return told[0]["times"].numpy(), found, slower
 
 
 def _median_curve(each: Sequence[Curve]) -> Curve:
@@ -98,7 +105,8 @@ def job(
     count = max(3, int(TURN_S / max(step_s, 1e-6)))
     operations = [operation(said) for said in asked] if plain else _asked(member, mirrors[0].told())
     meters = _meters(member, operations, step_s)
-    times, profiles, exchanges = [], [], []
+    gauge = _gauge(cluster, plan)
+    times, profiles, exchanges, slower = [], [], [], []
     for _ in range(turns):
         member.comm.barrier()
         times.append(_steps(real, shares, FIRST + min(count, 500))[FIRST:])
@@ -108,13 +116,22 @@ def job(
             profiled.take(TURN_S / 2 if i else TURN_S, skipped=FIRST)
         profiles.append([profiled.told() for profiled in mirrors])
         exchanges.append([measured() for measured in meters])
+        member.comm.barrier()
+        slower.append(gauge.slower(GAUGE_S))
     real.worker.meet()
     return {
         "times": torch.tensor(times, dtype=torch.float64),
         "plain": plain,
         "profiles": profiles,
         "exchanges": exchanges,
+        "slower": slower,
     }
+
+
+def _gauge(cluster: Cluster | None, plan: Plan) -> Gauge:
+    table = () if cluster is None or cluster.measured is None else cluster.measured.operators
+    assert plan.workers is not None
+    return Gauge(table, plan.threads, plan.workers)
 
 
 def _asked(member: Member, told: dict[str, Any]) -> list[Operation]:

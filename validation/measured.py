@@ -148,7 +148,7 @@ def measure(row: Row, ways: Sequence[Way], turns: int, cluster: Cluster) -> None
         tables = {"task": task.as_table(), "plan": plan.as_table()}
         transport = "shared" if plan.workers == 1 else plan.transport
         with team(transport, plan.workers, threads=plan.threads) as crew:
-            times, found = interleaved.alternated(
+            times, found, slower = interleaved.alternated(
                 crew,
                 plan,
                 tables,
@@ -170,9 +170,13 @@ def measure(row: Row, ways: Sequence[Way], turns: int, cluster: Cluster) -> None
                 computed = [grid(plan, turn) for turn in found]
             else:
                 calculated = prediction.computing(
-                    task, plan, cluster, model, splits, here=True, compute=way, fresh=False, data_dir=None
+                    task, plan, cluster, model, splits, here=False, compute=way, fresh=False, data_dir=None
                 )
-                computed = [dataclasses.replace(calculated, curves=found[0][0].curves)]
+                factors = slower if way == "operators" else [1.0]
+                curves = found[0][0].curves
+                computed = [
+                    dataclasses.replace(calculated, cost=calculated.cost.times(k), curves=curves) for k in factors
+                ]
             guesses = [
                 prediction.predicted(task, plan, cluster, model, splits, here=True, computed=each) for each in computed
             ]

@@ -12,12 +12,13 @@ from manyhands.cluster import load
 from manyhands.cluster.measured import OperatorTime
 from manyhands.errors import BadInput
 from manyhands.modelling.operations import count
-from manyhands.modelling.operators import measure, measuring, overhead, price, updates
+from manyhands.modelling.operators import gauge, measure, measuring, overhead, price, updates
 from manyhands.modelling.operators.fitting import inverse_distance, nonnegative
-from manyhands.modelling.operators.measuring import observe, observed, table_of
+from manyhands.modelling.operators.measuring import Observed, observe, observed, table_of
 from manyhands.modelling.operators.networks import NETWORKS, OPTIMIZERS, Network, cells
 from manyhands.modelling.operators.table import Table, key, said
 from manyhands.models import losses, optimizers
+from manyhands.simulation.pace import StepCost
 from manyhands.training.team import team
 
 LOSS = losses.build("cross_entropy")
@@ -197,3 +198,53 @@ def test_two_co_runners_fill_one_table():
 def test_nonsense_is_refused():
     with pytest.raises(BadInput, match="budget_s=0"):
         measure(0)
+
+
+# -- how quick the machine is now --------------------------------------------------------------------------------------
+
+
+class Steady:
+    """A gauge that takes as many milliseconds as samples."""
+
+    def __init__(self, cell):
+        self.compute = lambda: 1e-3 * cell.batch
+
+
+def gauges(then, threads=1):
+    return [gauge.row(cell, then(cell.batch), 0.1, threads=threads, co_runners=1) for cell in gauge.GAUGES]
+
+
+def test_how_quick_the_machine_is_is_the_geometric_mean_over_the_gauges(monkeypatch):
+    monkeypatch.setattr(gauge, "Training", Steady)
+    first, second, third = (cell.batch for cell in gauge.GAUGES)
+    then = {first: 2e-3 * first, second: 1e-3 * second, third: 0.25e-3 * third}
+    assert gauge.Gauge(gauges(then.get), 1, 1).slower(0.0) == pytest.approx((0.5 * 1 * 4) ** (1 / 3))
+    assert gauge.Gauge(gauges(then.get, threads=2), 1, 1).slower(0.0) == 1.0
+
+
+def test_a_table_without_gauges_changes_nothing():
+    assert gauge.slower((row(next(iter(traced())), 1e-6),), 1, 1) == 1.0
+
+
+def test_a_table_has_the_gauges_that_were_trained_and_prices_steps_as_without_them():
+    step = traced()
+    rows = tuple(row(x, 1e-6) for x in {key(x): x for x in step}.values())
+    seen = [Observed(gauge.GAUGES[1], rows, (k * 1e-3, 1e-3, 10, 4, 3), ()) for k in (2, 3, 4)]
+    table = table_of(seen)
+    (found,) = (x for x in table if x.phase == "gauge")
+    assert (found.name, found.seconds) == (gauge.GAUGES[1].network.model, 3e-3)
+    others = [x for x in table if x.phase != "gauge"]
+    assert price(step, table, threads=1, co_runners=1) == price(step, others, threads=1, co_runners=1)
+
+
+def test_a_step_on_a_slower_machine_takes_so_many_times_as_long():
+    cost = StepCost(2.0, 0.5, 10, 100, 0.25, ((5.0, 1.5), (10.0, 2.0)))
+    slow = cost.times(3)
+    assert (slow.compute(7.5), slow.update(50), slow.rest_s) == (3 * cost.compute(7.5), 3 * cost.update(50), 0.75)
+    assert slow.compute(5.0) == 4.5
+
+
+@pytest.mark.slow
+def test_two_workers_gauge_this_machine():
+    found = gauge.slower(tuple(replace(x, co_runners=2) for x in gauges(lambda n: 1.0)), 1, 2)
+    assert 0 < found < 1  # nothing here takes a second

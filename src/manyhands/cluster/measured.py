@@ -71,7 +71,7 @@ class OperatorTime:
     """One operator of torch as it ran in a training step; all but the last four as `modelling.operations` records it.
 
     Of the phase ``update`` it is a whole update of parameters with these shapes; of the phase ``host`` what running the
-    step costs beside its operators (`modelling.operators.overhead`).
+    step costs beside its operators (`modelling.operators.overhead`); of the phase ``gauge`` a network's gradients.
     """
 
     name: str

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -50,6 +50,12 @@ class StepCost:
     def update(self, elements: int) -> float:
         """The optimizer."""
         return self.update_s * elements / self.elements
+
+    def times(self, factor: float) -> StepCost:
+        """On a machine that takes so many times as long."""
+        points = tuple((samples, factor * seconds) for samples, seconds in self.points)
+        seconds = {name: factor * getattr(self, name) for name in ("compute_s", "update_s", "rest_s")}
+        return replace(self, points=points, **seconds)
 
 
 class Pace:

@@ -19,16 +19,13 @@ from typing import Any
 import torch
 
 from manyhands.cluster.measured import OperatorTime
-from manyhands.communication.transports.single import SingleCommunicator
-from manyhands.contract import Batch
 from manyhands.errors import BadInput
 from manyhands.modelling.operations import Operation
-from manyhands.modelling.operators import overhead, updates
+from manyhands.modelling.operators import gauge, overhead, updates
 from manyhands.modelling.operators.networks import NETWORKS, Cell, Network, cells
-from manyhands.modelling.operators.stamping import Stamps, Told, excess_s, learn, seconds_of
+from manyhands.modelling.operators.stamping import Stamps, excess_s, learn, seconds_of
 from manyhands.modelling.operators.table import Key, anonymous, key, said
-from manyhands.models import losses, optimizers
-from manyhands.partition.data import DataReplica
+from manyhands.modelling.operators.trained import Training
 from manyhands.training import environment
 from manyhands.training.member import Member
 from manyhands.training.team import team
@@ -40,8 +37,6 @@ ROUNDS = 4
 WARM_UP = 3
 #: Of each kind in a slot, however short it is.
 LEAST_STEPS = 1
-#: Different batches that a network sees in turn.
-DATA = 3
 #: What a worker may take longer than it was given, before it is ended.
 GRACE_S = 60.0
 
@@ -103,7 +98,7 @@ def observed(
 
 
 def table_of(observed: Sequence[Observed]) -> tuple[OperatorTime, ...]:
-    """One row for each operator, the median over networks and workers; then what the host needs."""
+    """One row for each operator, the median over networks and workers; what the host needs; the gauges' steps."""
     if not observed:
         return ()
     by_key: dict[Key, list[OperatorTime]] = defaultdict(list)
@@ -115,7 +110,17 @@ def table_of(observed: Sequence[Observed]) -> tuple[OperatorTime, ...]:
         for some in by_key.values()
     ]
     counted = {"threads": rows[0].threads, "co_runners": rows[0].co_runners}
-    return (*rows, *overhead.fit([x.step for x in observed], **counted))
+    steps: dict[Cell, list[float]] = defaultdict(list)
+    for one in observed:
+        if one.cell in gauge.GAUGES:
+            steps[one.cell].append(one.step[0])
+    gauges = [gauge.row(cell, median(each), _half_range(each), **counted) for cell, each in steps.items()]
+    return (*rows, *overhead.fit([x.step for x in observed], **counted), *gauges)
+
+
+def _half_range(values: Sequence[float]) -> float:
+    """Relative to their middle."""
+    return (max(values) - min(values)) / 2 / statistics.median(values)
 
 
 def work(member: Member, budget_s: float, rounds: int, networks: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -138,43 +143,22 @@ def work(member: Member, budget_s: float, rounds: int, networks: list[dict[str, 
     return [x.seen() for x in running if x.rounds and x.stamped]
 
 
-class _Running:
-    """A network that trains."""
+class _Running(Training):
+    """A network that trains, with stamps in every other step."""
 
     def __init__(self, cell: Cell, excess: float) -> None:
-        model = cell.network.build()
-        self._excess, self._loss = excess, Told(losses.build("cross_entropy") or torch.nn.functional.cross_entropy)
-        optimizer = optimizers.build(cell.optimizer, model.parameters())
-        self._replica = DataReplica(model, optimizer, self._loss, SingleCommunicator(), common=True)
-        self._batches = [Batch(*cell.network.samples(cell.batch), cell.batch, cell.batch) for _ in range(DATA)]
-        self._at = 0
-        self._compute()
-        self._replica.settle(self._replica.reached())
-        self._update()
-        gradients = [piece.grad for piece in self._replica.pieces]
-        self._course = learn(self._compute, model, gradients, self._loss)
+        super().__init__(cell)
+        self._excess = excess
+        self._course = learn(self.compute, self.model, self.gradients, self.loss)
         self._places = [anonymous(x) for x in self._course.operations]
-        self._whole_update = updates.of(optimizer, [p.numel() for p in model.parameters()])
+        self._whole_update = updates.of(self.optimizer, [p.numel() for p in self.model.parameters()])
         for _ in range(WARM_UP):
-            self._compute()
-            self._update()
+            self.compute()
+            self.update()
         self.rounds: list[tuple[float, float]] = []
         self._taken: list[list[float]] = [[] for _ in self._places]
         self._updates: list[float] = []
         self._whole: list[float] = []  # of steps without stamps
-
-    def _compute(self) -> float:
-        batch = self._batches[self._at % DATA]
-        self._at += 1
-        t0 = time.perf_counter()
-        self._replica.gradients(batch)
-        return time.perf_counter() - t0
-
-    def _update(self) -> float:
-        t0 = time.perf_counter()
-        for piece in self._replica.pieces:
-            self._replica.apply(piece, 0, piece.flat.numel())
-        return time.perf_counter() - t0
 
     def run_for(self, seconds: float) -> None:
         """Steps without and with stamps in turn."""
@@ -182,12 +166,12 @@ class _Running:
         whole: list[float] = []
         updates: list[float] = []
         while len(whole) < LEAST_STEPS or time.perf_counter() < end:
-            whole.append(self._compute())
-            updates.append(self._update())
+            whole.append(self.compute())
+            updates.append(self.update())
             stamps = Stamps()
             with stamps:
-                self._compute()
-            self._update()
+                self.compute()
+            self.update()
             if (took := seconds_of(self._course, stamps, self._excess)) is not None:
                 for place, s in zip(self._taken, took, strict=True):
                     place.append(s)

@@ -22,6 +22,8 @@ from manyhands.modelling.operators.fitting import Numbers, inverse_distance, non
 
 Key = tuple[str, str, tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...], str, str, str]
 
+#: The phase of rows that say how quick the machine was, see `gauge`.
+GAUGE = "gauge"
 #: What a difference in these counts, in units of log e: dtype, layout, options, phase.
 APART = np.array([2.0, 2.0, 2.0, 0.5])
 #: Of a name with fewer points an error cannot be told from themselves.
@@ -132,7 +134,7 @@ class Table:
         for row in rows:
             if row.phase == "host":
                 self.host[row.name] = row
-            else:
+            elif row.phase != GAUGE:
                 by_name[row.name].append(row)
                 self._hits[key(row)] = row
         self._rows, self._names = by_name, dict[str, _Name]()

@@ -93,7 +93,12 @@ def computing(
             f"compute={compute} with {plan.mesh}, shard={plan.shard}: parts of a model are measured, on a machine that "
             "can run them. Predict whole replicas (mesh=data=…), or leave compute out."
         )
-    return _calculated(task, plan, cluster, model, splits, compute)
+    calculated = _calculated(task, plan, cluster, model, splits, compute)
+    if compute != "operators" or not here:
+        return calculated
+    assert cluster.measured is not None
+    slower = operators.slower(cluster.measured.operators, *_measured_beside(cluster, plan))
+    return replace(calculated, cost=calculated.cost.times(slower))
 
 
 def as_measured(plan: Plan, found: Profile) -> Computed:
@@ -157,13 +162,19 @@ def _from_tables(
             f"compute=operators on {cluster.name}: it has no table of operators. `manyhands calibrate` measures one of "
             "this machine; compute=roofline needs none."
         )
-    assert plan.workers is not None
-    measured = {(x.threads, x.co_runners) for x in table}
-    wanted = (plan.threads, min(plan.workers, cluster.devices_per_node))
-    near = min(measured, key=lambda at: (abs(at[0] - wanted[0]), abs(at[1] - wanted[1])))
+    threads, co_runners = _measured_beside(cluster, plan)
     return operators.price(
-        found, table, threads=near[0], co_runners=near[1], device=cluster.device, optimizer=optimizer
+        found, table, threads=threads, co_runners=co_runners, device=cluster.device, optimizer=optimizer
     )
+
+
+def _measured_beside(cluster: Cluster, plan: Plan) -> tuple[int, int]:
+    """Threads and co-runners of the table's rows that are nearest to what ``plan`` has."""
+    assert cluster.measured is not None
+    assert plan.workers is not None
+    wanted = (plan.threads, min(plan.workers, cluster.devices_per_node))
+    measured = {(x.threads, x.co_runners) for x in cluster.measured.operators}
+    return min(measured, key=lambda at: (abs(at[0] - wanted[0]), abs(at[1] - wanted[1])))
 
 
 def _states(optimizer: torch.optim.Optimizer) -> int:
