@@ -1,15 +1,17 @@
 """A pipeline's rank at work without its neighbours: it is handed examples of what they would send.
 
 What comes from the stage before is what that stage makes of a micro-batch, computed once beforehand; what comes back
-is ones. So a rank runs its own row of the schedule, action by action, as fast as it can, and every action's time is
-noted: what a pipeline's step is made of, without its waiting (see `partition.pipeline.schedule.makespan`).
+is ones; what it sends is copied, as into a slot. So a rank runs its own row of the schedule, action by action, as fast
+as it can, and every action's time is noted, from the end of the one before to its own: with what it hands over and all
+that Python does. A pipeline's step is made of that, without its waiting (see `partition.pipeline.schedule.makespan`).
 """
 
 from __future__ import annotations
 
 import statistics
+import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -31,14 +33,20 @@ class FedHandover:
         self._schedule, self._examples = schedule, examples
         self._rank_of = schedule.stage_rank
         self._here: dict[tuple[int, int], list[Tensor]] = {}
+        self._slots: dict[tuple[int, torch.Size], Tensor] = {}
         #: Bytes of a micro-batch that went over each boundary, forward and backward.
         self.sent_B: dict[int, int] = {}
+        #: Told that a batch begins, and that an action is over.
+        self.begun: Callable[[], None] = lambda: None
+        self.over: Callable[[], None] = lambda: None
 
     def begin(self, schedule: Schedule) -> None:
         """Nothing to prepare."""
+        self.begun()
 
     def did(self, actions: int) -> None:
-        """Nobody counts them."""
+        """An action is over."""
+        self.over()
 
     def finish(self, samples: int) -> None:
         """Nothing is under way."""
@@ -48,6 +56,8 @@ class FedHandover:
         self.sent_B[stage] = sum(t.nbytes for t in tensors)
         if self._rank_of(stage + 1) == self._rank_of(stage):
             self._here[stage, i] = [t.detach() for t in tensors]
+        else:
+            self._put(stage, tensors)
 
     def receive(self, stage: int, i: int, samples: int) -> tuple[list[Tensor], Form]:
         """See `Handover.receive`."""
@@ -59,6 +69,15 @@ class FedHandover:
 
     def send_gradients(self, stage: int, i: int, samples: int, gradients: Sequence[Any], form: Form) -> None:
         """See `Handover.send_gradients`."""
+        if self._rank_of(stage - 1) != self._rank_of(stage):
+            self._put(stage - 1, [g for g in gradients if g is not None])
+
+    def _put(self, boundary: int, tensors: Sequence[Tensor]) -> None:
+        for t in tensors:
+            slot = self._slots.get((boundary, t.shape))
+            if slot is None:
+                slot = self._slots[boundary, t.shape] = torch.empty_like(t, requires_grad=False)
+            slot.copy_(t.detach())
 
     def receive_gradients(self, stage: int, i: int, samples: int) -> list[Tensor]:
         """See `Handover.receive_gradients`."""
@@ -75,15 +94,29 @@ class FedHandover:
 
 
 class Actions:
-    """How long each kind of action of each stage took."""
+    """How long each kind of action of each stage took, forwards that are done again in their backward."""
 
     def __init__(self, handover: FedHandover) -> None:
         self._handover = handover
         self._seconds: dict[tuple[str, int], list[float]] = defaultdict(list)
+        self._kind, self._since = ("F", 0), 0.0
+        #: Of all actions so far, what they took beside computing.
+        self.beside_s = 0.0
+        handover.begun, handover.over = self._begun, self._over
 
     def __call__(self, action: Action, began: float, ended: float) -> None:
-        """One more, as `Pipeline.observe` is told of it."""
-        self._seconds[action.kind, action.stage].append(ended - began)
+        """This one has computed, as `Pipeline.observe` is told of it."""
+        self._kind = action.kind, action.stage
+        self.beside_s -= ended - began
+
+    def _begun(self) -> None:
+        self._since = time.perf_counter()
+
+    def _over(self) -> None:
+        now = time.perf_counter()
+        self._seconds[self._kind].append(now - self._since)
+        self.beside_s += now - self._since
+        self._since = now
 
     def clear(self) -> None:
         """Forget them."""

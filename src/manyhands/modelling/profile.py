@@ -268,6 +268,7 @@ class Steps:
             taken += 1
             share = next(self._shares)
             run.comm.step = share.before.step
+            beside_s = 0.0 if self._actions is None else -self._actions.beside_s
             before = replica.compute_s, replica.update_s, cut.priced_s, cut.here_s, spent.here_s
             t0 = clock()
             inputs, target = rows(share.indices)
@@ -277,7 +278,9 @@ class Steps:
             whole_s = clock() - t0
             compute_s, update_s = replica.compute_s - before[0], replica.update_s - before[1]
             priced_s, mirrored_s = cut.priced_s - before[2], cut.here_s - before[3]
-            rest_s = max(whole_s - compute_s - update_s - (spent.here_s - before[4]), 0.0)
+            if self._actions is not None:  # that is in its actions
+                beside_s += self._actions.beside_s
+            rest_s = max(whole_s - compute_s - update_s - beside_s - (spent.here_s - before[4]), 0.0)
             self._rows.append((compute_s - mirrored_s, update_s, rest_s, priced_s))
             self._samples = max(self._samples, len(share.indices))
         self._taken += taken

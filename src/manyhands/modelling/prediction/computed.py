@@ -205,8 +205,7 @@ def through_stages(plan: Plan, computed: Computed, prices: Prices) -> Computed:
     prices.begin()
 
     def cost(action: Action) -> float:
-        again = plan.recompute and action.kind in "BI"
-        own_s = seconds[action.kind, action.stage] + (seconds["F", action.stage] if again else 0.0)
+        own_s = seconds[action.kind, action.stage]
         return own_s + (apart[order.stage_rank(action.stage)] if action.kind == "B" else 0.0)
 
     def hop_s(before: Action, after: Action) -> float:
