@@ -79,6 +79,11 @@ class Synchronous(Compressing, Strategy):
         return self.aggregate == "mean"
 
     @property
+    def averages_gradients(self) -> bool:  # type: ignore[override]
+        """Unless a rule stands in the mean's place."""
+        return self.aggregate == "mean"
+
+    @property
     def rule(self) -> Aggregation:
         """What ``aggregate`` says."""
         return aggregation_from(self.aggregate)

@@ -209,7 +209,7 @@ def mirrored(member: Member, task: Task, plan: Plan, cluster: Cluster | None, da
         price=prices,
         really=member.comm if piped else None,
         messages=plan.strategy.alike,
-        served=plan.transport in SHARE_MEMORY and getattr(plan.strategy, "servers_add", False),
+        served=plan.transport in SHARE_MEMORY and plan.strategy.servers_add,
     )
     run = prepare(Member(mirror, (task, plan), allocator=member.allocator), task, plan, Options(data_dir=data_dir))
     mirror.really = None

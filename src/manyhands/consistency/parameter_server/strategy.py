@@ -24,8 +24,6 @@ class OnServers(Strategy):
     """A strategy whose parameters lie on a server, and whose workers push to it and pull from it."""
 
     deterministic: ClassVar[bool] = False
-    #: Whether servers only add what is pushed to them, so that a worker's step is its own whatever the others do.
-    servers_add: ClassVar[bool] = False
 
     @property
     def shards(self) -> int:

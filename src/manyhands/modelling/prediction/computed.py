@@ -26,7 +26,6 @@ from manyhands.errors import BadInput
 from manyhands.modelling import operations, operators, specification
 from manyhands.modelling.profile import Profile, profile
 from manyhands.models import losses, optimizers
-from manyhands.partition import cut_strategies
 from manyhands.partition.pipeline import description as pipelines
 from manyhands.partition.pipeline.schedule import Action, makespan
 from manyhands.partition.tensor import axis_of
@@ -186,7 +185,7 @@ def through_stages(plan: Plan, computed: Computed, prices: Prices) -> Computed:
     sizes_B = dict(found.hops)
     # Stages that update by themselves do so, and look after their versions, after each backward: it is in the path.
     apart = [0.0] * order.ranks
-    if plan.strategy.name in cut_strategies:
+    if plan.strategy.updates_within:
         alone_s = np.median(found.factors, axis=0) * (found.compute_s + found.rest_s)
         for rank, row in enumerate(order.rows):
             left_s = float(alone_s[rank]) - sum(seconds[a.kind, a.stage] for a in row)
@@ -209,6 +208,6 @@ def through_stages(plan: Plan, computed: Computed, prices: Prices) -> Computed:
     steady = found.factors / np.median(found.factors, axis=0)
     longer = replace(found, compute_s=span_s, cut_s=0.0, factors=steady)
     cost_s = replace(computed.cost, compute_s=span_s)
-    if plan.strategy.name in cut_strategies:
+    if plan.strategy.updates_within:
         longer, cost_s = replace(longer, update_s=0.0, rest_s=0.0), replace(cost_s, update_s=0.0, rest_s=0.0)
     return replace(computed, cost=cost_s, measured=longer, bubble=tuple(1 - share for share in busy))

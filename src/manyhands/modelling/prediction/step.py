@@ -120,7 +120,7 @@ def predicted(
     prices = Prices(cluster, plan.workers, transport, curves)
     if curves and computed.cost.compute_s:
         computed = cut_anew(computed, prices)
-    if not getattr(plan.strategy, "servers_add", False):
+    if not plan.strategy.servers_add:
         itemsize = next((p.element_size() for p in model.parameters() if p.requires_grad), 4)
         prices.serving_s_per_B = computed.cost.update(1) / itemsize
     if plan.mesh["pipeline"] > 1:
@@ -180,7 +180,7 @@ def with_memory(
 def _refuse(plan: Plan) -> None:
     assert isinstance(plan.mesh, Mesh)
     assert isinstance(plan.strategy, Strategy)
-    if plan.strategy.name == "ampnet":
+    if not plan.strategy.scheduled:
         raise BadInput(
             f"predict with {plan.strategy} on {plan.mesh}: its messages have an order only once they came, and are "
             "not priced. Predict pipedream or synchronous on this mesh; `manyhands plan` tells what each worker holds."
