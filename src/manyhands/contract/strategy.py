@@ -127,6 +127,8 @@ class Strategy(ABC):
     #: Servers only add what is pushed to them, which costs them next to nothing and a worker's step is its own whatever
     #: the others do. Else a push costs a server an update by the optimizer. Of no meaning where nobody pushes.
     servers_add: ClassVar[bool] = False
+    #: Why nothing is compressed, where there is no option ``compress``; completes "compress=top_k with hogwild: …".
+    uncompressed: ClassVar[str] = "a worker sends there what others need as it is."
     #: What makes this strategy diverge where lock-step would not; completes "…, or with ssp, a smaller staleness=".
     steadier: ClassVar[str] = ""
 
