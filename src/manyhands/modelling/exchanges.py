@@ -15,6 +15,7 @@ from typing import Any
 
 from manyhands.cluster.measured import Curve
 from manyhands.communication import futex, transports
+from manyhands.communication.communicator import ASIDE
 from manyhands.communication.transports.events import Operation
 from manyhands.modelling.calibration.collectives import meter
 from manyhands.modelling.calibration.repeating import Try
@@ -29,8 +30,6 @@ SECONDS = 0.15
 LONGEST_S = 0.003
 #: Sizes of one operation; of more, as many that lie between the least and the largest.
 MOST_SIZES = 6
-#: Exchanges that are no part of a step.
-LOOKING = ("consensus", "control")
 #: A gap in the deadline, for the tensors and the first rounds.
 DEADLINE_S = 60.0
 
@@ -66,9 +65,9 @@ def patterns_for(
 ) -> dict[str, Sequence[int]]:
     """The patterns that have what is asked for, and the sizes to measure them at, in bytes.
 
-    Only what all ``ranks`` take part in, or two of them; and nothing that is exchanged only to look.
+    Only what all ``ranks`` take part in, or two of them; and nothing that goes `ASIDE`.
     """
-    asked = [x for x in operations if x.purpose not in LOOKING and (x.size == ranks or x.name in ("send", *SERVED))]
+    asked = [x for x in operations if x.purpose not in ASIDE and (x.size == ranks or x.name in ("send", *SERVED))]
     one_copy = shares_memory and any(x.name == "all_gather" and x.common for x in asked)
     scatters = any(x.name == "reduce_scatter" for x in asked)
     found: dict[str, set[int]] = {}

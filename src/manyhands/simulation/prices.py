@@ -30,11 +30,10 @@ from collections.abc import Hashable, Sequence
 
 from manyhands.cluster import Cluster, Link
 from manyhands.cluster.measured import COMMON_GATHER, REREAD, Curve
+from manyhands.communication.communicator import LOOKING
 from manyhands.communication.transports.events import Operation
 from manyhands.simulation.curves import CURVE, EXTRAPOLATED, FORMULA, UNKNOWN, Curves, Priced, curves_of
 
-#: Counted apart, and no part of a step: what is exchanged only so that somebody can look.
-FREE = ("consensus",)
 #: Between a worker and memory that stands for a server.
 SERVED = ("pull", "push")
 
@@ -83,7 +82,7 @@ class Prices:
 
     def __call__(self, operation: Operation) -> float:
         """Seconds from when the last rank has come."""
-        if not self._links or not self._begun or operation.purpose in FREE:
+        if not self._links or not self._begun or operation.purpose in LOOKING:
             return 0.0
         if operation.name in SERVED:
             priced = self._message(operation, "between" if "between" in self._links else "within")

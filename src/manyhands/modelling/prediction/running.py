@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from manyhands.cluster import Cluster
-from manyhands.communication.communicator import reference_B
+from manyhands.communication.communicator import ASIDE, reference_B
 from manyhands.communication.transports.events import Operation
 from manyhands.contract import Measurement, Spread, Strategy
 from manyhands.data import Splits
@@ -31,8 +31,6 @@ from manyhands.training.sampler import steps_per_epoch
 RANK_STEPS = 40_000
 #: Steps for finding out what is exchanged.
 FEW_STEPS = 20
-#: Exchanges that a step's computing has in it already, or that are no part of one.
-UNPRICED = ("cut", "consensus", "control", "buckets")
 
 
 def by_sizes(
@@ -76,7 +74,8 @@ def in_lock_step(task: Task, plan: Plan, computed: Computed, prices: Prices) -> 
     assert workers is not None
     prices.begin()
     assert plan.micro_batches is not None
-    own_exchanges = [(x, times) for x, times in found.exchanges if x.purpose not in UNPRICED]
+    # What is computed has the exchanges of a cut in it already.
+    own_exchanges = [(x, times) for x, times in found.exchanges if x.purpose != "cut" and x.purpose not in ASIDE]
     per_step_s = sum(prices(x) * times for x, times in own_exchanges)
     counted = [(x, times) for x, times in found.exchanges if x.purpose in ("step", "cut")]
     sent_B = sum(reference_B(x.name, x.payload_B, x.size) * times for x, times in counted)
