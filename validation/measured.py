@@ -40,6 +40,7 @@ from manyhands.cluster import Cluster
 from manyhands.communication import futex
 from manyhands.errors import BadInput, ManyhandsError
 from manyhands.modelling import calibration, prediction
+from manyhands.modelling.given import Given
 from manyhands.modelling.profile import Profile
 from manyhands.training.rehearsal import rehearsed
 from manyhands.training.team import team
@@ -143,7 +144,7 @@ def measure(row: Row, ways: Sequence[Way], turns: int, cluster: Cluster) -> None
         task = row.task(200)
         decided = verbs.resolved(task, mh.Plan(**row.plan))
         model, splits = verbs.built(task, None)
-        plan = rehearsed(decided, model, task, splits.train).plan
+        plan, given = rehearsed(decided, model, task, splits.train).plan, Given(task, cluster, model, splits, here=True)
         assert plan.workers is not None
         tables = {"task": task.as_table(), "plan": plan.as_table()}
         transport = "shared" if plan.workers == 1 else plan.transport
@@ -154,7 +155,7 @@ def measure(row: Row, ways: Sequence[Way], turns: int, cluster: Cluster) -> None
                 tables,
                 turns,
                 row.knots,
-                prediction.asked_by(task, plan, cluster, model, splits),
+                prediction.asked_by(given, plan),
             )
     except ManyhandsError as e:
         row.failures["run"] = str(e).splitlines()[0]
@@ -169,13 +170,9 @@ def measure(row: Row, ways: Sequence[Way], turns: int, cluster: Cluster) -> None
             elif way == "grid":
                 computed = [grid(plan, turn) for turn in found]
             else:
-                calculated = prediction.computing(
-                    task, plan, cluster, model, splits, here=True, compute=way, fresh=False, data_dir=None
-                )
+                calculated = prediction.computing(given, plan, compute=way, fresh=False)
                 computed = [dataclasses.replace(calculated, curves=found[0][0].curves)]
-            guesses = [
-                prediction.predicted(task, plan, cluster, model, splits, here=True, computed=each) for each in computed
-            ]
+            guesses = [prediction.predicted(given, plan, computed=each) for each in computed]
         except ManyhandsError as e:
             row.failures[way] = str(e).splitlines()[0]
         else:

@@ -21,9 +21,9 @@ from manyhands.cluster.measured import Curve
 from manyhands.communication.topology import Mesh
 from manyhands.communication.transports.events import Operation
 from manyhands.contract import Strategy
-from manyhands.data import Splits
 from manyhands.errors import BadInput
 from manyhands.modelling import operations, operators, specification
+from manyhands.modelling.given import Given
 from manyhands.modelling.profile import Profile, profile
 from manyhands.models import losses, optimizers
 from manyhands.partition.pipeline import description as pipelines
@@ -34,7 +34,6 @@ from manyhands.simulation.coding import Coding
 from manyhands.simulation.pace import StepCost
 from manyhands.simulation.prices import Prices
 from manyhands.simulation.stragglers import Delays, Recorded
-from manyhands.task import Task
 
 #: Where what a worker computes comes from.
 Source = Literal["measured", "operators", "roofline"]
@@ -65,16 +64,11 @@ def is_cut(plan: Plan) -> bool:
 
 
 def computing(
-    task: Task,
+    given: Given,
     plan: Plan,
-    cluster: Cluster,
-    model: torch.nn.Module,
-    splits: Splits,
     *,
-    here: bool,
     compute: Source | None,
     fresh: bool,
-    data_dir: str | None,
     asked: Callable[[], Sequence[Operation]] = tuple,
 ) -> Computed:
     """What a step of ``plan`` computes, from the best source there is, or from ``compute``.
@@ -82,17 +76,17 @@ def computing(
     ``asked``: what a strategy exchanges that is no lock-step's, see `profile`.
     """
     if compute is None:
-        compute = "measured" if here or cluster.device.kind == "cpu" else "roofline"
+        compute = "measured" if given.here or given.cluster.device.kind == "cpu" else "roofline"
     if compute == "measured":
-        found = profile(task, plan, cluster, data_dir=data_dir, fresh=fresh, asked=asked)
-        notes = () if here else ("computing is measured on this machine's cores and taken to be the same there",)
+        found = profile(given.task, plan, given.cluster, data_dir=given.data_dir, fresh=fresh, asked=asked)
+        notes = () if given.here else ("computing is measured on this machine's cores and taken to be the same there",)
         return replace(as_measured(plan, found), notes=notes)
     if is_cut(plan):
         raise BadInput(
             f"compute={compute} with {plan.mesh}, shard={plan.shard}: parts of a model are measured, on a machine that "
             "can run them. Predict whole replicas (mesh=data=…), or leave compute out."
         )
-    return _calculated(task, plan, cluster, model, splits, compute)
+    return _calculated(given, plan, compute)
 
 
 def as_measured(plan: Plan, found: Profile) -> Computed:
@@ -118,10 +112,9 @@ def cut_anew(computed: Computed, prices: Prices) -> Computed:
     return replace(computed, cost=replace(computed.cost, compute_s=compute_s), measured=newer)
 
 
-def _calculated(
-    task: Task, plan: Plan, cluster: Cluster, model: torch.nn.Module, splits: Splits, compute: Source
-) -> Computed:
+def _calculated(given: Given, plan: Plan, compute: Source) -> Computed:
     """From a traced step, at the largest share and at half of it."""
+    task, cluster, model, splits = given.task, given.cluster, given.model, given.splits
     assert isinstance(plan.strategy, Strategy)
     assert plan.workers is not None
     whole = min(task.batch_size, len(splits.train))
