@@ -42,7 +42,7 @@ from manyhands.consistency.clipping import clip_
 from manyhands.consistency.compressed import CompressedWorker, Compressing, problems_of
 from manyhands.consistency.robust.aggregation import Aggregation, aggregation_from, too_few
 from manyhands.consistency.robust.worker import RobustWorker
-from manyhands.contract import BUCKET_B, Batch, Reference, Replica, Setting, Strategy, Traffic, Worker
+from manyhands.contract import Batch, Reference, Replica, Setting, Strategy, Traffic, Worker
 from manyhands.errors import NonFiniteLoss, Problem, Vetoed
 
 
@@ -241,8 +241,7 @@ class ReplicatedWorker(Worker):
     def __init__(self, replica: Replica, comm: Communicator) -> None:
         super().__init__(replica, comm)
         self._groups = [comm.over(piece.replicated_over) for piece in replica.pieces]
-        gradients_B = sum(piece.grad.nbytes for piece in replica.pieces)
-        self._overlap = gradients_B > BUCKET_B and all(group.overlaps and group.size > 1 for group in self._groups)
+        self._overlap = replica.runs > 1 and all(group.overlaps and group.size > 1 for group in self._groups)
 
     def step(self, batch: Batch) -> Tensor:
         """One step; see the file's head."""

@@ -25,10 +25,10 @@ from torch import Tensor, nn
 
 from manyhands.communication.communicator import Communicator
 from manyhands.communication.compression.compressor import Compressor, Layout
-from manyhands.contract import Batch, Block, Piece, Ready, StateSlice, carried, put_down, rows_of
+from manyhands.contract import BUCKET_B, Batch, Block, Piece, Ready, StateSlice, carried, put_down, rows_of
 from manyhands.errors import BadInput
 from manyhands.partition.backward import backward
-from manyhands.partition.buckets import Announcer
+from manyhands.partition.buckets import Announcer, runs
 from manyhands.partition.flexpoint import Flex16
 from manyhands.partition.rows import RowUpdate, before_lookup, tables, take_gradient, updates_rows_alone
 from manyhands.partition.update import LOST, SliceUpdate, Span, strides_of
@@ -75,6 +75,7 @@ class DataReplica:
         sparse: bool = False,
         blocks: Mapping[str, Block] | None = None,
         divided: frozenset[str] = frozenset(),
+        bucket_B: int = BUCKET_B,
     ) -> None:
         self.model, self.optimizer, self.loss = model, optimizer, loss
         self.blocks = dict(blocks or {})
@@ -103,6 +104,7 @@ class DataReplica:
         self._unsettled: set[int] = set()  # pieces in which there may be others
         self._warned = False
         self._left_out: list[torch.nn.Parameter] = []
+        self._bucket_B = bucket_B
         self._announcer: Announcer | None = None
         self._autocast: Callable[[], Any] = lambda: _NOTHING
         if precision == "bfloat16":
@@ -206,6 +208,11 @@ class DataReplica:
 
     # -- gradients -------------------------------------------------------------------------------------------------
 
+    @property
+    def runs(self) -> int:
+        """See `contract.Replica.runs`."""
+        return runs(self.pieces, self._spans, self._bucket_B)
+
     def gradients(self, batch: Batch, ready: Ready | None = None) -> tuple[Tensor, float]:
         """See `contract.Replica.gradients`."""
         t0 = time.perf_counter()
@@ -221,7 +228,7 @@ class DataReplica:
                 parameter.grad = None
         announcer = None
         if ready is not None:
-            announcer = self._announcer = self._announcer or Announcer(self.pieces, self._spans)
+            announcer = self._announcer = self._announcer or Announcer(self.pieces, self._spans, self._bucket_B)
             announcer.begin(ready)
         watching = self._watch() if self.watching else _NOTHING
         with watching, _NOTHING if self._format is None else self._format.training():

@@ -138,6 +138,7 @@ class PricedReplica:
         self.blocks: dict[str, Block] = {}
         self.buffers: list[Tensor] = []
         self.watching = False
+        self.runs = 1  # time passes at once
         self.compute_s = self.update_s = self.count = 0.0
         self._pace, self._clock, self._shares = pace, clock, shares
         self._loss = torch.zeros(())
