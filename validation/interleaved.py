@@ -25,7 +25,8 @@ from manyhands.modelling import calibration
 from manyhands.modelling.calibration.collectives import meter
 from manyhands.modelling.calibration.repeating import Try
 from manyhands.modelling.exchanges import LONGEST_S, patterns_for
-from manyhands.modelling.profile import Profile, Steps, joined, mirrored, operation
+from manyhands.modelling.keeping import Profile, operation
+from manyhands.modelling.profile import Steps, joined, mirrored
 from manyhands.plan import Plan
 from manyhands.simulation.folded import NotAlike
 from manyhands.task import Task, from_table

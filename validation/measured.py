@@ -41,7 +41,7 @@ from manyhands.communication import futex
 from manyhands.errors import BadInput, ManyhandsError
 from manyhands.modelling import calibration, prediction
 from manyhands.modelling.given import Given
-from manyhands.modelling.profile import Profile
+from manyhands.modelling.keeping import Profile
 from manyhands.training.rehearsal import rehearsed
 from manyhands.training.team import team
 from validation import interleaved, page, scores

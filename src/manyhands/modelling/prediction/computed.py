@@ -24,7 +24,8 @@ from manyhands.contract import Strategy
 from manyhands.errors import BadInput
 from manyhands.modelling import operations, operators, specification
 from manyhands.modelling.given import Given
-from manyhands.modelling.profile import Profile, profile
+from manyhands.modelling.keeping import Profile
+from manyhands.modelling.profile import profile
 from manyhands.models import losses, optimizers
 from manyhands.partition.pipeline import description as pipelines
 from manyhands.partition.pipeline.schedule import Action, makespan
