@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 import manyhands as mh
 from manyhands.communication.communicator import Communicator
-from manyhands.communication.compression.compressor import Layout, compressor_from
+from manyhands.communication.compression.compressor import compressor_from
+from manyhands.communication.compression.layout import Layout
 from manyhands.errors import BadInput
 from manyhands.modelling import compression
 from manyhands.modelling.compression import CANDIDATES, choose, from_probe, kept

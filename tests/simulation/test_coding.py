@@ -5,7 +5,8 @@ import pytest
 import manyhands as mh
 from manyhands.communication.communicator import reference_B
 from manyhands.communication.compression import compressors
-from manyhands.communication.compression.compressor import Layout, compressor_from
+from manyhands.communication.compression.compressor import compressor_from
+from manyhands.communication.compression.layout import Layout
 from manyhands.communication.compression.rehearsal import codings, typical_B
 from manyhands.simulation import coding, sizes
 from manyhands.simulation.coding import Coding

@@ -27,8 +27,11 @@ from torch import Tensor
 
 from manyhands.communication.communicator import Communicator, reference_B
 from manyhands.communication.compression import parcel
-from manyhands.communication.compression.compressor import Compressor, Layout, OneShot, Shape, State, compressor_from
+from manyhands.communication.compression.compressor import Compressor, compressor_from
+from manyhands.communication.compression.layout import Layout, Shape
+from manyhands.communication.compression.one_shot import OneShot
 from manyhands.communication.compression.rehearsal import codings, rehearse
+from manyhands.communication.compression.state import State
 from manyhands.communication.compression.table_rows import mean_of_rows
 from manyhands.consistency.agreement import agree_on_unused, gather_weights, told_weights
 from manyhands.consistency.clipping import clip_

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from manyhands.checks import is_positive, is_whole
 from manyhands.communication.communicator import Communicator
-from manyhands.communication.compression.compressor import Shape
+from manyhands.communication.compression.layout import Shape
 from manyhands.consistency.compressed import Compressing, problems_of
 from manyhands.consistency.independent import IndependentWorker
 from manyhands.contract import Batch, Parameters, Reference, Replica, Setting, Strategy, Traffic, Worker

@@ -54,7 +54,8 @@ from torch import Tensor
 
 from manyhands.checks import is_positive
 from manyhands.communication.communicator import Communicator
-from manyhands.communication.compression.compressor import Compressor, Shape, compressor_from
+from manyhands.communication.compression.compressor import Compressor, compressor_from
+from manyhands.communication.compression.layout import Shape
 from manyhands.communication.graphs import Mixing
 from manyhands.communication.reduction import reduce_into
 from manyhands.consistency.compressed import Compressing, Parcels, layout_for, layout_of, problems_of

@@ -36,7 +36,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from manyhands.communication.communicator import Communicator, Work, reference_B
-from manyhands.communication.compression.compressor import Shape
+from manyhands.communication.compression.layout import Shape
 from manyhands.consistency.agreement import agree_on_unused, weight_of
 from manyhands.consistency.clipping import clip_
 from manyhands.consistency.compressed import CompressedWorker, Compressing, problems_of

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from manyhands.communication.communicator import Communicator
-from manyhands.communication.compression.compressor import Compressor, Layout
+from manyhands.communication.compression.compressor import Compressor
+from manyhands.communication.compression.layout import Layout
 from manyhands.contract.block import Block
 
 #: ``ready(i, lo, hi, loss, count)``; see `Replica.gradients`.

@@ -31,7 +31,8 @@ from torch import Tensor, nn
 from manyhands.cluster import Cluster
 from manyhands.cluster.measured import Curve
 from manyhands.communication.communicator import Communicator
-from manyhands.communication.compression.compressor import Compressor, Cost, Layout, Shape, compressor_from
+from manyhands.communication.compression.compressor import Compressor, Cost, compressor_from
+from manyhands.communication.compression.layout import Layout, Shape
 from manyhands.communication.transports.events import Operation
 from manyhands.errors import BadInput
 from manyhands.plan import Resolved

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from manyhands.communication.communicator import Communicator
-from manyhands.communication.compression.compressor import Compressor, Layout
+from manyhands.communication.compression.compressor import Compressor
+from manyhands.communication.compression.layout import Layout
 from manyhands.contract import BUCKET_B, Batch, Block, Piece, Ready, StateSlice, carried, put_down, rows_of
 from manyhands.errors import BadInput
 from manyhands.partition.backward import backward

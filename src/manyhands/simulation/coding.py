@@ -24,8 +24,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from manyhands.communication.compression.compressor import Compressor, Layout, OneShot, Shape
+from manyhands.communication.compression.compressor import Compressor
+from manyhands.communication.compression.layout import Layout, Shape
 from manyhands.communication.compression.meter import FIRST
+from manyhands.communication.compression.one_shot import OneShot
 from manyhands.communication.compression.rehearsal import sample
 from manyhands.simulation.folded import FoldedCommunicator
 

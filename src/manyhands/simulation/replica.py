@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from manyhands.communication.communicator import Communicator
-from manyhands.communication.compression.compressor import Compressor, Layout
+from manyhands.communication.compression.compressor import Compressor
+from manyhands.communication.compression.layout import Layout
 from manyhands.contract import Batch, Block, Piece, Ready, StateSlice
 from manyhands.errors import BadInput
 from manyhands.partition.data import DataReplica

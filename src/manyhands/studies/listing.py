@@ -199,7 +199,7 @@ def _facts(kind: str, name: str, made: Any) -> dict[str, Any]:
 
 
 def _compression(name: str, made: Any) -> dict[str, Any]:
-    from manyhands.communication.compression.compressor import Layout
+    from manyhands.communication.compression.layout import Layout
     from manyhands.studies.compression.settings import recommended
 
     n = 2**20

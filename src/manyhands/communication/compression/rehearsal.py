@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from manyhands.communication.communicator import Communicator
-from manyhands.communication.compression.compressor import Compressor, Layout, OneShot, compressor_from
+from manyhands.communication.compression.compressor import Compressor, compressor_from
+from manyhands.communication.compression.layout import Layout
+from manyhands.communication.compression.one_shot import OneShot
 
 #: Values of the vector that is encoded to see how long its payload is.
 SAMPLE = 1 << 14

@@ -20,7 +20,9 @@ from torch import Tensor
 
 from manyhands.communication.board import NEVER
 from manyhands.communication.communicator import Communicator
-from manyhands.communication.compression.compressor import Layout, OneShot, compressor_from
+from manyhands.communication.compression.compressor import compressor_from
+from manyhands.communication.compression.layout import Layout
+from manyhands.communication.compression.one_shot import OneShot
 from manyhands.communication.compression.parcel import unpacked
 from manyhands.communication.transports.single import SingleCommunicator
 from manyhands.consistency.compressed import layout_for

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar, Self
 
 from manyhands.checks import is_whole
-from manyhands.communication.compression.compressor import Compressor, Shape
+from manyhands.communication.compression.compressor import Compressor
+from manyhands.communication.compression.layout import Shape
 from manyhands.consistency.compressed import Compressing, problems_of
 from manyhands.consistency.parameter_server import shards
 from manyhands.contract import Setting, Strategy, Traffic
