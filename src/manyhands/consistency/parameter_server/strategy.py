@@ -24,7 +24,9 @@ class OnServers(Strategy):
     """A strategy whose parameters lie on a server, and whose workers push to it and pull from it."""
 
     deterministic: ClassVar[bool] = False
-    #: Whether servers only add what is pushed to them, so that a worker's step is its own whatever the others do.
+    #: Whether a worker's step is its own whatever the others do, but for waiting: it can be measured by itself.
+    by_itself: ClassVar[bool] = False
+    #: Whether servers only add what is pushed to them.
     servers_add: ClassVar[bool] = False
 
     @property
@@ -92,8 +94,7 @@ class OnShards(Compressing, OnServers):
     """
 
     survives: ClassVar[bool] = True
-    #: What is pushed, if not gradients.
-    moves: ClassVar[str] = ""
+    alone: ClassVar[str] = "a server"
 
     servers: int | None = field(default=None, kw_only=True)
     compress: str = field(default="none", kw_only=True)
@@ -129,7 +130,7 @@ class OnShards(Compressing, OnServers):
         """See `OnServers.problems`; and what compressors cannot."""
         found, asked = super().problems(setting), f"compress={self.compress} with {self.name}"
         if self.compresses:
-            found += problems_of(self.compressor, asked, setting, alone="a server", moves=self.moves)
+            found += problems_of(self.compressor, asked, setting, alone=self.alone, moves=self.moves)
         return found
 
     def resolve(self, setting: Setting) -> Self:
