@@ -24,6 +24,7 @@ from manyhands.simulation.prices import Prices
 from manyhands.simulation.replica import sizes_of
 from manyhands.simulation.running import summed_up
 from manyhands.simulation.stragglers import Delays
+from manyhands.simulation.trace import Spans
 from manyhands.task import Task
 from manyhands.training.sampler import steps_per_epoch
 
@@ -46,6 +47,7 @@ def by_sizes(
     *,
     here: bool,
     steps: int,
+    spans: Spans | None = None,
 ) -> Outcome:
     """The strategy on replicas that have sizes and no numbers; `BadInput` if it looks at numbers."""
     assert isinstance(plan.strategy, Strategy)
@@ -66,7 +68,7 @@ def by_sizes(
         shares_memory,
         task.clip,
     )
-    return sizes.run(what, lambda: prices)
+    return sizes.run(what, lambda: prices, spans)
 
 
 def in_lock_step(task: Task, plan: Plan, computed: Computed, prices: Prices) -> Outcome:
