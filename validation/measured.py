@@ -149,7 +149,7 @@ def measure(row: Row, ways: Sequence[Way], turns: int, cluster: Cluster) -> None
         tables = {"task": task.as_table(), "plan": plan.as_table()}
         transport = "shared" if plan.workers == 1 else plan.transport
         with team(transport, plan.workers, threads=plan.threads) as crew:
-            times, found = interleaved.alternated(
+            turned = interleaved.alternated(
                 crew,
                 plan,
                 tables,
@@ -160,7 +160,8 @@ def measure(row: Row, ways: Sequence[Way], turns: int, cluster: Cluster) -> None
     except ManyhandsError as e:
         row.failures["run"] = str(e).splitlines()[0]
         return
-    row.runs_s = [float(np.median(turn)) for turn in times]
+    found = turned.profiles
+    row.runs_s = [float(np.median(turn)) for turn in turned.times]
     for way in ways:
         if way == "grid" and not row.knots:
             continue

@@ -104,6 +104,15 @@ def test_a_server_that_adds_is_mirrored_and_what_is_done_under_its_lock_is_nobod
         mirrored("ssp", size=2)
 
 
+def test_a_server_that_updates_is_mirrored_and_its_visits_are_known_by_kind():
+    mirror, _ = mirrored("asynchronous", size=2, served=True)
+    assert mirror.spent.visits == {("push", "pull")}
+    mirror, _ = mirrored("downpour(fetch=2)", size=2, served=True)
+    assert mirror.spent.visits == {("push",), ("push", "pull")}
+    mirror, _ = mirrored("ssp(staleness=0)", size=2, served=True)
+    assert mirror.spent.visits == {("push",), ("pull",)}
+
+
 def test_exchanges_inside_a_model_are_priced_and_no_others():
     mirror = MirrorCommunicator(1, 4, transport="gloo", shares_memory=False, price=lambda op: op.payload_B / 1e3)
     mirror.all_reduce(torch.zeros(10)).wait()

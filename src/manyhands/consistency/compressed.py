@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -41,6 +41,11 @@ from manyhands.errors import Problem
 
 class Compressing:
     """What strategies have in common that have ``compress`` among their fields."""
+
+    #: Who gets a payload by itself: a server, a neighbour; else all meet in a mean.
+    alone: ClassVar[str] = ""
+    #: What is sent, if not gradients: ``changes of parameters are``.
+    moves: ClassVar[str] = ""
 
     compress: str
 

@@ -46,6 +46,7 @@ class Downpour(OnShards):
 
     name: ClassVar[str] = "downpour"
     bears_stages: ClassVar[bool] = True
+    by_itself: ClassVar[bool] = True
     paper: ClassVar[Reference] = Reference(
         "Dean et al.", "Large scale distributed deep networks", 2012, "NeurIPS 25", survey="VI-A"
     )

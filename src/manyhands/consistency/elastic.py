@@ -76,6 +76,7 @@ class Elastic(Compressing, Strategy):
     """
 
     name: ClassVar[str] = "elastic"
+    moves: ClassVar[str] = "differences of parameters are"
     bears_cuts: ClassVar[bool] = True
     paper: ClassVar[Reference] = Reference(
         "Zhang, Choromanska & LeCun",
@@ -150,7 +151,7 @@ class Elastic(Compressing, Strategy):
                 )
             )
         elif self.compresses:
-            found += problems_of(self.compressor, asked, setting, moves="differences of parameters are")
+            found += problems_of(self.compressor, asked, setting, moves=self.moves)
         if self.mode == "synchronous" and setting.workers > 1:
             most = stable_alpha(0.0, setting.workers, together=True)
             if self.stiffness(setting.workers) > most:

@@ -88,6 +88,8 @@ class Gossip(Compressing, OverGraph):
     """
 
     name: ClassVar[str] = "gossip"
+    alone: ClassVar[str] = "a neighbour"
+    moves: ClassVar[str] = "differences of parameters are"
     bears_cuts: ClassVar[bool] = True
     paper: ClassVar[Reference] = Reference(
         "Lian, Zhang, Zhang, Hsieh, Zhang & Liu",
@@ -145,9 +147,7 @@ class Gossip(Compressing, OverGraph):
                     "Use graph=ring, torus, exponential, random_regular or complete.",
                 )
             )
-        refused = problems_of(
-            self.compressor, asked, setting, alone="a neighbour", moves="differences of parameters are"
-        )
+        refused = problems_of(self.compressor, asked, setting, alone=self.alone, moves=self.moves)
         found += refused
         if not refused and not approaches(self.compressor):
             found.append(

@@ -124,8 +124,10 @@ class Strategy(ABC):
     #: Where the network is cut it follows a schedule. Else messages go as they come: there are no micro-batches, and
     #: the order of what a step exchanges, and so its time, is known only when it is over.
     scheduled: ClassVar[bool] = True
-    #: Servers only add what is pushed to them, which costs them next to nothing and a worker's step is its own whatever
-    #: the others do. Else a push costs a server an update by the optimizer. Of no meaning where nobody pushes.
+    #: On servers a worker's step is its own whatever the others do, but for waiting: it can be measured by itself.
+    by_itself: ClassVar[bool] = False
+    #: Servers only add what is pushed to them, which costs them next to nothing. Else a push costs a server an update
+    #: by the optimizer. Of no meaning where nobody pushes.
     servers_add: ClassVar[bool] = False
     #: Why nothing is compressed, where there is no option ``compress``; completes "compress=top_k with hogwild: …".
     uncompressed: ClassVar[str] = "a worker sends there what others need as it is."

@@ -97,7 +97,7 @@ def _key(task: Task, plan: Plan) -> str:
     said = [x if isinstance(x, str) or x is None else f"<{id(x)}>" for x in parts]
     table = {k: str(v) for k, v in plan.as_table().items() if k != "timeout_s"}
     every = [
-        "exchanges",
+        "visits",
         *said,
         task.clip,
         task.batch_size,

@@ -8,7 +8,8 @@ communication to make a step.
     compute, update, rest   medians of a step of one worker, seconds
     factors                 step by step, by how much each was above or below; of all workers at the same moments
     exchanges               operations of a step that the prices are asked for
-    curves                  and what they take in these workers, at their sizes, where all of the plan's are here
+    curves                  and what they take in these workers, at their sizes, where all of the plan's are here; of
+                            servers that are memory, what is done under a lock (`visits`)
 
 Cost: starting the workers, ``seconds``, and a tenth of a second for each kind of exchange (`exchanges`); once a day,
 see `keeping`.
@@ -27,16 +28,18 @@ import torch
 from manyhands.cluster import Cluster
 from manyhands.cluster.measured import Curve
 from manyhands.communication import futex
+from manyhands.communication.communicator import Communicator
 from manyhands.communication.topology import Mesh
 from manyhands.communication.transports.events import Operation
 from manyhands.communication.transports.single import SingleCommunicator
 from manyhands.consistency.synchronous import Synchronous
 from manyhands.contract import Batch, Piece, Strategy
-from manyhands.modelling import keeping
+from manyhands.modelling import keeping, visits
 from manyhands.modelling.calibration.measuring import MEASURED, not_here
 from manyhands.modelling.exchanges import curves_here
 from manyhands.modelling.fed import Actions, feed
 from manyhands.modelling.keeping import Profile, operation
+from manyhands.modelling.visits import Visits
 from manyhands.partition.pipeline import description as pipeline
 from manyhands.partition.pipeline.cut import cut as cut_into_stages
 from manyhands.partition.pipeline.replica import PipelineReplica
@@ -147,7 +150,8 @@ def job(member: Member, seconds: float, data_dir: str | None) -> dict[str, Any]:
     except NotAlike as e:
         return {"not_alike": str(e)}
     member.comm.barrier()
-    return steps.told()
+    told, servers = steps.told(), steps.visits(member.comm)
+    return told if servers is None else told | {"visits": servers.take(steps.median_s)}
 
 
 def mirrored(member: Member, task: Task, plan: Plan, cluster: Cluster | None, data_dir: str | None) -> Steps:
@@ -166,11 +170,25 @@ def mirrored(member: Member, task: Task, plan: Plan, cluster: Cluster | None, da
         price=prices,
         really=member.comm if piped else None,
         messages=plan.strategy.alike,
-        served=plan.transport in SHARE_MEMORY and plan.strategy.servers_add,
+        served=_is_served(plan),
     )
     run = prepare(Member(mirror, (task, plan), allocator=member.allocator), task, plan, Options(data_dir=data_dir))
     mirror.really = None
+    if _is_served(plan) and any(piece.width for piece in run.replica.pieces):
+        raise NotAlike("rows of a table")  # which ones a batch touches; the simulation asks for whole tables
     return Steps(run, mirror, _fed(run) if piped else None)
+
+
+def _is_served(plan: Plan) -> bool:
+    """Whether a rank's steps can be measured by themselves though it has servers, in memory that is common.
+
+    Where those do more than add, what they do has to be measured, too.
+    """
+    strategy = plan.strategy
+    assert isinstance(strategy, Strategy)
+    if plan.transport not in SHARE_MEMORY or not strategy.by_itself:
+        return False
+    return strategy.servers_add or exchanges_here(plan)
 
 
 def _fed(run: Run) -> Actions:
@@ -240,6 +258,19 @@ class Steps:
         self._taken += taken
         del self._rows[before_now : before_now + skipped]
 
+    @property
+    def median_s(self) -> float:
+        """What a step computes."""
+        return float(np.median([row[0] for row in self._rows]))
+
+    def visits(self, comm: Communicator) -> Visits | None:
+        """To the servers of a strategy on ``comm``, whose ranks are all of the plan's; None if there are none."""
+        kinds, plan = self._mirror.spent.visits, self._run.plan
+        if not kinds or not exchanges_here(plan):
+            return None
+        assert isinstance(plan.strategy, Strategy)
+        return Visits(plan.strategy, self._run.replica, comm, sorted(kinds))
+
     def told(self) -> dict[str, Any]:
         """As it travels."""
         n = self._taken  # those whose times are not kept have exchanged, too
@@ -270,16 +301,21 @@ def _measured(
             raise NotAlike(next(one["not_alike"] for one in told if "not_alike" in one))
         found = joined(told)
         operations = operations_of(found) if asked is None else asked()
-        return dataclasses.replace(found, curves=_curves(crew, plan, operations, found.compute_s))
+        assert plan.workers is not None
+        visited = visits.curves([one.get("visits", ()) for one in told], plan.transport, plan.workers)
+        curves = _curves(crew, plan, operations, found.compute_s, visited=bool(visited))
+        return dataclasses.replace(found, curves=(*curves, *visited))
 
 
-def _curves(crew: Team, plan: Plan, operations: Sequence[Operation], compute_s: float) -> tuple[Curve, ...]:
+def _curves(
+    crew: Team, plan: Plan, operations: Sequence[Operation], compute_s: float, *, visited: bool = False
+) -> tuple[Curve, ...]:
     """Of the plan's exchanges, by ``crew``; those under mpiexec take no live objects and are a crew of their own."""
     if not exchanges_here(plan):
         return ()
     assert plan.workers is not None
     if plan.transport != "mpi":
-        return curves_here(crew, plan.transport, plan.workers, operations, compute_s)
+        return curves_here(crew, plan.transport, plan.workers, operations, compute_s, visited=visited)
     with team(plan.transport, plan.workers, threads=plan.threads) as others:
         return curves_here(others, plan.transport, plan.workers, operations, compute_s)
 

@@ -3,9 +3,9 @@
     pull   lock;  θ and version;  unlock
     push   lock;  θ ← u(θ, g);  version ← version + 1;  unlock
 
-Whoever pushes does the server's work himself, under the shard's lock. A worker that dies meanwhile leaves a lock for
-the next to take over. Guarantee: pushes to one shard happen one after the other and none is lost. Payload is counted
-as ``push`` and ``pull``.
+Whoever pushes does the server's work himself, under the shard's lock, and in virtual time the lock is held as long as
+that takes. A worker that dies meanwhile leaves a lock for the next to take over. Guarantee: pushes to one shard happen
+one after the other and none is lost. Payload is counted as ``push`` and ``pull``.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ class CommonStore(Store):
             if self.replica.pieces[shard.piece].width:
                 continue  # rows come when they are looked up
             theirs, mine = self._both(shard)
-            self.comm.access("pull", mine, at=shard.server)
             with self._holding(s, To.READ):
+                self.comm.access("pull", mine, at=shard.server)
                 mine.copy_(theirs)
                 self.read[s] = int(self._versions[s])
 
@@ -83,14 +83,13 @@ class CommonStore(Store):
                 self._push_rows(s, vectors[shard.piece])
                 continue
             theirs, mine = self._both(shard)
-            self.comm.access("push", payloads[s], at=shard.server)
-            if pull:
-                self.comm.access("pull", mine, at=shard.server)
             with self._holding(s, To.UPDATE):
+                self.comm.access("push", payloads[s], at=shard.server)
                 late = int(self._versions[s]) - self.read[s]
                 self._update(shard, vectors[shard.piece], late)
                 self._versions[s] += 1
                 if pull:
+                    self.comm.access("pull", mine, at=shard.server)
                     mine.copy_(theirs)
                     self.read[s] = int(self._versions[s])
             self.staleness[late] += 1
@@ -103,9 +102,9 @@ class CommonStore(Store):
             own = within(rows, shard, piece.width)
             if len(own):
                 mine, theirs = (flat.view(-1, piece.width) for flat in (piece.flat, self.flats[i]))
-                self.comm.access("pull", own, at=shard.server)  # the request
-                self.comm.access("pull", mine[: len(own)], at=shard.server)  # the answer
                 with self._holding(s, To.READ, own):
+                    self.comm.access("pull", own, at=shard.server)  # the request
+                    self.comm.access("pull", mine[: len(own)], at=shard.server)  # the answer
                     mine[own] = theirs[own]
                     self.read[s] = int(self._versions[s])
 
@@ -119,9 +118,9 @@ class CommonStore(Store):
             return
         first = int(torch.searchsorted(piece.rows, own[0]))
         gradient = values.view(-1, piece.width)[first : first + len(own)]
-        self.comm.access("push", own, at=shard.server)
-        self.comm.access("push", gradient, at=shard.server)
         with self._holding(s, To.UPDATE, own):
+            self.comm.access("push", own, at=shard.server)
+            self.comm.access("push", gradient, at=shard.server)
             late = int(self._versions[s]) - self.read[s]
             self._update_rows(shard, own, gradient, late)
             self._versions[s] += 1
@@ -167,8 +166,8 @@ class CommonStore(Store):
         for s in self._order:
             shard = self.shards[s]
             change = vectors[shard.piece][shard.lo : shard.hi]
-            self.comm.access("push", payloads[s], at=shard.server)
             with self._holding(s, To.ADD):
+                self.comm.access("push", payloads[s], at=shard.server)
                 self.flats[shard.piece][shard.lo : shard.hi].add_(change)
                 self._versions[s] += 1
 

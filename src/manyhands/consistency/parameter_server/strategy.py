@@ -91,8 +91,7 @@ class OnShards(Compressing, OnServers):
     """
 
     survives: ClassVar[bool] = True
-    #: What is pushed, if not gradients.
-    moves: ClassVar[str] = ""
+    alone: ClassVar[str] = "a server"
 
     servers: int | None = field(default=None, kw_only=True)
     compress: str = field(default="none", kw_only=True)
@@ -128,7 +127,7 @@ class OnShards(Compressing, OnServers):
         """See `OnServers.problems`; and what compressors cannot."""
         found, asked = super().problems(setting), f"compress={self.compress} with {self.name}"
         if self.compresses:
-            found += problems_of(self.compressor, asked, setting, alone="a server", moves=self.moves)
+            found += problems_of(self.compressor, asked, setting, alone=self.alone, moves=self.moves)
         return found
 
     def resolve(self, setting: Setting) -> Self:

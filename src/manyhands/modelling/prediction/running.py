@@ -23,6 +23,7 @@ from manyhands.simulation.prices import Prices
 from manyhands.simulation.replica import sizes_of
 from manyhands.simulation.running import summed_up
 from manyhands.simulation.stragglers import Delays
+from manyhands.simulation.trace import Spans
 from manyhands.training.sampler import steps_per_epoch
 
 #: Ranks × steps at most, of strategies whose ranks run one by one.
@@ -31,7 +32,9 @@ RANK_STEPS = 40_000
 FEW_STEPS = 20
 
 
-def by_sizes(given: Given, plan: Plan, computed: Computed, prices: Prices, *, steps: int) -> Outcome:
+def by_sizes(
+    given: Given, plan: Plan, computed: Computed, prices: Prices, *, steps: int, spans: Spans | None = None
+) -> Outcome:
     """The strategy on replicas that have sizes and no numbers; `BadInput` if it looks at numbers."""
     task, model, splits = given.task, given.model, given.splits
     assert isinstance(plan.strategy, Strategy)
@@ -52,7 +55,7 @@ def by_sizes(given: Given, plan: Plan, computed: Computed, prices: Prices, *, st
         shares_memory,
         task.clip,
     )
-    return sizes.run(what, lambda: prices)
+    return sizes.run(what, lambda: prices, spans)
 
 
 def in_lock_step(given: Given, plan: Plan, computed: Computed, prices: Prices) -> Outcome:

@@ -31,6 +31,7 @@ from manyhands.modelling.prediction.computed import Computed, Source, computing,
 from manyhands.modelling.prediction.running import asked_by, by_sizes, in_lock_step, of_the_whole_run
 from manyhands.plan import Plan
 from manyhands.simulation.prices import Prices
+from manyhands.simulation.trace import Spans
 
 #: Relative errors that were found in validation (docs/validation.md), by where a figure comes from. A formula's is what
 #: α-β forms miss by on curves that were measured; a roofline's is that of published tables without a constant.
@@ -91,10 +92,12 @@ def predicted(
     notes: tuple[str, ...] = (),
     computed: Computed | None = None,
     steps: int = STEPS,
+    spans: Spans | None = None,
 ) -> Prediction:
     """``plan`` is decided.
 
-    ``computed``: what is known of its computing already. ``steps``: so many are simulated at most.
+    ``computed``: what is known of its computing already. ``steps``: so many are simulated at most. ``spans``: who did
+    what when in them; of strategies that run in virtual time.
     """
     began = time.perf_counter()
     assert isinstance(plan.strategy, Strategy)
@@ -110,7 +113,8 @@ def predicted(
     prices = Prices(cluster, plan.workers, transport, curves)
     if curves and computed.cost.compute_s:
         computed = cut_anew(computed, prices)
-    if not plan.strategy.servers_add:
+    profiled = computed.measured is not None and not computed.measured.plain
+    if not profiled and not plan.strategy.servers_add:  # else it is in the price of a push
         itemsize = next((p.element_size() for p in given.model.parameters() if p.requires_grad), 4)
         prices.serving_s_per_B = computed.cost.update(1) / itemsize
     if plan.mesh["pipeline"] > 1:
@@ -119,7 +123,7 @@ def predicted(
         outcome = in_lock_step(given, plan, computed, prices)
     else:
         try:
-            outcome = by_sizes(given, plan, computed, prices, steps=steps)
+            outcome = by_sizes(given, plan, computed, prices, steps=steps, spans=spans)
         except BadInput:
             if computed.measured is None or computed.measured.plain:
                 raise  # a plain step's exchanges are not this strategy's
