@@ -21,7 +21,9 @@ import _measure as measure
 import torch
 from _measure import Burst, Candidate, Report, Spread, Target
 
-from manyhands.communication.compression.compressor import Compressor, Layout, OneShot, compressor_from
+from manyhands.communication.compression.compressor import Compressor, compressor_from
+from manyhands.communication.compression.layout import Layout
+from manyhands.communication.compression.one_shot import OneShot
 from manyhands.communication.compression.powersgd import PowerSGD, orthogonalised
 from manyhands.communication.compression.random_k import RandomK
 from manyhands.training.allocator import tune

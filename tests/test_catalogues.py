@@ -11,7 +11,9 @@ import pytest
 import manyhands
 from manyhands.catalogue import Catalogue
 from manyhands.communication.communicator import Communicator
+from manyhands.consistency import strategies
 from manyhands.contract import Strategy
+from manyhands.partition import cut_strategies
 
 #: Which package keeps its table of contents under which name.
 CATALOGUES = {
@@ -78,6 +80,12 @@ def test_every_class_with_a_name_is_listed(base, title):
     listed = {load(*entry) for entry in ENTRIES}
     named = [c for c in _subclasses(base) if c.__module__.startswith("manyhands.") and title in vars(c)]
     assert [f"{c.__module__}:{c.__name__}" for c in named if c not in listed] == []
+
+
+def test_strategies_of_partition_and_only_they_update_within_the_cut():
+    every = Catalogue("strategy", {**strategies, **cut_strategies})
+    within = [name for name in every if every.load(name).updates_within]
+    assert within == list(cut_strategies)
 
 
 def _subclasses(cls: type) -> list[type]:

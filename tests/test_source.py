@@ -1,4 +1,6 @@
-"""What the source may not contain: code that unpickles or evaluates what came from outside, and stray prints."""
+"""What the source may not contain: code that unpickles or evaluates what came from outside, stray prints, and what is
+special about a strategy anywhere but in its own file (it declares it, see `contract.Strategy`).
+"""
 
 import ast
 from pathlib import Path
@@ -33,6 +35,8 @@ def offences(source: str, *, may_print: bool = False) -> list[str]:
             case _:
                 modules = []
         found += [f"{node.lineno}: imports {m}" for m in modules if UNPICKLERS & set(m.split("."))]
+        if isinstance(node, ast.Compare) and "strategy.name" in ast.unparse(node):
+            found.append(f"{node.lineno}: compares a strategy's name")
         if isinstance(node, ast.Call):
             found += [f"{node.lineno}: {what}" for what in _bad_call(node, may_print=may_print)]
     return found
@@ -94,6 +98,8 @@ def test_source_file_is_safe(path):
         "exec(text)",
         "yaml.load(text)",
         "def f():\n    print(1)",
+        "plan.strategy.name == 'ssp'",
+        "strategy.name in cut_strategies",
     ],
 )
 def test_each_forbidden_construct_is_found(text):

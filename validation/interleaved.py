@@ -11,7 +11,7 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,12 +23,13 @@ from manyhands.communication import futex
 from manyhands.communication.transports.events import Operation
 from manyhands.consistency.synchronous import Synchronous
 from manyhands.contract import Batch
-from manyhands.modelling import calibration
+from manyhands.modelling import calibration, visits
 from manyhands.modelling.calibration.collectives import meter
 from manyhands.modelling.calibration.repeating import Try
 from manyhands.modelling.exchanges import LONGEST_S, patterns_for
+from manyhands.modelling.keeping import Profile, operation
 from manyhands.modelling.operators.gauge import Gauge
-from manyhands.modelling.profile import Profile, Steps, joined, mirrored, operation
+from manyhands.modelling.profile import Steps, joined, mirrored
 from manyhands.plan import Plan
 from manyhands.simulation.folded import NotAlike
 from manyhands.task import Task, from_table
@@ -49,6 +50,19 @@ GAUGE_S = 0.06
 FIRST = 2
 
 
+class Turns(NamedTuple):
+    """What workers have found, turn by turn."""
+
+    #: Of worker 0's real steps (turn × step), seconds each.
+    times: NDArray[np.float64]
+    #: When those of each worker ended (worker × turn × step), by one clock.
+    ends: NDArray[np.float64]
+    #: By turn, at the task's batch and at others.
+    profiles: list[list[Profile]]
+    #: By turn, how many times as long as at its calibration the machine took.
+    slower: list[float]
+
+
 def alternated(
     crew: Team,
     plan: Plan,
@@ -56,28 +70,27 @@ def alternated(
     turns: int,
     batches: Sequence[int],
     asked: Sequence[Operation],
-) -> tuple[NDArray[np.float64], list[list[Profile]], list[float]]:
-    """Times of real steps (turn × step) of worker 0, and by turn: profiles at the task's batch and at ``batches``, and
-    how many times as long as at its calibration the machine takes.
+    fewest: int = 3,
+) -> Turns:
+    """Real steps and profiles, at the task's batch and at ``batches``, by turn.
 
-    ``asked``: what a strategy exchanges that is measured as a plain one. What exchanges take is the median of turns.
+    ``asked``: what a strategy exchanges that is measured as a plain one. What exchanges take is the median of turns;
+    what is done to servers' memory that of each turn. A turn has so many steps at the ``fewest``.
     """
-    told = crew.run(JOB, turns, tables, list(batches), [list(x) for x in asked], deadline_s=300.0)
+    told = crew.run(JOB, turns, tables, list(batches), [list(x) for x in asked], fewest, deadline_s=300.0)
     assert plan.workers is not None
     oversubscribed = plan.workers > futex.cores()
     tries = [[Try(each, None, None, oversubscribed) for each in turn] for turn in told[0]["exchanges"]]
     by_turn = [[c for one in turn for c in one.curves(plan.transport, plan.workers)] for turn in tries]
     more: dict[str, Any] = {"plain": bool(told[0]["plain"])}
-    more["curves"] = tuple(_median_curve(each) for each in zip(*by_turn, strict=True))
+    curves = tuple(_median_curve(each) for each in zip(*by_turn, strict=True))
     slower = [statistics.median(one["slower"][turn] for one in told) for turn in range(turns)]
-    found = [
-        [
-            dataclasses.replace(joined([one["profiles"][turn][i] for one in told]), **more)
-            for i in range(1 + len(batches))
-        ]
-        for turn in range(turns)
-    ]
-    return told[0]["times"].numpy(), found, slower
+    found = []
+    for turn in range(turns):
+        visited = visits.curves([one["visits"][turn] for one in told], plan.transport, plan.workers)
+        each = [joined([one["profiles"][turn][i] for one in told]) for i in range(1 + len(batches))]
+        found.append([dataclasses.replace(one, **more, curves=(*curves, *visited)) for one in each])
+    return Turns(told[0]["times"].numpy(), np.stack([one["ends"].numpy() for one in told]), found, slower)
 
 
 def _median_curve(each: Sequence[Curve]) -> Curve:
@@ -88,7 +101,12 @@ def _median_curve(each: Sequence[Curve]) -> Curve:
 
 
 def job(
-    member: Member, turns: int, tables: dict[str, Any], batches: Sequence[int], asked: Sequence[Sequence[Any]]
+    member: Member,
+    turns: int,
+    tables: dict[str, Any],
+    batches: Sequence[int],
+    asked: Sequence[Sequence[Any]],
+    fewest: int,
 ) -> dict[str, Any]:
     """What a worker does: in each turn real steps, mirrored ones at every batch, and rounds of the plan's exchanges."""
     task, plan = from_table(Task, tables["task"], "[task]"), from_table(Plan, tables["plan"], "[plan]")
@@ -101,26 +119,33 @@ def job(
     _steps(real, shares, 5)
     for profiled in mirrors:
         profiled.take(TURN_S)
-    step_s = _longest(member, _steps(real, shares, 5))
-    count = max(3, int(TURN_S / max(step_s, 1e-6)))
+    step_s = _longest(member, _steps(real, shares, 5)[0])
+    turn_s = max(TURN_S, fewest * step_s)
+    count = max(fewest, int(turn_s / max(step_s, 1e-6)))
     operations = [operation(said) for said in asked] if plain else _asked(member, mirrors[0].told())
-    meters = _meters(member, operations, step_s)
+    servers = mirrors[0].visits(member.comm)
+    meters = _meters(member, operations, step_s, visited=servers is not None)
     gauge = _gauge(cluster, plan)
-    times, profiles, exchanges, slower = [], [], [], []
+    times, ends, profiles, exchanges, visited, slower = [], [], [], [], [], []
     for _ in range(turns):
         member.comm.barrier()
-        times.append(_steps(real, shares, FIRST + min(count, 500))[FIRST:])
+        taken, ended = _steps(real, shares, FIRST + min(count, 500))
+        times.append(taken[FIRST:])
+        ends.append(ended[FIRST:])
         for i, profiled in enumerate(mirrors):
             member.comm.barrier()
             profiled.begin()
-            profiled.take(TURN_S / 2 if i else TURN_S, skipped=FIRST)
+            profiled.take(turn_s / 2 if i else turn_s, skipped=FIRST)
         profiles.append([profiled.told() for profiled in mirrors])
         exchanges.append([measured() for measured in meters])
+        visited.append([] if servers is None else servers.take(mirrors[0].median_s, EXCHANGE_S))
         member.comm.barrier()
         slower.append(gauge.slower(GAUGE_S))
     real.worker.meet()
     return {
         "times": torch.tensor(times, dtype=torch.float64),
+        "ends": torch.tensor(ends, dtype=torch.float64),
+        "visits": visited,
         "plain": plain,
         "profiles": profiles,
         "exchanges": exchanges,
@@ -144,11 +169,15 @@ def _asked(member: Member, told: dict[str, Any]) -> list[Operation]:
     return found + [Operation("send", int(n), 2, (0, 1), 0, 1, False, "cut") for n in set(hops.tolist()) - {0.0}]
 
 
-def _meters(member: Member, operations: Sequence[Operation], step_s: float) -> list[Callable[[], dict[str, Any]]]:
+def _meters(
+    member: Member, operations: Sequence[Operation], step_s: float, *, visited: bool
+) -> list[Callable[[], dict[str, Any]]]:
     comm = member.comm
     if comm.size == 1:
         return []
-    wanted = patterns_for(operations, comm.size, shares_memory=comm.shares_memory, one_sided=comm.one_sided)
+    wanted = patterns_for(
+        operations, comm.size, shares_memory=comm.shares_memory, one_sided=comm.one_sided, visited=visited
+    )
     compute_s = min(step_s, LONGEST_S)
     return [meter(comm, name, sizes, EXCHANGE_S, compute_s) for name, sizes in wanted.items()]
 
@@ -172,9 +201,9 @@ def _longest(member: Member, times: list[float]) -> float:
     return float(told.max())
 
 
-def _steps(run: Run, shares: Any, count: int) -> list[float]:
-    """As the training loop times them."""
-    clock, times = time.perf_counter, []
+def _steps(run: Run, shares: Any, count: int) -> tuple[list[float], list[float]]:
+    """As the training loop times them, and when they ended."""
+    clock, times, ends = time.perf_counter, list[float](), list[float]()
     for _ in range(count):
         share = next(shares)
         run.comm.step = share.before.step
@@ -183,5 +212,6 @@ def _steps(run: Run, shares: Any, count: int) -> list[float]:
         run.worker.step(Batch(inputs, target, len(share.indices), share.global_count))
         if run.schedule is not None:
             advance(run.schedule)
-        times.append(clock() - t0)
-    return times
+        ends.append(clock())
+        times.append(ends[-1] - t0)
+    return times, ends

@@ -40,7 +40,8 @@ from manyhands.cluster import Cluster
 from manyhands.communication import futex
 from manyhands.errors import BadInput, ManyhandsError
 from manyhands.modelling import calibration, prediction
-from manyhands.modelling.profile import Profile
+from manyhands.modelling.given import Given
+from manyhands.modelling.keeping import Profile
 from manyhands.training.rehearsal import rehearsed
 from manyhands.training.team import team
 from validation import interleaved, page, scores
@@ -143,23 +144,24 @@ def measure(row: Row, ways: Sequence[Way], turns: int, cluster: Cluster) -> None
         task = row.task(200)
         decided = verbs.resolved(task, mh.Plan(**row.plan))
         model, splits = verbs.built(task, None)
-        plan = rehearsed(decided, model, task, splits.train).plan
+        plan, given = rehearsed(decided, model, task, splits.train).plan, Given(task, cluster, model, splits, here=True)
         assert plan.workers is not None
         tables = {"task": task.as_table(), "plan": plan.as_table()}
         transport = "shared" if plan.workers == 1 else plan.transport
         with team(transport, plan.workers, threads=plan.threads) as crew:
-            times, found, slower = interleaved.alternated(
+            turned = interleaved.alternated(
                 crew,
                 plan,
                 tables,
                 turns,
                 row.knots,
-                prediction.asked_by(task, plan, cluster, model, splits),
+                prediction.asked_by(given, plan),
             )
     except ManyhandsError as e:
         row.failures["run"] = str(e).splitlines()[0]
         return
-    row.runs_s = [float(np.median(turn)) for turn in times]
+    found = turned.profiles
+    row.runs_s = [float(np.median(turn)) for turn in turned.times]
     for way in ways:
         if way == "grid" and not row.knots:
             continue
@@ -169,17 +171,15 @@ def measure(row: Row, ways: Sequence[Way], turns: int, cluster: Cluster) -> None
             elif way == "grid":
                 computed = [grid(plan, turn) for turn in found]
             else:
-                calculated = prediction.computing(
-                    task, plan, cluster, model, splits, here=False, compute=way, fresh=False, data_dir=None
-                )
-                factors = slower if way == "operators" else [1.0]
+                # The gauge of each turn says how quick the machine was in it.
+                elsewhere = dataclasses.replace(given, here=False)
+                calculated = prediction.computing(elsewhere, plan, compute=way, fresh=False)
                 curves = found[0][0].curves
                 computed = [
-                    dataclasses.replace(calculated, cost=calculated.cost.times(k), curves=curves) for k in factors
+                    dataclasses.replace(calculated, cost=calculated.cost.times(k), curves=curves)
+                    for k in (turned.slower if way == "operators" else [1.0])
                 ]
-            guesses = [
-                prediction.predicted(task, plan, cluster, model, splits, here=True, computed=each) for each in computed
-            ]
+            guesses = [prediction.predicted(given, plan, computed=each) for each in computed]
         except ManyhandsError as e:
             row.failures[way] = str(e).splitlines()[0]
         else:

@@ -3,7 +3,9 @@
 import torch
 
 from manyhands.communication.communicator import Communicator
-from manyhands.communication.compression.compressor import Layout, State, compressor_from
+from manyhands.communication.compression.compressor import compressor_from
+from manyhands.communication.compression.layout import Layout
+from manyhands.communication.compression.state import State
 
 
 def vector(numel: int, seed: int, dtype: torch.dtype = torch.float64, scale: float = 1.0) -> torch.Tensor:

@@ -12,9 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from manyhands.communication.compression import bits, compressors, powersgd, strom, terngrad
-from manyhands.communication.compression.compressor import Layout, OneShot, compressor_from
+from manyhands.communication.compression.compressor import compressor_from
 from manyhands.communication.compression.entries import largest
+from manyhands.communication.compression.layout import Layout
 from manyhands.communication.compression.one_bit import levels
+from manyhands.communication.compression.one_shot import OneShot
 from manyhands.errors import BadInput, DamagedPayload, UnknownName
 from manyhands.testing import run_ranks
 from tests.communication.compressing import aggregates, vector

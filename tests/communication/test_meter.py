@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from manyhands.communication.communicator import Communicator
-from manyhands.communication.compression.compressor import Layout, compressor_from
+from manyhands.communication.compression.compressor import compressor_from
+from manyhands.communication.compression.layout import Layout
 from manyhands.communication.compression.meter import EVERY, FIRST, Meter
 from manyhands.testing import run_ranks
 from tests.communication.compressing import vector

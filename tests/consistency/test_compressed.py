@@ -6,8 +6,7 @@ from torch import nn
 
 import manyhands as mh
 from manyhands.communication.communicator import Communicator
-from manyhands.communication.compression import compressor as compressor_module
-from manyhands.communication.compression import compressors
+from manyhands.communication.compression import compressors, one_shot
 from manyhands.communication.compression.compressor import compressor_from
 from manyhands.errors import BadInput, NonFiniteLoss
 from manyhands.plan import Facts, Plan, resolve, strategy_from
@@ -95,7 +94,7 @@ def test_a_model_of_two_dtypes_has_two_vectors():
 )
 def test_a_mean_of_few_entries_updates_as_the_whole_vector_does(options, tmp_path, monkeypatch):
     def parameters(few: int) -> list[torch.Tensor]:
-        monkeypatch.setattr(compressor_module, "FEW", few)
+        monkeypatch.setattr(one_shot, "FEW", few)
         task = mh.Task(model="perceptron(hidden=50)", data="digits", steps=8, batch_size=50, **options)
         plan = mh.Plan(workers=2, transport="threads", threads=1, compress="top_k(ratio=0.001)")
         result = mh.train(task, plan, out=tmp_path / str(few), progress=False)

@@ -6,13 +6,11 @@ from torch import nn
 
 from manyhands.communication.topology import Mesh
 from manyhands.communication.transports.simulated import SimulatedWorld
-from manyhands.consistency import synchronous
 from manyhands.consistency.clipping import clip_, global_norm
 from manyhands.consistency.replica_average import ReplicaAverage
 from manyhands.consistency.synchronous import Synchronous
 from manyhands.contract import Batch
 from manyhands.errors import NonFiniteLoss
-from manyhands.partition import buckets
 from manyhands.partition.data import DataReplica
 from manyhands.testing import run_ranks
 
@@ -87,8 +85,6 @@ def bucketed(comm, bucket_B):
     """Two steps in buckets; what was counted, what is declared, how many buckets, and the parameters."""
     comm.mesh = Mesh(data=comm.size)
     comm.overlaps = True  # for the simulated transport, which lets nothing go on beside computing
-    before, synchronous.BUCKET_B = buckets.cut_into_buckets.__defaults__, 0  # as if there were much to send
-    buckets.cut_into_buckets.__defaults__ = (bucket_B,)
     try:
         generator = torch.Generator().manual_seed(2)
         model = nn.Sequential(nn.Linear(7, 11), nn.Tanh(), nn.Linear(11, 13), nn.Tanh(), nn.Linear(13, 3)).double()
@@ -96,7 +92,8 @@ def bucketed(comm, bucket_B):
             for p in model.parameters():
                 p.copy_(torch.rand(p.shape, generator=generator, dtype=p.dtype) - 0.5)
         groups = [{"params": model[:3].parameters()}, {"params": model[3:].parameters()}]
-        made = DataReplica(model, torch.optim.SGD(groups, lr=0.1), nn.functional.mse_loss, comm, common=False)
+        sgd = torch.optim.SGD(groups, lr=0.1)
+        made = DataReplica(model, sgd, nn.functional.mse_loss, comm, common=False, bucket_B=bucket_B)
         strategy = Synchronous(update="replicated")
         with comm.counting("control"):
             worker = strategy.start(made, comm)
@@ -113,13 +110,12 @@ def bucketed(comm, bucket_B):
             "parameters": torch.cat([p.flat for p in made.pieces]),
         }
     finally:
-        buckets.cut_into_buckets.__defaults__, synchronous.BUCKET_B = before, 4 * 2**20
         del comm.overlaps
 
 
 @pytest.mark.parametrize(("size", "on"), [(3, "gloo"), (3, "simulated"), (5, "simulated")])
 def test_gradients_that_leave_in_buckets_count_as_one_all_reduce_a_piece(size, on):
-    single, many = (run_ranks(bucketed, size, on=on, args=(bucket_B,)) for bucket_B in (1 << 20, 1))
+    single, many = (run_ranks(bucketed, size, on=on, args=(bucket_B,)) for bucket_B in (2000, 1))  # of 2,288 bytes
     for result in (*single, *many):
         assert result["counted"] == result["declared"]
     assert single[0]["buckets"] == 2 * 2

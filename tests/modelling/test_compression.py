@@ -7,10 +7,13 @@ from hypothesis import strategies as st
 
 import manyhands as mh
 from manyhands.communication.communicator import Communicator
-from manyhands.communication.compression.compressor import Layout, compressor_from
+from manyhands.communication.compression.compressor import compressor_from
+from manyhands.communication.compression.layout import Layout
+from manyhands.communication.transports.events import Operation
 from manyhands.errors import BadInput
 from manyhands.modelling import compression
-from manyhands.modelling.compression import CANDIDATES, choose, from_probe, kept
+from manyhands.modelling.compression import CANDIDATES, choose, from_probe, kept, spiky
+from manyhands.plan import strategy_from
 from manyhands.simulation.coding import SAMPLE, exchange_s, part_of
 from manyhands.testing import run_ranks
 
@@ -19,7 +22,7 @@ N = sum(torch.Size(shape).numel() for shape in SHAPES)
 
 
 def link(Bps: float):
-    return lambda name, n_B: 1e-5 + n_B / Bps
+    return lambda operation: 1e-5 + operation.payload_B / Bps
 
 
 def test_on_common_memory_none_is_taken_and_how_much_would_be_lost_is_said():
@@ -43,7 +46,9 @@ def test_on_a_slow_link_the_quickest_is_taken_with_its_bytes_and_its_route():
 
 def test_the_link_is_priced_by_the_operations_of_an_exchange():
     asked = []
-    choose([(64, 64)], 4, lambda name, n_B: asked.append((name, n_B)) or 1.0, "here", ["top_k", "one_bit", "powersgd"])
+    choose(
+        [(64, 64)], 4, lambda x: asked.append((x.name, x.payload_B)) or 1.0, "here", ["top_k", "one_bit", "powersgd"]
+    )
     assert asked[0] == ("all_reduce", 4 * 64 * 64)
     rounds = [
         r
@@ -88,8 +93,78 @@ def test_a_probe_goes_through_sizes_and_all_agree_on_it():
         assert sizes[-1] >= 100_000 or max(p[-1][1] for p in first.values()) >= compression.LONG_S
         assert all(s > 0 for _, s in points)
     price = from_probe({"all_reduce": [[1000.0, 1.0], [2000.0, 2.0]]})
-    assert price("all_reduce", 1000) == 1.0
-    assert price("all_reduce", 4000) == pytest.approx(4.0)
+    assert price(Operation("all_reduce", 1000, 2, (0, 1))) == 1.0
+    assert price(Operation("all_reduce", 4000, 2, (0, 1))) == pytest.approx(4.0)
+
+
+# -- where payloads go one by one, and beside Adam ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "pushed", "pulled"), [("gossip(graph='ring')", 2, 0), ("asynchronous(servers=2)", 1, 1), ("ssp", 1, None)]
+)
+def test_parcels_are_priced_by_what_the_strategy_sends(text, pushed, pulled):
+    asked = []
+    price = lambda x: asked.append(x) or x.payload_B / 1e9  # noqa: E731
+    choice = choose(SHAPES, 4, price, "here", ["bfloat16"], strategy=strategy_from(text))
+    assert {x.name for x in asked} == ({"send"} if pulled == 0 else {"push", "pull"})
+    (option,) = choice.options
+    if pulled is None:  # how often it pulls is decided by who is late
+        assert option.link_s < choice.dense.link_s
+    else:  # neighbours tell each other a word besides
+        assert choice.dense.link_s == pytest.approx((pushed + pulled) * 4 * N / 1e9, rel=1e-4)
+        assert option.link_s == pytest.approx((pushed / 2 + pulled) * 4 * N / 1e9, rel=1e-4)
+        assert option.sent_B == pytest.approx((pushed / 2 + pulled) * 4 * N, rel=1e-4)
+    assert option.coding_s > 0
+
+
+def test_a_dense_pull_leaves_less_to_save_than_a_mean():
+    slow = link(1e5)
+    mean = choose(SHAPES, 4, slow, "far", ["top_k"])
+    served = choose(SHAPES, 4, slow, "far", ["top_k"], strategy=strategy_from("asynchronous(servers=1)"))
+    assert mean.options[0].seconds < 0.1 * mean.dense.seconds
+    assert 0.5 < served.options[0].seconds / served.dense.seconds < 0.6
+    assert served.note.endswith("(payloads: server)")
+
+
+def test_beside_adam_no_scheme_is_taken_that_leaves_most_for_later():
+    assert {text for text in CANDIDATES if spiky(compressor_from(text), N)} == {"one_bit", "top_k", "powersgd"}
+    choice = choose(SHAPES, 2, link(1e5), "on a modem", adaptive="AdamW")
+    assert {option.compress for option in choice.options} == {"bfloat16", "int8", "qsgd"}
+    assert "Not beside AdamW: one_bit, top_k, powersgd;" in choice.note
+    assert "Not beside" not in choose(SHAPES, 2, link(1e5), "on a modem").note
+    alone = choose(SHAPES, 2, link(1e5), "", ["top_k"], adaptive="Adam")
+    assert alone.compress == "none"
+    assert "Not beside Adam: top_k;" in alone.note
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "strategy", "named"),
+    [
+        ("adam(lr=0.001)", "synchronous", "Adam"),
+        ("rmsprop(lr=0.001)", "asynchronous", "RMSprop"),
+        ("adagrad(lr=0.01)", "synchronous", "Adagrad"),
+        ("sgd(lr=0.1, momentum=0.9)", "synchronous", ""),
+        ("adam(lr=0.001)", "local", ""),  # parameters move, and Adam has seen whole gradients
+        ("adam(lr=0.001)", "downpour(server='sgd(lr=0.1)')", ""),
+        ("sgd(lr=0.1)", "downpour(server='adagrad(lr=0.1)')", "Adagrad"),
+    ],
+)
+def test_who_scales_steps_by_what_was_compressed_is_told(optimizer, strategy, named):
+    task = mh.Task(model="logistic", data="digits", optimizer=optimizer)
+    assert compression.adaptive(task, strategy_from(strategy)) == named
+
+
+def trying(comm: Communicator) -> list:
+    price = compression.tried(comm, 0, [Operation("push", 4096, 2, (0,)), Operation("send", 4096, 2, (0, 1), 0, 1)])
+    return [price(Operation(name, 4096, 2, (0, 1), 0, 1)) for name in ("push", "send")]
+
+
+@pytest.mark.slow
+def test_ranks_try_what_a_strategy_sends():
+    first, second = run_ranks(trying, 2, on="threads")
+    assert first == second
+    assert all(0 < s < 1 for s in first)
 
 
 # -- in plans ----------------------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ def test_a_sharded_step_is_one_pattern_where_memory_is_shared_and_another_where_
         (asked("all_gather"), MESSAGES, {"all_gather": [400]}),
         (asked("send"), MEMORY, {"swap": [400]}),
         (asked("send", purpose="cut"), MEMORY, {"send": [400]}),
-        (asked("pull"), MEMORY, {"served": [400]}),
+        (asked("pull"), MEMORY, {"handed": [0], "served": [400]}),
         (asked("push"), MESSAGES, {"send": [400]}),
         (asked("barrier", 0), MEMORY, {"barrier": [0]}),
         (asked("broadcast", common=True), MEMORY, {"barrier": [0]}),
@@ -47,6 +47,10 @@ def test_a_sharded_step_is_one_pattern_where_memory_is_shared_and_another_where_
 )
 def test_each_operation_has_its_pattern(operation, kind, pattern):
     assert patterns_for([operation], 2, **kind) == pattern
+
+
+def test_what_a_server_takes_may_be_known_already_but_not_how_late_who_waits_is_woken():
+    assert patterns_for([asked("push")], 2, **MEMORY, visited=True) == {"handed": [0]}
 
 
 def test_of_many_sizes_the_ends_are_kept():

@@ -20,10 +20,11 @@ from manyhands.communication.transports.events import Operation
 from manyhands.contract import Batch
 from manyhands.errors import BadInput
 from manyhands.modelling import fed as alone
+from manyhands.modelling import keeping
 from manyhands.modelling import profile as profiles
 from manyhands.modelling.fed import feed
+from manyhands.modelling.keeping import Profile
 from manyhands.modelling.prediction import computed
-from manyhands.modelling.profile import Profile
 from manyhands.partition.data import DataReplica
 from manyhands.partition.pipeline.cut import cut
 from manyhands.partition.pipeline.description import parse
@@ -104,6 +105,15 @@ def test_a_server_that_adds_is_mirrored_and_what_is_done_under_its_lock_is_nobod
         mirrored("ssp", size=2)
 
 
+def test_a_server_that_updates_is_mirrored_and_its_visits_are_known_by_kind():
+    mirror, _ = mirrored("asynchronous", size=2, served=True)
+    assert mirror.spent.visits == {("push", "pull")}
+    mirror, _ = mirrored("downpour(fetch=2)", size=2, served=True)
+    assert mirror.spent.visits == {("push",), ("push", "pull")}
+    mirror, _ = mirrored("ssp(staleness=0)", size=2, served=True)
+    assert mirror.spent.visits == {("push",), ("pull",)}
+
+
 def test_exchanges_inside_a_model_are_priced_and_no_others():
     mirror = MirrorCommunicator(1, 4, transport="gloo", shares_memory=False, price=lambda op: op.payload_B / 1e3)
     mirror.all_reduce(torch.zeros(10)).wait()
@@ -148,26 +158,31 @@ def test_ranks_are_joined_step_by_step():
 
 
 def test_a_profile_is_kept_and_read_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(profiles, "cache", lambda name: tmp_path / name)
+    monkeypatch.setattr(keeping, "cache", lambda name: tmp_path / name)
+    monkeypatch.setattr(keeping, "_HERE", {})
+    plan = mh.Plan(workers=2)
     exchanges = [["all_reduce", 40, 2, [0, 1], None, None, False, "step", 1.0]]
     found = profile(exchanges=exchanges, actions=[["F", 0, 1e-3]], hops=[[0, 64]])
-    profiles._keep("a", found, lasts=True)
-    profiles._HERE.clear()
-    again = profiles._kept("a")
+    keeping.keep(TASK, plan, found)
+    keeping._HERE.clear()
+    again = keeping.kept(TASK, plan)
     assert isinstance(again, Profile)
     assert np.array_equal(again.factors, found.factors)
     assert dataclasses.replace(again, factors=0) == dataclasses.replace(found, factors=0)
     assert again.exchanges[0][0].ranks == (0, 1)
-    (tmp_path / "profiles" / "b.json").write_text('{"half": ')
-    assert profiles._kept("b") is None
-    monkeypatch.setattr(profiles, "FRESH_S", -1.0)
-    assert profiles._kept("a") is None
+    assert keeping.kept(TASK, mh.Plan(workers=3)) is None
+    with monkeypatch.context() as m:
+        m.setattr(keeping, "FRESH_S", -1.0)
+        assert keeping.kept(TASK, plan) is None
+    (file,) = (tmp_path / "profiles").iterdir()
+    file.write_text('{"half": ')
+    assert keeping.kept(TASK, plan) is None
 
 
 def test_a_factory_of_the_users_is_not_kept_on_disk():
-    assert profiles._lasting(mh.Task(model="cnn"))
-    assert not profiles._lasting(mh.Task(model="my_pkg:model"))
-    assert not profiles._lasting(mh.Task(model=torch.nn.Linear(2, 2)))
+    assert keeping._lasting(mh.Task(model="cnn"))
+    assert not keeping._lasting(mh.Task(model="my_pkg:model"))
+    assert not keeping._lasting(mh.Task(model=torch.nn.Linear(2, 2)))
 
 
 @given(st.integers(1, 9), st.integers(1, 4), st.integers(2, 12))
@@ -314,7 +329,7 @@ def test_what_cannot_be_predicted_is_refused():
 
 
 def test_a_real_step_is_predicted(tmp_path, monkeypatch):
-    monkeypatch.setattr(profiles, "cache", lambda name: tmp_path / name)
+    monkeypatch.setattr(keeping, "cache", lambda name: tmp_path / name)
     monkeypatch.setattr(profiles, "SECONDS", 0.02)
     plan = mh.Plan(workers=2, transport="shared", threads=1)
     found = verbs.predict(TASK, plan, HERE, fresh=True)
@@ -342,7 +357,7 @@ def test_a_real_step_is_predicted(tmp_path, monkeypatch):
     ids=str,
 )
 def test_every_kind_of_plan_is_predicted(plan, tmp_path, monkeypatch):
-    monkeypatch.setattr(profiles, "cache", lambda name: tmp_path / name)
+    monkeypatch.setattr(keeping, "cache", lambda name: tmp_path / name)
     task = mh.Task(model="perceptron(hidden=32)", data="digits", batch_size=64, steps=200)
     found = verbs.predict(task, mh.Plan(transport="shared", threads=1, **plan), HERE)
     assert found.step_s > 0

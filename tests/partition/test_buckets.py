@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from manyhands.communication.transports.single import SingleCommunicator
-from manyhands.contract import Batch, Piece
+from manyhands.contract import BUCKET_B, Batch, Piece
 from manyhands.partition import buckets
 from manyhands.partition.data import DataReplica
 from manyhands.partition.update import Span
@@ -59,24 +59,24 @@ def batch(n: int = 5) -> Batch:
     return Batch(x, torch.arange(n) % 6, n)
 
 
-def replica(micro_batches: int = 1, loss=LOSS) -> DataReplica:
+def replica(micro_batches: int = 1, loss=LOSS, bucket_B: int = BUCKET_B) -> DataReplica:
     torch.manual_seed(0)
     model = Model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    return DataReplica(model, optimizer, loss, SingleCommunicator(), common=False, micro_batches=micro_batches)
+    options = {"micro_batches": micro_batches, "bucket_B": bucket_B}
+    return DataReplica(model, optimizer, loss, SingleCommunicator(), common=False, **options)
 
 
 def tokens(outputs: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, float]:
     return LOSS(outputs, target, reduction="sum"), float(len(target))
 
 
-@pytest.mark.parametrize("small", [1, 200, 4 * 2**20])
+@pytest.mark.parametrize("bucket_B", [1, 200, 4 * 2**20])
 @pytest.mark.parametrize("micro_batches", [1, 3])
 @pytest.mark.parametrize("loss", [LOSS, tokens])
 @pytest.mark.parametrize("n", [0, 1, 5])
-def test_what_is_announced_is_final_complete_and_in_order(monkeypatch, small, micro_batches, loss, n):
-    monkeypatch.setattr(buckets.cut_into_buckets, "__defaults__", (small,))
-    made = replica(micro_batches, loss)
+def test_what_is_announced_is_final_complete_and_in_order(bucket_B, micro_batches, loss, n):
+    made = replica(micro_batches, loss, bucket_B)
     for _ in range(3):  # hooks of an earlier step must not speak again
         said = []
 
@@ -84,7 +84,8 @@ def test_what_is_announced_is_final_complete_and_in_order(monkeypatch, small, mi
             said.append((i, lo, hi, made.pieces[i].grad[lo:hi].clone(), float(loss), count))
 
         loss_now, count_now = made.gradients(batch(n), ready)
-        assert [s[:3] for s in said] == buckets.cut_into_buckets(made.pieces, made._spans)
+        assert [s[:3] for s in said] == buckets.cut_into_buckets(made.pieces, made._spans, bucket_B)
+        assert made.runs == len(said)
         for i, lo, hi, gradient, loss_then, count_then in said:
             assert torch.equal(gradient, made.pieces[i].grad[lo:hi])
             assert (loss_then, count_then) == (float(loss_now), count_now)
@@ -97,9 +98,8 @@ def test_announcing_changes_no_gradient():
     assert torch.equal(announced.pieces[0].grad, silent.pieces[0].grad)
 
 
-def test_buckets_go_out_while_backward_still_runs(monkeypatch):
-    monkeypatch.setattr(buckets.cut_into_buckets, "__defaults__", (1,))
-    made = replica()
+def test_buckets_go_out_while_backward_still_runs():
+    made = replica(bucket_B=1)
     order = []
     made.model.first.weight.register_post_accumulate_grad_hook(lambda _: order.append("first layer done"))
     made.gradients(batch(), lambda i, lo, hi, *_: order.append((lo, hi)))

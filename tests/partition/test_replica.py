@@ -339,7 +339,7 @@ def test_optimizer_state_comes_back_with_its_types(what):
     again = replica(Model(), optimizer=lambda m: Keeps(m.parameters(), "other"))
     again.load_optimizer_state(state)
     step(again)
-    for kept in again._updates[0, 0, 18]._clone.state.values():
+    for kept in again._updates.slices[0, 0, 18]._clone.state.values():
         assert kept["kept"] == what
         assert type(kept["kept"]) is type(what)
 
@@ -350,7 +350,7 @@ def test_a_number_of_an_older_checkpoint_is_read():
     made = replica(Model(), optimizer=lambda m: Keeps(m.parameters(), "other"))
     made.load_optimizer_state([StateSlice("first.weight", "kept:number", -1, -1, torch.tensor(2.0).double())])
     step(made)
-    assert next(iter(made._updates[0, 0, 18]._clone.state.values()))["kept"] == 2.0
+    assert next(iter(made._updates.slices[0, 0, 18]._clone.state.values()))["kept"] == 2.0
 
 
 def test_state_that_cannot_be_stored_is_named_once_and_refused_at_resume(caplog):

@@ -3,7 +3,7 @@
 import pytest
 
 from validation import asynchronous
-from validation.asynchronous import Case, distance, of_arrivals, of_formulas, simulated_case
+from validation.asynchronous import Case, Setup, distance, of_arrivals, of_formulas, simulated_case
 
 
 @pytest.mark.parametrize(
@@ -48,9 +48,11 @@ def test_a_distance_is_between_none_and_all():
 
 
 @pytest.mark.slow
-def test_a_real_run_tells_its_arrivals(monkeypatch):
-    setup = asynchronous.Setup("small", "perceptron(hidden=8)", 20, "digits", epochs=2)
-    found, counted = asynchronous.measured(setup, 0.01)
-    assert found.epoch_s > 0
-    assert sum(counted.values()) == pytest.approx(1.0)
-    assert sum(found.staleness.values()) == pytest.approx(1.0)
+def test_real_turns_and_what_is_predicted_of_them_tell_arrivals():
+    pairs = asynchronous.measured_and_predicted(Setup("logistic", 20, "adam(lr=0.001)", "digits"), 2)
+    assert len(pairs) == 2
+    for found, said in pairs:
+        assert found.epoch_s > 0
+        assert said.epoch_s > 0
+        assert sum(found.staleness.values()) == pytest.approx(1.0)
+        assert said.means[2] == pytest.approx(1.0, abs=0.3)  # two workers that keep pace

@@ -5,7 +5,8 @@ import pytest
 import manyhands as mh
 from manyhands.communication.communicator import reference_B
 from manyhands.communication.compression import compressors
-from manyhands.communication.compression.compressor import Layout, compressor_from
+from manyhands.communication.compression.compressor import compressor_from
+from manyhands.communication.compression.layout import Layout
 from manyhands.communication.compression.rehearsal import codings, typical_B
 from manyhands.simulation import coding, sizes
 from manyhands.simulation.coding import Coding
@@ -61,7 +62,8 @@ def test_so_do_strategies_that_relax_the_step(strategy, name):
     [
         ("synchronous(compress=top_k)", 1, 4 + 1),  # everybody's, and what feedback takes off
         ("synchronous(compress=int8)", 1 + 1 / 4, 2 + 1 + 1 / 4),  # slices, and the mean of one's own
-        ("synchronous(compress=bfloat16)", 1, 1),
+        ("synchronous(compress=bfloat16)", 1, 0),  # a sum is taken over as part of it
+        ("asynchronous(servers=1, compress=bfloat16)", 1, 1),
         ("gossip(compress=int8)", 1, 1 + 2),  # one's own, and those of two neighbours
         ("asynchronous(servers=1, compress=top_k)", 1, 1),
     ],

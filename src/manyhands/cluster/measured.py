@@ -18,11 +18,12 @@ from typing import Any
 #: Transports that can be measured, by the names of their catalogue, which lies above.
 TRANSPORTS = ("shared", "threads", "gloo", "mpi", "nccl")
 #: As `communication.transports.events.Operation` names them, and two that only common memory has: an all-gather of one
-#: copy, and what it costs afterwards to read there what another core has written.
-COMMON_GATHER, REREAD = "all_gather_common", "reread"
+#: copy, and what it costs afterwards to read there what another core has written. And how much later than a lock is
+#: given back who has waited for it goes on.
+COMMON_GATHER, REREAD, WOKEN = "all_gather_common", "reread", "woken"
 OPERATIONS = (
     *("all_reduce", "reduce_scatter", "all_gather", "broadcast", "all_to_all", "barrier"),
-    *("send", "pull", "push", COMMON_GATHER, REREAD),
+    *("send", "pull", "push", COMMON_GATHER, REREAD, WOKEN),
 )
 
 
@@ -30,8 +31,8 @@ OPERATIONS = (
 class Curve:
     """One operation on ``ranks`` ranks of a transport: medians at sizes that grow, in bytes of one rank's tensor.
 
-    ``operation`` is one of `OPERATIONS`. Of ``send``, ``pull`` and ``push``, which two ranks or one take part in,
-    ``ranks`` says how many there were in all.
+    ``operation`` is one of `OPERATIONS`. Of ``send``, ``pull``, ``push`` and ``woken``, which two ranks or one take
+    part in, ``ranks`` says how many there were in all.
     """
 
     transport: str

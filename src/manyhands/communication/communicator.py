@@ -13,6 +13,15 @@ really does; a transport that knows better reports what it moved in ``Counters.m
     broadcast        chain from the root              n     (0 for the last rank of the chain)
     send, pull, push                                  n   pull, push: between memory that stands for a server and a rank
     get, put                                          n   of a `Window`; to and from a rank's own memory 0
+
+Each is counted for a purpose (`Communicator.counting`):
+
+    step                       a strategy's payload, as it declares it
+    cut                        within forward and backward of a model that is cut
+    state                      optimizer state that is averaged
+    buckets, parcels, service  what a payload really left as, beside its entry under ``step``
+    control                    a few bytes that ranks tell each other: who has a finite loss, how long a payload is
+    consensus                  somebody looks: an evaluation, a checkpoint, the end of the run
 """
 
 from __future__ import annotations
@@ -37,6 +46,11 @@ from manyhands.errors import BadInput, CommunicationError
 
 #: What is summed. Moving (gather, broadcast, messages) is for whatever the transport's engine knows.
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64)
+
+#: Purposes of what is no part of a step and takes none of its time.
+LOOKING = frozenset({"consensus"})
+#: … and of what carries nothing that a step is about: ranks meet for it, but its bytes are no price worth measuring.
+ASIDE = LOOKING | {"control"}
 
 
 @functools.lru_cache(maxsize=4096)
@@ -139,7 +153,7 @@ class Tally:
 
 @dataclass
 class Counters:
-    """What a rank has communicated so far, by purpose (``step``, ``consensus``, ``control``) and operation."""
+    """What a rank has communicated so far, by purpose (the table above) and operation."""
 
     tallies: dict[str, dict[str, Tally]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(Tally)))
     #: Bytes really copied to where other ranks see them, or fetched from there instead, where the transport knows;
@@ -474,7 +488,7 @@ class Communicator(ABC):
 
     @contextlib.contextmanager
     def counting(self, purpose: str) -> Iterator[None]:
-        """Count what happens inside under another purpose than ``step`` (e.g. ``consensus``)."""
+        """Count what happens inside for another purpose than ``step`` (the table above)."""
         before, self.context.purpose = self.context.purpose, purpose
         try:
             yield

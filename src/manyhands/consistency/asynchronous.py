@@ -35,6 +35,7 @@ class Asynchronous(OnShards):
 
     name: ClassVar[str] = "asynchronous"
     bears_stages: ClassVar[bool] = True
+    by_itself: ClassVar[bool] = True
     paper: ClassVar[Reference] = Reference(
         "Agarwal & Duchi", "Distributed delayed stochastic optimization", 2011, "arXiv:1104.5525", survey="VI-A"
     )

@@ -65,6 +65,9 @@ class AsynchronousGossip(OverGraph):
     )
     deterministic: ClassVar[bool] = False
     steadier: ClassVar[str] = "with asynchronous_gossip, a smaller every= or graph='complete'"
+    uncompressed: ClassVar[str] = (
+        "a pair averages in the middle of others' steps; neither knows what the other knew last."
+    )
     choices: ClassVar[tuple[str, ...]] = get_args(Choice)
 
     graph: Choice = "complete"

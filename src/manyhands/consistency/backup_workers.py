@@ -56,6 +56,7 @@ class BackupWorkers(OnServers):
         "arXiv:1604.00981",
         survey="VI-A",
     )
+    uncompressed: ClassVar[str] = "who comes too late would lose what it had left over, too."
 
     backups: int = 1
     aggregate: str = "mean"

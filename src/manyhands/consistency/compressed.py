@@ -20,15 +20,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from manyhands.communication.communicator import Communicator, reference_B
 from manyhands.communication.compression import parcel
-from manyhands.communication.compression.compressor import Compressor, Layout, OneShot, Shape, State, compressor_from
+from manyhands.communication.compression.compressor import Compressor, compressor_from
+from manyhands.communication.compression.layout import Layout, Shape
+from manyhands.communication.compression.one_shot import OneShot
 from manyhands.communication.compression.rehearsal import codings, rehearse
+from manyhands.communication.compression.state import State
 from manyhands.communication.compression.table_rows import mean_of_rows
 from manyhands.consistency.agreement import agree_on_unused, gather_weights, told_weights
 from manyhands.consistency.clipping import clip_
@@ -38,6 +41,11 @@ from manyhands.errors import Problem
 
 class Compressing:
     """What strategies have in common that have ``compress`` among their fields."""
+
+    #: Who gets a payload by itself: a server, a neighbour; else all meet in a mean.
+    alone: ClassVar[str] = ""
+    #: What is sent, if not gradients: ``changes of parameters are``.
+    moves: ClassVar[str] = ""
 
     compress: str
 

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from manyhands.checks import is_positive, is_whole
 from manyhands.communication.communicator import Communicator
-from manyhands.communication.compression.compressor import Shape
+from manyhands.communication.compression.layout import Shape
 from manyhands.consistency.compressed import Compressing, problems_of
 from manyhands.consistency.independent import IndependentWorker
 from manyhands.contract import Batch, Parameters, Reference, Replica, Setting, Strategy, Traffic, Worker
@@ -53,6 +53,7 @@ class DiLoCo(Compressing, Strategy):
     """
 
     name: ClassVar[str] = "diloco"
+    moves: ClassVar[str] = "differences of parameters are"
     bears_cuts: ClassVar[bool] = True
     paper: ClassVar[Reference] = Reference(
         "Douillard et al.",
@@ -103,8 +104,7 @@ class DiLoCo(Compressing, Strategy):
     def problems(self, setting: Setting) -> list[Problem]:
         """What compressors cannot."""
         asked = f"compress={self.compress} with {self.name}"
-        moves = "differences of parameters are"
-        return problems_of(self.compressor, asked, setting, moves=moves) if self.compresses else []
+        return problems_of(self.compressor, asked, setting, moves=self.moves) if self.compresses else []
 
     def start(self, replica: Replica, comm: Communicator) -> Worker:
         """This rank's worker."""

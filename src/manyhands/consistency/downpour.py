@@ -28,7 +28,7 @@ from torch import Tensor
 
 from manyhands.checks import is_whole
 from manyhands.communication.communicator import Communicator
-from manyhands.communication.compression.compressor import Shape
+from manyhands.communication.compression.layout import Shape
 from manyhands.consistency.parameter_server import shards
 from manyhands.consistency.parameter_server.opening import opened
 from manyhands.consistency.parameter_server.store import Store
@@ -46,6 +46,7 @@ class Downpour(OnShards):
 
     name: ClassVar[str] = "downpour"
     bears_stages: ClassVar[bool] = True
+    by_itself: ClassVar[bool] = True
     paper: ClassVar[Reference] = Reference(
         "Dean et al.", "Large scale distributed deep networks", 2012, "NeurIPS 25", survey="VI-A"
     )

@@ -41,7 +41,7 @@ from torch import Tensor
 
 from manyhands.checks import is_positive, is_whole
 from manyhands.communication.communicator import Communicator, Work
-from manyhands.communication.compression.compressor import Shape
+from manyhands.communication.compression.layout import Shape
 from manyhands.consistency.compressed import Compressing, problems_of
 from manyhands.consistency.independent import IndependentWorker
 from manyhands.contract import Batch, Parameters, Reference, Replica, Setting, Strategy, Traffic, Worker
@@ -76,6 +76,7 @@ class Elastic(Compressing, Strategy):
     """
 
     name: ClassVar[str] = "elastic"
+    moves: ClassVar[str] = "differences of parameters are"
     bears_cuts: ClassVar[bool] = True
     paper: ClassVar[Reference] = Reference(
         "Zhang, Choromanska & LeCun",
@@ -150,7 +151,7 @@ class Elastic(Compressing, Strategy):
                 )
             )
         elif self.compresses:
-            found += problems_of(self.compressor, asked, setting, moves="differences of parameters are")
+            found += problems_of(self.compressor, asked, setting, moves=self.moves)
         if self.mode == "synchronous" and setting.workers > 1:
             most = stable_alpha(0.0, setting.workers, together=True)
             if self.stiffness(setting.workers) > most:

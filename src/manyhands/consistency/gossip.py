@@ -54,7 +54,8 @@ from torch import Tensor
 
 from manyhands.checks import is_positive
 from manyhands.communication.communicator import Communicator
-from manyhands.communication.compression.compressor import Compressor, Shape, compressor_from
+from manyhands.communication.compression.compressor import Compressor, compressor_from
+from manyhands.communication.compression.layout import Shape
 from manyhands.communication.graphs import Mixing
 from manyhands.communication.reduction import reduce_into
 from manyhands.consistency.compressed import Compressing, Parcels, layout_for, layout_of, problems_of
@@ -87,6 +88,8 @@ class Gossip(Compressing, OverGraph):
     """
 
     name: ClassVar[str] = "gossip"
+    alone: ClassVar[str] = "a neighbour"
+    moves: ClassVar[str] = "differences of parameters are"
     bears_cuts: ClassVar[bool] = True
     paper: ClassVar[Reference] = Reference(
         "Lian, Zhang, Zhang, Hsieh, Zhang & Liu",
@@ -144,9 +147,7 @@ class Gossip(Compressing, OverGraph):
                     "Use graph=ring, torus, exponential, random_regular or complete.",
                 )
             )
-        refused = problems_of(
-            self.compressor, asked, setting, alone="a neighbour", moves="differences of parameters are"
-        )
+        refused = problems_of(self.compressor, asked, setting, alone=self.alone, moves=self.moves)
         found += refused
         if not refused and not approaches(self.compressor):
             found.append(

@@ -57,6 +57,7 @@ class Hogwild(Strategy):
     survives: ClassVar[bool] = True
     sparse: ClassVar[bool] = True
     steadier: ClassVar[str] = "with hogwild, fewer workers"
+    uncompressed: ClassVar[str] = "workers write into one memory, and nothing is sent."
 
     lock: Literal["none", "one", "coordinate", "round_robin"] = "none"
 

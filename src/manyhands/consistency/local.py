@@ -45,7 +45,7 @@ from torch import Tensor
 
 from manyhands.checks import is_whole
 from manyhands.communication.communicator import Communicator
-from manyhands.communication.compression.compressor import Shape
+from manyhands.communication.compression.layout import Shape
 from manyhands.consistency.compressed import Compressing, problems_of
 from manyhands.consistency.independent import IndependentWorker
 from manyhands.consistency.moments import average_state
@@ -61,6 +61,7 @@ class Local(Compressing, Strategy):
     """
 
     name: ClassVar[str] = "local"
+    moves: ClassVar[str] = "differences of parameters are"
     bears_cuts: ClassVar[bool] = True
     paper: ClassVar[Reference] = Reference(
         "Stich", "Local SGD converges fast and communicates little", 2019, "arXiv:1805.09767", survey="VI-A"
@@ -134,7 +135,7 @@ class Local(Compressing, Strategy):
         found = []
         if self.compresses:
             asked = f"compress={self.compress} with {self.name}"
-            found = problems_of(self.compressor, asked, setting, moves="differences of parameters are")
+            found = problems_of(self.compressor, asked, setting, moves=self.moves)
         if self.state != "average" or setting.elementwise or setting.workers == 1:
             return found
         return [

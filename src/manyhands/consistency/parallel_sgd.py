@@ -32,6 +32,7 @@ class ParallelSGD(Strategy):
 
     name: ClassVar[str] = "parallel_sgd"
     bears_cuts: ClassVar[bool] = True
+    uncompressed: ClassVar[str] = "it sends nothing in any step, and the average at its end is exact."
     paper: ClassVar[Reference] = Reference(
         "Zinkevich, Weimer, Smola & Li", "Parallelized stochastic gradient descent", 2010, "NeurIPS 23", survey="V-A"
     )

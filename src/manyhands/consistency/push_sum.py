@@ -73,6 +73,9 @@ class PushSum(OverGraph):
         survey="VI-A",
     )
     steadier: ClassVar[str] = "with push_sum, a denser graph= or a smaller every="
+    uncompressed: ClassVar[str] = (
+        "a share is pushed together with its weight, and what a compressor left out would be missing there."
+    )
     choices: ClassVar[tuple[str, ...]] = get_args(Choice)
 
     graph: Choice = "one_peer"

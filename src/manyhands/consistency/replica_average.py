@@ -37,6 +37,7 @@ class ReplicaAverage(Strategy):
     )
     bears_cuts: ClassVar[bool] = True
     identical: ClassVar[bool] = True
+    uncompressed: ClassVar[str] = "it is the baseline whose workers get everybody's whole vector."
 
     what: Literal["gradients", "parameters"] = "gradients"
 

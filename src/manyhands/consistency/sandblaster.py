@@ -59,6 +59,7 @@ class Sandblaster(Strategy):
     whole_batch: ClassVar[bool] = True
     plain_alone: ClassVar[bool] = False
     steadier: ClassVar[str] = "with sandblaster, larger batches or a smaller lr"
+    uncompressed: ClassVar[str] = "L-BFGS compares gradients of one step with those of the step before."
 
     units: int = 4
     history: int = 10

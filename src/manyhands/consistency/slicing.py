@@ -17,6 +17,7 @@ class Slicing(Strategy):
         "Ma", "Parallel parameter update for deep neural network", 2018, "CSE 633 course project", survey="V-A"
     )
     identical: ClassVar[bool] = True
+    uncompressed: ClassVar[str] = "slices of parameters are gathered, and a compressed parameter is another one."
 
     @property
     def parameters(self) -> Literal["common", "own"]:

@@ -57,6 +57,7 @@ class StaleSynchronous(OnShards):
 
     name: ClassVar[str] = "ssp"
     bears_stages: ClassVar[bool] = True
+    by_itself: ClassVar[bool] = True
     servers_add: ClassVar[bool] = True
     paper: ClassVar[Reference] = Reference(
         "Ho, Cipar, Cui, Kim, Lee, Gibbons, Gibson, Ganger & Xing",
@@ -102,9 +103,9 @@ class StaleSynchronousWorker(IndependentWorker):
     def __init__(self, replica: Replica, comm: Communicator, strategy: StaleSynchronous) -> None:
         super().__init__(replica, comm)
         self._bound, self._cached = strategy.staleness, strategy.cached
-        self._store = opened(replica, comm, strategy.shards, compressor=strategy.pushes)
-        self._clocks = self._store.board()
-        self._reads = self._store.board() if strategy.staleness == 0 else None  # who has read for which step
+        self.store = opened(replica, comm, strategy.shards, compressor=strategy.pushes)
+        self._clocks = self.store.board()
+        self._reads = self.store.board() if strategy.staleness == 0 else None  # who has read for which step
         self._offset = 0  # clocks count from a resume on
         self._seen = 0  # every update stamped below this is in the cache
         self._before = [piece.flat.detach().clone() for piece in replica.pieces]
@@ -128,7 +129,7 @@ class StaleSynchronousWorker(IndependentWorker):
                 changes.append(change)
             if self._reads is not None:
                 self._reads.wait(clock + 1, "ssp: until all have read")
-            self._store.add(changes)
+            self.store.add(changes)
             self._clocks.post(clock + 1)
         return loss
 
@@ -137,7 +138,7 @@ class StaleSynchronousWorker(IndependentWorker):
         if not self._cached or must_read(self._seen, clock, bound):
             doing = f"ssp: until nobody is more than {bound} steps behind"
             self._seen = min(self._clocks.wait(needed(clock, bound), doing))
-            self._store.pull()
+            self.store.pull()
         assert not must_read(self._seen, clock, bound), "what a worker reads is never staler than the bound"
         self._staleness[max(clock - self._seen, 0)] += 1
         if self._reads is not None:
@@ -150,25 +151,25 @@ class StaleSynchronousWorker(IndependentWorker):
 
     def consensus(self) -> Parameters:
         """What the servers hold."""
-        return super().consensus() if self.comm.size == 1 else self._store.snapshot()
+        return super().consensus() if self.comm.size == 1 else self.store.snapshot()
 
     def regroup(self, comm: Communicator) -> None:
         """The clocks of those that are gone are waited for no longer."""
         super().regroup(comm)
-        self._store.regroup(comm)
+        self.store.regroup(comm)
 
     def rebase(self) -> None:
         """The servers hold what the replicas do."""
-        self._store.rebase()
+        self.store.rebase()
 
     def state_dict(self) -> dict[str, Any]:
         """Own parameters are the cache with own writes; how old it is comes along."""
         behind = {"behind": self.steps - self._offset - self._seen}
-        return super().state_dict() | behind | self._store.left_over()
+        return super().state_dict() | behind | self.store.left_over()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up a `state_dict` of the same rank: clocks begin anew at 0, the cache is as old as it was."""
         super().load_state_dict(state)
         self._offset = self.steps
         self._seen = -state["behind"]
-        self._store.take_left_over(state)
+        self.store.take_left_over(state)

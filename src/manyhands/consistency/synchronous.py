@@ -36,13 +36,13 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from manyhands.communication.communicator import Communicator, Work, reference_B
-from manyhands.communication.compression.compressor import Shape
+from manyhands.communication.compression.layout import Shape
 from manyhands.consistency.agreement import agree_on_unused, weight_of
 from manyhands.consistency.clipping import clip_
 from manyhands.consistency.compressed import CompressedWorker, Compressing, problems_of
 from manyhands.consistency.robust.aggregation import Aggregation, aggregation_from, too_few
 from manyhands.consistency.robust.worker import RobustWorker
-from manyhands.contract import BUCKET_B, Batch, Reference, Replica, Setting, Strategy, Traffic, Worker
+from manyhands.contract import Batch, Reference, Replica, Setting, Strategy, Traffic, Worker
 from manyhands.errors import NonFiniteLoss, Problem, Vetoed
 
 
@@ -76,6 +76,11 @@ class Synchronous(Compressing, Strategy):
     @property
     def bears_cuts(self) -> bool:  # type: ignore[override]
         """A mean is taken element by element; a rule compares whole vectors."""
+        return self.aggregate == "mean"
+
+    @property
+    def averages_gradients(self) -> bool:  # type: ignore[override]
+        """Unless a rule stands in the mean's place."""
         return self.aggregate == "mean"
 
     @property
@@ -236,8 +241,7 @@ class ReplicatedWorker(Worker):
     def __init__(self, replica: Replica, comm: Communicator) -> None:
         super().__init__(replica, comm)
         self._groups = [comm.over(piece.replicated_over) for piece in replica.pieces]
-        gradients_B = sum(piece.grad.nbytes for piece in replica.pieces)
-        self._overlap = gradients_B > BUCKET_B and all(group.overlaps and group.size > 1 for group in self._groups)
+        self._overlap = replica.runs > 1 and all(group.overlaps and group.size > 1 for group in self._groups)
 
     def step(self, batch: Batch) -> Tensor:
         """One step; see the file's head."""

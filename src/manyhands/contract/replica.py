@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from manyhands.communication.communicator import Communicator
-from manyhands.communication.compression.compressor import Compressor, Layout
+from manyhands.communication.compression.compressor import Compressor
+from manyhands.communication.compression.layout import Layout
 from manyhands.contract.block import Block
 
 #: ``ready(i, lo, hi, loss, count)``; see `Replica.gradients`.
 Ready = Callable[[int, int, int, Tensor, float], None]
-#: What one announcement covers at least. Li et al. (2020, §5.2) found 10 to 25 MB best for NCCL and 5 MB for gloo. Of
-#: fewer bytes there is one, at the end of backward, beside which nothing can go on.
+#: What one announcement covers at least. Li et al. (2020, §5.2) found 10 to 25 MB best for NCCL and 5 MB for gloo.
 BUCKET_B = 4 * 2**20
 
 
@@ -94,6 +94,14 @@ class Replica(Protocol):
     @property
     def buffers(self) -> list[Tensor]:
         """The model's buffers (BatchNorm statistics and the like) as they are now, in ``named_buffers``' order."""
+        ...
+
+    @property
+    def runs(self) -> int:
+        """In how many runs `gradients` announces them to who wants to send some while others are computed.
+
+        1 where all of them are too few for that: what comes at the end of backward goes on beside nothing.
+        """
         ...
 
     def gradients(self, batch: Batch, ready: Ready | None = None) -> tuple[Tensor, float]:

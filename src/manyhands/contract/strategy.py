@@ -115,6 +115,22 @@ class Strategy(ABC):
     survives: ClassVar[bool] = False
     #: Promise 1 for one worker: it is the user's optimizer and nothing else. False where a second rule works on top.
     plain_alone: ClassVar[bool] = True
+    #: In every step all workers average their gradients and update with the mean, so that what they pass through
+    #: together (dense layers that are cut along the data axis) may take part in the step.
+    averages_gradients: ClassVar[bool] = False
+    #: Its update is part of the cut (see `partition.cut_strategies`): what is on a rank updates within its own forward
+    #: and backward, so that nothing is left to exchange or to update behind them.
+    updates_within: ClassVar[bool] = False
+    #: Where the network is cut it follows a schedule. Else messages go as they come: there are no micro-batches, and
+    #: the order of what a step exchanges, and so its time, is known only when it is over.
+    scheduled: ClassVar[bool] = True
+    #: On servers a worker's step is its own whatever the others do, but for waiting: it can be measured by itself.
+    by_itself: ClassVar[bool] = False
+    #: Servers only add what is pushed to them, which costs them next to nothing. Else a push costs a server an update
+    #: by the optimizer. Of no meaning where nobody pushes.
+    servers_add: ClassVar[bool] = False
+    #: Why nothing is compressed, where there is no option ``compress``; completes "compress=top_k with hogwild: …".
+    uncompressed: ClassVar[str] = "a worker sends there what others need as it is."
     #: What makes this strategy diverge where lock-step would not; completes "…, or with ssp, a smaller staleness=".
     steadier: ClassVar[str] = ""
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from manyhands.cluster.measured import Curve
 from manyhands.communication import futex, transports
+from manyhands.communication.communicator import ASIDE, Communicator
 from manyhands.communication.transports.events import Operation
 from manyhands.modelling.calibration.collectives import meter
 from manyhands.modelling.calibration.repeating import Try
@@ -29,27 +30,46 @@ SECONDS = 0.15
 LONGEST_S = 0.003
 #: Sizes of one operation; of more, as many that lie between the least and the largest.
 MOST_SIZES = 6
-#: Exchanges that are no part of a step.
-LOOKING = ("consensus", "control")
+#: Patterns of no size.
+UNSIZED = ("barrier", "handed")
 #: A gap in the deadline, for the tensors and the first rounds.
 DEADLINE_S = 60.0
 
 
 def curves_here(
-    crew: Team, transport: str, ranks: int, operations: Iterable[Operation], compute_s: float
+    crew: Team,
+    transport: str,
+    ranks: int,
+    operations: Iterable[Operation],
+    compute_s: float,
+    *,
+    visited: bool = False,
 ) -> tuple[Curve, ...]:
     """Curves with a knot at each size that ``operations`` have, by a crew of exactly ``ranks`` on ``transport``.
 
-    ``compute_s``: what a step computes.
+    ``compute_s``: what a step computes. ``visited``: what servers' memory takes is measured elsewhere (`visits`).
     """
     kind = transports.load(transport)
-    wanted = patterns_for(operations, ranks, shares_memory=kind.shares_memory, one_sided=kind.one_sided)
+    wanted = patterns_for(
+        operations, ranks, shares_memory=kind.shares_memory, one_sided=kind.one_sided, visited=visited
+    )
     if not wanted:
         return ()
     listed = [[name, list(sizes)] for name, sizes in wanted.items()]
     told = crew.run(JOB, listed, SECONDS, min(compute_s, LONGEST_S), deadline_s=DEADLINE_S + 4 * SECONDS * len(listed))[
         0
     ]
+    return _curves(told, transport, ranks)
+
+
+def curves_by(comm: Communicator, operations: Iterable[Operation], compute_s: float) -> tuple[Curve, ...]:
+    """As `curves_here`, by ranks that there are. Collective; all get the same."""
+    wanted = patterns_for(operations, comm.size, shares_memory=comm.shares_memory, one_sided=comm.one_sided)
+    told = [meter(comm, name, sizes, SECONDS, compute_s)() for name, sizes in wanted.items()]
+    return _curves(told, comm.transport, comm.size)
+
+
+def _curves(told: Sequence[dict[str, Any]], transport: str, ranks: int) -> tuple[Curve, ...]:
     oversubscribed = ranks > futex.cores()
     return tuple(curve for found in told for curve in Try(found, None, None, oversubscribed).curves(transport, ranks))
 
@@ -62,13 +82,13 @@ def job(
 
 
 def patterns_for(
-    operations: Iterable[Operation], ranks: int, *, shares_memory: bool, one_sided: bool
+    operations: Iterable[Operation], ranks: int, *, shares_memory: bool, one_sided: bool, visited: bool = False
 ) -> dict[str, Sequence[int]]:
     """The patterns that have what is asked for, and the sizes to measure them at, in bytes.
 
-    Only what all ``ranks`` take part in, or two of them; and nothing that is exchanged only to look.
+    Only what all ``ranks`` take part in, or two of them; and nothing that goes `ASIDE`.
     """
-    asked = [x for x in operations if x.purpose not in LOOKING and (x.size == ranks or x.name in ("send", *SERVED))]
+    asked = [x for x in operations if x.purpose not in ASIDE and (x.size == ranks or x.name in ("send", *SERVED))]
     one_copy = shares_memory and any(x.name == "all_gather" and x.common for x in asked)
     scatters = any(x.name == "reduce_scatter" for x in asked)
     found: dict[str, set[int]] = {}
@@ -81,6 +101,10 @@ def patterns_for(
             case "broadcast" if x.common:
                 name = "barrier"
             case "pull" | "push":
+                if shares_memory:
+                    found["handed"] = {0}
+                if visited:
+                    continue
                 name = "served" if shares_memory or one_sided else "send"
             case "send":  # neighbours exchange; a stage hands on
                 name = "send" if x.purpose == "cut" else "swap"
@@ -89,7 +113,7 @@ def patterns_for(
             case _:
                 continue
         found.setdefault(name, set()).add(0 if name == "barrier" else x.payload_B)
-    return {name: _few(sorted(sizes - {0} or {0})) for name, sizes in found.items() if name == "barrier" or any(sizes)}
+    return {name: _few(sorted(sizes - {0} or {0})) for name, sizes in found.items() if name in UNSIZED or any(sizes)}
 
 
 def _few(sizes: Sequence[int]) -> Sequence[int]:

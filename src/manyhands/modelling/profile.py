@@ -8,40 +8,38 @@ communication to make a step.
     compute, update, rest   medians of a step of one worker, seconds
     factors                 step by step, by how much each was above or below; of all workers at the same moments
     exchanges               operations of a step that the prices are asked for
-    curves                  and what they take in these workers, at their sizes, where all of the plan's are here
+    curves                  and what they take in these workers, at their sizes, where all of the plan's are here; of
+                            servers that are memory, what is done under a lock (`visits`)
 
-Cost: starting the workers, ``seconds``, and a tenth of a second for each kind of exchange (`exchanges`). Kept in the
-user's cache by everything that it depends on; of a task with live objects only while this process lives.
+Cost: starting the workers, ``seconds``, and a tenth of a second for each kind of exchange (`exchanges`); once a day,
+see `keeping`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import hashlib
-import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from manyhands.cluster import Cluster
 from manyhands.cluster.measured import Curve
 from manyhands.communication import futex
+from manyhands.communication.communicator import Communicator
 from manyhands.communication.topology import Mesh
 from manyhands.communication.transports.events import Operation
 from manyhands.communication.transports.single import SingleCommunicator
 from manyhands.consistency.synchronous import Synchronous
 from manyhands.contract import Batch, Piece, Strategy
-from manyhands.data.places import cache
+from manyhands.modelling import keeping, visits
 from manyhands.modelling.calibration.measuring import MEASURED, not_here
 from manyhands.modelling.exchanges import curves_here
 from manyhands.modelling.fed import Actions, feed
+from manyhands.modelling.keeping import Profile, operation
+from manyhands.modelling.visits import Visits
 from manyhands.partition.pipeline import description as pipeline
 from manyhands.partition.pipeline.cut import cut as cut_into_stages
 from manyhands.partition.pipeline.replica import PipelineReplica
@@ -52,13 +50,11 @@ from manyhands.simulation.mirror import MirrorCommunicator
 from manyhands.simulation.prices import Prices
 from manyhands.task import Task
 from manyhands.training import environment
-from manyhands.training.conclusion import versions
 from manyhands.training.loop import advance
 from manyhands.training.member import Member
 from manyhands.training.preparation import build_model, prepare
 from manyhands.training.run import Options, Run, replicas
 from manyhands.training.team import Team, team
-from manyhands.training.whole_file import replacing
 
 JOB, JOBS = f"{__name__}:job", f"{__name__}:jobs"
 #: As long is measured, and half of it goes before: allocators, caches and the kernel's page tables settle.
@@ -66,43 +62,8 @@ SECONDS = 0.25
 FEWEST_STEPS = 8
 #: More steps than this are not kept; a median does not need them.
 MOST_STEPS = 1000
-#: A measurement holds for so long: the host's neighbours change.
-FRESH_S = 24 * 3600.0
 #: A gap in the deadline for building model and data in every worker.
 DEADLINE_S = 120.0
-
-
-@dataclass(frozen=True)
-class Profile:
-    """What a step of each of ``ranks`` workers side by side takes, without its exchanges."""
-
-    compute_s: float
-    update_s: float
-    rest_s: float
-    #: Inside ``compute_s``: exchanges of a cut model, as they are priced.
-    cut_s: float
-    samples: float  # of the largest share
-    elements: float  # that the optimizer goes over in a step
-    steps: int
-    #: (steps × ranks), of a step's computing over its median.
-    factors: NDArray[np.float64]
-    #: Relative, of the medians of the first and the second half.
-    spread: float
-    #: Operations of an average step and how often, those inside the model (``cut``) too.
-    exchanges: tuple[tuple[Operation, float], ...]
-    when: float
-    #: Of a pipeline: (kind, stage, seconds) of its actions, and (boundary, bytes) of a micro-batch's hand-over.
-    actions: tuple[tuple[str, int, float], ...] = ()
-    hops: tuple[tuple[int, int], ...] = ()
-    #: Of a plain synchronous step, since the plan's own has more than collectives.
-    plain: bool = False
-    #: Of the plan's transport, with knots at the sizes of its exchanges.
-    curves: tuple[Curve, ...] = ()
-
-    @property
-    def sent_here_B(self) -> int:
-        """Bytes that rank 0 hands over for a micro-batch; in a pipeline."""
-        return next((n for boundary, n in self.hops if boundary == 0), 0)
 
 
 def profile(
@@ -120,15 +81,14 @@ def profile(
     Strategies whose ranks are not alike in what they exchange are measured as plain synchronous ones: gradients, and an
     update of everything; what those exchange ``asked`` knows.
     """
-    key = _key(task, plan)
-    found = None if fresh else _kept(key)
+    found = None if fresh else keeping.kept(task, plan)
     if found is None:
         try:
             found = _measured(task, plan, cluster, data_dir, seconds)
         except NotAlike:
             plain = dataclasses.replace(plan, strategy=Synchronous(update="replicated"))
             found = dataclasses.replace(_measured(task, plain, cluster, data_dir, seconds, asked), plain=True)
-        _keep(key, found, lasts=_lasting(task))
+        keeping.keep(task, plan, found)
     return found
 
 
@@ -147,7 +107,7 @@ def profiles(
     ``plan``: one that meets in collectives alone.
     """
     tasks = {n: dataclasses.replace(task, batch_size=n) for n in batches}
-    found = {n: None if fresh else _kept(_key(each, plan)) for n, each in tasks.items()}
+    found = {n: None if fresh else keeping.kept(each, plan) for n, each in tasks.items()}
     missing = [n for n, kept in found.items() if kept is None]
     if missing:
         with _crew(task, plan, cluster) as crew:
@@ -158,7 +118,7 @@ def profiles(
             )  # what is exchanged does not depend on the batch
         for n, each in zip(missing, made, strict=True):
             found[n] = whole = dataclasses.replace(each, curves=curves)
-            _keep(_key(tasks[n], plan), whole, lasts=_lasting(task))
+            keeping.keep(tasks[n], plan, whole)
     return {n: kept for n, kept in found.items() if kept is not None}
 
 
@@ -190,7 +150,8 @@ def job(member: Member, seconds: float, data_dir: str | None) -> dict[str, Any]:
     except NotAlike as e:
         return {"not_alike": str(e)}
     member.comm.barrier()
-    return steps.told()
+    told, servers = steps.told(), steps.visits(member.comm)
+    return told if servers is None else told | {"visits": servers.take(steps.median_s)}
 
 
 def mirrored(member: Member, task: Task, plan: Plan, cluster: Cluster | None, data_dir: str | None) -> Steps:
@@ -209,11 +170,25 @@ def mirrored(member: Member, task: Task, plan: Plan, cluster: Cluster | None, da
         price=prices,
         really=member.comm if piped else None,
         messages=plan.strategy.alike,
-        served=plan.transport in SHARE_MEMORY and getattr(plan.strategy, "servers_add", False),
+        served=_is_served(plan),
     )
     run = prepare(Member(mirror, (task, plan), allocator=member.allocator), task, plan, Options(data_dir=data_dir))
     mirror.really = None
+    if _is_served(plan) and any(piece.width for piece in run.replica.pieces):
+        raise NotAlike("rows of a table")  # which ones a batch touches; the simulation asks for whole tables
     return Steps(run, mirror, _fed(run) if piped else None)
+
+
+def _is_served(plan: Plan) -> bool:
+    """Whether a rank's steps can be measured by themselves though it has servers, in memory that is common.
+
+    Where those do more than add, what they do has to be measured, too.
+    """
+    strategy = plan.strategy
+    assert isinstance(strategy, Strategy)
+    if plan.transport not in SHARE_MEMORY or not strategy.by_itself:
+        return False
+    return strategy.servers_add or exchanges_here(plan)
 
 
 def _fed(run: Run) -> Actions:
@@ -286,6 +261,19 @@ class Steps:
         self._taken += taken
         del self._rows[before_now : before_now + skipped]
 
+    @property
+    def median_s(self) -> float:
+        """What a step computes."""
+        return float(np.median([row[0] for row in self._rows]))
+
+    def visits(self, comm: Communicator) -> Visits | None:
+        """To the servers of a strategy on ``comm``, whose ranks are all of the plan's; None if there are none."""
+        kinds, plan = self._mirror.spent.visits, self._run.plan
+        if not kinds or not exchanges_here(plan):
+            return None
+        assert isinstance(plan.strategy, Strategy)
+        return Visits(plan.strategy, self._run.replica, comm, sorted(kinds))
+
     def told(self) -> dict[str, Any]:
         """As it travels."""
         n = self._taken  # those whose times are not kept have exchanged, too
@@ -316,16 +304,21 @@ def _measured(
             raise NotAlike(next(one["not_alike"] for one in told if "not_alike" in one))
         found = joined(told)
         operations = operations_of(found) if asked is None else asked()
-        return dataclasses.replace(found, curves=_curves(crew, plan, operations, found.compute_s))
+        assert plan.workers is not None
+        visited = visits.curves([one.get("visits", ()) for one in told], plan.transport, plan.workers)
+        curves = _curves(crew, plan, operations, found.compute_s, visited=bool(visited))
+        return dataclasses.replace(found, curves=(*curves, *visited))
 
 
-def _curves(crew: Team, plan: Plan, operations: Sequence[Operation], compute_s: float) -> tuple[Curve, ...]:
+def _curves(
+    crew: Team, plan: Plan, operations: Sequence[Operation], compute_s: float, *, visited: bool = False
+) -> tuple[Curve, ...]:
     """Of the plan's exchanges, by ``crew``; those under mpiexec take no live objects and are a crew of their own."""
     if not exchanges_here(plan):
         return ()
     assert plan.workers is not None
     if plan.transport != "mpi":
-        return curves_here(crew, plan.transport, plan.workers, operations, compute_s)
+        return curves_here(crew, plan.transport, plan.workers, operations, compute_s, visited=visited)
     with team(plan.transport, plan.workers, threads=plan.threads) as others:
         return curves_here(others, plan.transport, plan.workers, operations, compute_s)
 
@@ -375,73 +368,3 @@ def joined(told: Sequence[dict[str, Any]]) -> Profile:
         actions=tuple((kind, int(stage), float(s)) for one in told for kind, stage, s in one["actions"]),
         hops=tuple((int(boundary), int(n)) for one in told for boundary, n in one["hops"]),
     )
-
-
-def operation(said: Sequence[Any]) -> Operation:
-    """As it has travelled."""
-    return Operation._make([*said[:3], tuple(said[3]), *said[4:]])
-
-
-# -- kept --------------------------------------------------------------------------------------------------------------
-
-_HERE: dict[str, Profile] = {}
-
-
-def _key(task: Task, plan: Plan) -> str:
-    """Of everything that a step's cost depends on; live objects by their identity."""
-    parts = [getattr(task, name) for name in ("model", "data", "loss", "optimizer", "schedule")]
-    said = [x if isinstance(x, str) or x is None else f"<{id(x)}>" for x in parts]
-    table = {k: str(v) for k, v in plan.as_table().items() if k != "timeout_s"}
-    every = [
-        "exchanges",
-        *said,
-        task.clip,
-        task.batch_size,
-        sorted(table.items()),
-        sorted(versions().items()),
-        futex.cores(),
-    ]
-    return hashlib.sha256(json.dumps(every, default=str).encode()).hexdigest()[:32]
-
-
-def _lasting(task: Task) -> bool:
-    """Whether the text of a task says all: a factory of the user's may be another one tomorrow."""
-    parts = (getattr(task, name) for name in ("model", "data", "loss", "optimizer", "schedule"))
-    return all(x is None or (isinstance(x, str) and ":" not in x) for x in parts)
-
-
-def _kept(key: str) -> Profile | None:
-    found = _HERE.get(key) or _read(key)
-    return found if found is not None and time.time() - found.when < FRESH_S else None
-
-
-def _keep(key: str, found: Profile, *, lasts: bool) -> None:
-    """A cache that cannot be written costs a quarter of a second the next time."""
-    _HERE[key] = found
-    if lasts:
-        table = dataclasses.asdict(found) | {"factors": found.factors.tolist()}
-        with contextlib.suppress(OSError):
-            _place(key).parent.mkdir(parents=True, exist_ok=True)
-            with replacing(_place(key)) as file:
-                json.dump(table, file)
-
-
-def _read(key: str) -> Profile | None:
-    try:
-        table = json.loads(_place(key).read_bytes())
-        exchanges = tuple((operation(said), float(n)) for said, n in table["exchanges"])
-        made = {"factors": np.array(table["factors"]), "exchanges": exchanges}
-        made |= {name: tuple(map(tuple, table[name])) for name in ("actions", "hops")}
-        made["curves"] = tuple(_curve(each) for each in table["curves"])
-        return Profile(**table | made)
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
-
-
-def _curve(table: dict[str, Any]) -> Curve:
-    made: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in table.items()}
-    return Curve(**made)
-
-
-def _place(key: str) -> Path:
-    return cache("profiles") / f"{key}.json"

@@ -139,6 +139,14 @@ def is_stateless(optimizer: Optimizer) -> bool:
     return type(optimizer) is torch.optim.SGD and all(g["momentum"] == 0 for g in optimizer.param_groups)
 
 
+def is_adaptive(optimizer: Optimizer) -> bool:
+    """Whether it scales each step by past gradients, value by value, as Adam, RMSprop and Adagrad do.
+
+    Of what is not torch's it is taken that it does.
+    """
+    return not isinstance(optimizer, (torch.optim.SGD, torch.optim.ASGD))
+
+
 def gradients_problem(optimizer: Optimizer) -> Problem | None:
     """What is wrong with an optimizer that evaluates the loss several times a step, or None."""
     if not isinstance(optimizer, torch.optim.LBFGS):

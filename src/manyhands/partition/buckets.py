@@ -28,11 +28,18 @@ def cut_into_buckets(
     return result
 
 
+def runs(pieces: Sequence[Piece], spans: Sequence[Sequence[Span]], bucket_B: int = BUCKET_B) -> int:
+    """How many buckets there are; 1 where all gradients together are no more than one should have."""
+    if sum(piece.grad.nbytes for piece in pieces) <= bucket_B:
+        return 1
+    return len(cut_into_buckets(pieces, spans, bucket_B))
+
+
 class Announcer:
     """Counts the gradients of each bucket while backward runs, and announces full buckets."""
 
-    def __init__(self, pieces: Sequence[Piece], spans: Sequence[Sequence[Span]]) -> None:
-        self._buckets = cut_into_buckets(pieces, spans)
+    def __init__(self, pieces: Sequence[Piece], spans: Sequence[Sequence[Span]], bucket_B: int = BUCKET_B) -> None:
+        self._buckets = cut_into_buckets(pieces, spans, bucket_B)
         self._bucket_of = {
             id(s.parameter): b
             for b, (i, lo, hi) in enumerate(self._buckets)

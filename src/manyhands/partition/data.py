@@ -24,14 +24,16 @@ import torch
 from torch import Tensor, nn
 
 from manyhands.communication.communicator import Communicator
-from manyhands.communication.compression.compressor import Compressor, Layout
-from manyhands.contract import Batch, Block, Piece, Ready, StateSlice, carried, put_down, rows_of
+from manyhands.communication.compression.compressor import Compressor
+from manyhands.communication.compression.layout import Layout
+from manyhands.contract import BUCKET_B, Batch, Block, Piece, Ready, StateSlice, carried, put_down, rows_of
 from manyhands.errors import BadInput
 from manyhands.partition.backward import backward
-from manyhands.partition.buckets import Announcer
+from manyhands.partition.buckets import Announcer, runs
+from manyhands.partition.carving import Updates
 from manyhands.partition.flexpoint import Flex16
 from manyhands.partition.rows import RowUpdate, before_lookup, tables, take_gradient, updates_rows_alone
-from manyhands.partition.update import LOST, SliceUpdate, Span, strides_of
+from manyhands.partition.update import Span, strides_of
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +77,7 @@ class DataReplica:
         sparse: bool = False,
         blocks: Mapping[str, Block] | None = None,
         divided: frozenset[str] = frozenset(),
+        bucket_B: int = BUCKET_B,
     ) -> None:
         self.model, self.optimizer, self.loss = model, optimizer, loss
         self.blocks = dict(blocks or {})
@@ -92,17 +95,14 @@ class DataReplica:
         self._l2 = float(getattr(loss, "l2", 0.0))
         self._decayed = False  # this step's gradients hold the L2 term already
         self._spans: list[list[Span]] = []
-        self._groups: list[int] = []
-        self._updates: dict[tuple[int, int, int], SliceUpdate] = {}
+        self._updates = Updates(optimizer, self.pieces, self._spans)
         self._tables: dict[int, nn.Module] = {}  # by sparse piece: what looks rows up in it
-        self._row_updates: dict[int, RowUpdate] = {}
-        self._saved_state: Sequence[StateSlice] = ()
-        self._lost: set[tuple[str, str]] = set()  # optimizer state that no checkpoint can hold, named once
         self._index: dict[int, int] = {}
         self._in_use: set[str] = set()  # parameters that a backward has reached, here or (once settled) anywhere
         self._unsettled: set[int] = set()  # pieces in which there may be others
         self._warned = False
         self._left_out: list[torch.nn.Parameter] = []
+        self._bucket_B = bucket_B
         self._announcer: Announcer | None = None
         self._autocast: Callable[[], Any] = lambda: _NOTHING
         if precision == "bfloat16":
@@ -163,10 +163,9 @@ class DataReplica:
             if table:
                 piece.width = parameters[0].shape[1]
                 self._tables[len(self.pieces)] = sparse[table]
-                self._row_updates[len(self.pieces)] = RowUpdate(self.optimizer, piece, spans[0].name)
+                self._updates.rows[len(self.pieces)] = RowUpdate(self.optimizer, piece, spans[0].name)
             self.pieces.append(piece)
             self._spans.append(spans)
-            self._groups.append(g)
 
     def _axes(self, name: str) -> frozenset[str]:
         """Along which axes of the mesh the workers hold the same of a tensor."""
@@ -206,6 +205,11 @@ class DataReplica:
 
     # -- gradients -------------------------------------------------------------------------------------------------
 
+    @property
+    def runs(self) -> int:
+        """See `contract.Replica.runs`."""
+        return runs(self.pieces, self._spans, self._bucket_B)
+
     def gradients(self, batch: Batch, ready: Ready | None = None) -> tuple[Tensor, float]:
         """See `contract.Replica.gradients`."""
         t0 = time.perf_counter()
@@ -221,7 +225,7 @@ class DataReplica:
                 parameter.grad = None
         announcer = None
         if ready is not None:
-            announcer = self._announcer = self._announcer or Announcer(self.pieces, self._spans)
+            announcer = self._announcer = self._announcer or Announcer(self.pieces, self._spans, self._bucket_B)
             announcer.begin(ready)
         watching = self._watch() if self.watching else _NOTHING
         with watching, _NOTHING if self._format is None else self._format.training():
@@ -373,62 +377,10 @@ class DataReplica:
             return
         t0 = time.perf_counter()
         i = self._index[id(piece.flat)]
-        if i in self._row_updates:
-            self._row_updates[i]()
-            self.update_s += time.perf_counter() - t0
-            return
         if self._l2 and not self._decayed:
             self._add_l2(i, lo, hi)
-        self._update(i, lo, hi)()
+        self._updates(i, lo, hi)
         self.update_s += time.perf_counter() - t0
-
-    def _update(self, i: int, lo: int, hi: int) -> SliceUpdate:
-        try:
-            return self._updates[i, lo, hi]
-        except KeyError:
-            return self._carve(i, lo, hi)
-
-    def _make(self, i: int, lo: int, hi: int) -> SliceUpdate:
-        return SliceUpdate(self.optimizer, self._groups[i], self.pieces[i], self._spans[i], lo, hi)
-
-    def _carve(self, i: int, lo: int, hi: int) -> SliceUpdate:
-        """An update for new bounds. State of older ones that overlap moves into it; what they keep becomes their own.
-
-        Raises where the state of a parameter's elements cannot go on as one: some of them have had updates here and
-        others have not (or another number of them), which no strategy means to do.
-        """
-        update = self._make(i, lo, hi)
-        update.load(self._saved_state)
-        old = {at: u for at, u in self._updates.items() if at[0] == i and at[1] < hi and lo < at[2]}
-        states = {at: u.state() for at, u in old.items()}
-        self._check_joins(i, lo, hi, list(old), [s for state in states.values() for s in state])
-        for (_, a, b), state in states.items():
-            update.load(state)
-            del self._updates[i, a, b]
-            for rest in ((a, lo), (hi, b)):
-                if rest[0] < rest[1]:
-                    kept = self._updates[i, rest[0], rest[1]] = self._make(i, *rest)
-                    kept.load(state)
-        self._updates[i, lo, hi] = update
-        return update
-
-    def _check_joins(
-        self, i: int, lo: int, hi: int, old: Sequence[tuple[int, int, int]], state: Sequence[StateSlice]
-    ) -> None:
-        whole: dict[tuple[str, str], Tensor] = {}
-        keeps = {s.parameter for s in state if s.lo >= 0}
-        for s in self._spans[i]:
-            start, stop = s.within(lo, hi)
-            updated = sum(max(0, min(stop, b) - max(start, a)) for _, a, b in old)
-            assert s.name not in keeps or updated in (0, stop - start) or start >= stop, (
-                f"{s.name}: elements with optimizer state and elements without are to be updated as one slice"
-            )
-        for part in state:
-            if part.lo == -1:
-                first = whole.setdefault((part.parameter, part.key), part.values)
-                assert torch.equal(first, part.values), (
-                    f"{part.parameter}: slices of unlike {part.key} cannot be joined"
-                )
 
     def add_l2(self, bounds: Sequence[tuple[int, int]]) -> None:
         """See `contract.Replica.add_l2`."""
@@ -498,24 +450,11 @@ class DataReplica:
 
     def optimizer_state(self) -> list[StateSlice]:
         """See `contract.Replica.optimizer_state`."""
-        state = [x for update in self._row_updates.values() for x in update.state()]
-        if not self._updates:  # none since `load_optimizer_state`
-            tables = {s.parameter for s in state}
-            return [*(s for s in self._saved_state if s.parameter not in tables), *state]
-        state += [x for update in self._updates.values() for x in update.state()]
-        lost = {(s.parameter, s.key.removesuffix(LOST)) for s in state if s.key.endswith(LOST)} - self._lost
-        if lost:
-            self._lost |= lost
-            said = ", ".join(f"{key} of {parameter}" for parameter, key in sorted(lost))
-            log.warning("no checkpoint of this run can be taken up: it cannot hold the optimizer's %s", said)
-        return state
+        return self._updates.state()
 
     def load_optimizer_state(self, state: Sequence[StateSlice]) -> None:
         """See `contract.Replica.load_optimizer_state`."""
-        self._saved_state = tuple(state)
-        self._updates.clear()
-        for update in self._row_updates.values():
-            update.load(state)
+        self._updates.load(state)
         if state:
             self.watching, self._unsettled = True, set(range(len(self.pieces)))
             self._in_use = {s.parameter for s in state}

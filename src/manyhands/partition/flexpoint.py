@@ -25,8 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from manyhands.communication.compression.compressor import Layout, State
 from manyhands.communication.compression.flexpoint import Flexpoint
+from manyhands.communication.compression.layout import Layout
+from manyhands.communication.compression.state import State
 from manyhands.contract import is_finite
 
 

@@ -11,7 +11,6 @@ from manyhands.communication.topology import Mesh
 from manyhands.consistency import strategies
 from manyhands.contract import Strategy
 from manyhands.errors import Problem, UnknownName
-from manyhands.partition import cut_strategies
 from manyhands.partition.pipeline.description import MICRO_BATCHES
 from manyhands.partition.pipeline.description import parse as parse_pipeline
 from manyhands.partition.pipeline.strategy import PipeDream
@@ -25,15 +24,10 @@ def micro_batches(plan: Plan, mesh: Mesh) -> int:
     assert isinstance(plan.strategy, Strategy)
     if plan.micro_batches is not None:
         return plan.micro_batches
-    if _has_no_schedule(plan.strategy) or mesh["pipeline"] == 1:
+    if not plan.strategy.scheduled or mesh["pipeline"] == 1:
         return 1
     said = parse_pipeline(plan.pipeline, plan.strategy).micro_batches
     return MICRO_BATCHES * mesh["pipeline"] if said is None else said
-
-
-def _has_no_schedule(strategy: Strategy) -> bool:
-    """Whether it cuts the network and things go as they come."""
-    return strategy.name in cut_strategies and not isinstance(strategy, PipeDream)
 
 
 def check_cuts(plan: Plan, mesh: Mesh, facts: Facts, strategy: Strategy, found: list[Problem]) -> None:
@@ -60,7 +54,7 @@ def check_cuts(plan: Plan, mesh: Mesh, facts: Facts, strategy: Strategy, found: 
                     f"Say so, e.g. mesh=pipeline=2 (--mesh pipeline=2), or leave {name} out.",
                 )
             )
-    if _has_no_schedule(strategy):
+    if not strategy.scheduled:
         _cuts_itself(plan, cut, strategy, found)
     if "pipeline" in cut or isinstance(strategy, PipeDream):
         parse_pipeline(plan.pipeline, strategy).made(mesh["pipeline"], micro_batches(plan, mesh))
@@ -130,7 +124,7 @@ def _hybrid(
                 f"Use mesh data alone, e.g. mesh=data={mesh.size} (--mesh data={mesh.size}).",
             )
         )
-    if not (strategy.name == "synchronous" and strategy.bears_cuts):
+    if not strategy.averages_gradients:
         found.append(
             Problem(
                 f"{said} with {strategy}",

@@ -6,7 +6,8 @@
 - `exchange_s`: one exchange of all ranks, on tensors of a model's own shapes. What a call costs whatever its length is
   in there, which is most of it for a small model, so this is by what ``compress=auto`` chooses. Schemes whose workers
   make a payload together (PowerSGD, random-k) have it as their table, too: an exchange of two, half of it for making
-  and half for reading.
+  and half for reading. Of halves making is an exchange, too: nobody reads a payload there, with its checks, but takes
+  the sum over; whoever gets a payload by itself does both.
 
 Approximation of the table: time grows with the number of values. What a vector costs that fits no cache, or hardly has
 a value, is not known.
@@ -24,9 +25,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from manyhands.communication.compression.compressor import Compressor, Layout, OneShot, Shape
+from manyhands.communication.compression.compressor import Compressor
+from manyhands.communication.compression.layout import Layout, Shape
 from manyhands.communication.compression.meter import FIRST
-from manyhands.communication.compression.rehearsal import sample
+from manyhands.communication.compression.one_shot import OneShot
+from manyhands.communication.compression.rehearsal import sample, takes_sums
 from manyhands.simulation.folded import FoldedCommunicator
 
 SIDE = 512
@@ -62,6 +65,8 @@ def measured(compressor: Compressor) -> tuple[float, float]:
         if not isinstance(compressor, OneShot):
             half_s = exchange_s(compressor, layout, 2) / layout.numel / 2
             return half_s, half_s
+        if takes_sums(compressor, layout):
+            return _of_sums(compressor, layout)
         x = sample(compressor, layout.numel)
         state = Compressor.start(compressor, layout, 0, 2)
         payload = compressor.encode(x.clone(), state)
@@ -70,6 +75,14 @@ def measured(compressor: Compressor) -> tuple[float, float]:
         return encode_s / layout.numel, _median_s(lambda _: compressor.add_(out, payload, state), x) / layout.numel
     finally:
         torch.set_num_threads(threads)
+
+
+def _of_sums(compressor: OneShot, layout: Layout) -> tuple[float, float]:
+    """Of halves, which the transport adds up: to make a payload and take over what stands there, and to read one."""
+    state = Compressor.start(compressor, layout, 0, 2)
+    payload = compressor.encode(sample(compressor, layout.numel), state)
+    decode_s = _median_s(lambda _: compressor.decode(payload, state), torch.zeros(layout.numel))
+    return exchange_s(compressor, layout, 2) / layout.numel, decode_s / layout.numel
 
 
 def exchange_s(compressor: Compressor, layout: Layout, size: int, budget_s: float = BUDGET_S) -> float:
@@ -85,6 +98,18 @@ def exchange_s(compressor: Compressor, layout: Layout, size: int, budget_s: floa
     gradient = 1e-3 * torch.randn(part.numel, generator=torch.Generator().manual_seed(0), dtype=part.dtype)
     took_s = _median_s(lambda x: compressor.aggregate(x, comm, state), gradient, budget_s)
     return took_s * layout.numel / max(part.numel, 1)
+
+
+def payload_s(compressor: Compressor, layout: Layout, budget_s: float = BUDGET_S) -> tuple[float, float]:
+    """Seconds a value to make a payload of such a vector, and to read one; of schemes whose payloads stand alone."""
+    assert isinstance(compressor, OneShot)
+    part = part_of(layout)
+    state = Compressor.start(compressor, part, 0, 2)
+    x = sample(compressor, part.numel)
+    payload = compressor.encode(x.clone(), state)
+    encode_s = _median_s(lambda x: compressor.encode(x, state), x, budget_s / 2)
+    decode_s = _median_s(lambda _: compressor.decode(payload, state), x, budget_s / 2)
+    return encode_s / max(part.numel, 1), decode_s / max(part.numel, 1)
 
 
 def part_of(layout: Layout) -> Layout:

@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from manyhands.cluster.measured import COMMON_GATHER, REREAD, Curve, Measured
+from manyhands.cluster.measured import COMMON_GATHER, REREAD, WOKEN, Curve, Measured
 
 #: Where a price comes from.
 CURVE, EXTRAPOLATED, FORMULA = "curve", "extrapolated", "formula"
@@ -29,7 +29,7 @@ BEYOND = 2.0
 #: Nothing but a meeting where the tensor is one copy.
 _MEETINGS = {"all_gather": COMMON_GATHER, "broadcast": "barrier"}
 #: What two ranks do, or one: the number of ranks says how busy the machine is, and no form depends on it.
-_OF_TWO = ("send", "pull", "push")
+_OF_TWO = ("send", "pull", "push", WOKEN)
 
 
 class Priced(NamedTuple):

@@ -17,7 +17,7 @@ import contextlib
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -38,6 +38,9 @@ class Spent:
 
     priced_s: float = 0.0
     here_s: float = 0.0
+    #: What was asked of a server's memory under one lock: of the lock that is held, and of all so far.
+    visit: list[str] = field(default_factory=list)
+    visits: set[tuple[str, ...]] = field(default_factory=set)
 
 
 class MirrorCommunicator(Communicator):
@@ -150,6 +153,7 @@ class MirrorCommunicator(Communicator):
     def _access(self, operation: str, x: Tensor, at: int) -> None:
         if not self._served:
             raise NotAlike(operation)
+        self.spent.visit.append(operation)
         with self._meeting(operation, x):
             pass
 
@@ -211,10 +215,14 @@ class _Free:
         self.lost: list[int] = []
 
     def __enter__(self) -> None:
-        self._began = time.perf_counter()
+        self._before_s, self._began = self._spent.here_s, time.perf_counter()
+        self._spent.visit.clear()
 
     def __exit__(self, *_: object) -> None:
-        self._spent.here_s += time.perf_counter() - self._began
+        spent = self._spent
+        spent.here_s = self._before_s + time.perf_counter() - self._began  # what was asked for meanwhile is in it
+        if spent.visit:
+            spent.visits.add(tuple(spent.visit))
 
 
 class _Abreast:

@@ -29,12 +29,11 @@ import math
 from collections.abc import Hashable, Sequence
 
 from manyhands.cluster import Cluster, Link
-from manyhands.cluster.measured import COMMON_GATHER, REREAD, Curve
+from manyhands.cluster.measured import COMMON_GATHER, REREAD, WOKEN, Curve
+from manyhands.communication.communicator import LOOKING
 from manyhands.communication.transports.events import Operation
 from manyhands.simulation.curves import CURVE, EXTRAPOLATED, FORMULA, UNKNOWN, Curves, Priced, curves_of
 
-#: Counted apart, and no part of a step: what is exchanged only so that somebody can look.
-FREE = ("consensus",)
 #: Between a worker and memory that stands for a server.
 SERVED = ("pull", "push")
 
@@ -62,6 +61,8 @@ class Prices:
         self.spread_s = 0.0
         #: What an optimizer takes at a server, for each byte of gradient that is pushed to it.
         self.serving_s_per_B = 0.0
+        #: How much later than a server's lock is given back who has waited for it goes on.
+        self.woken_s = 0.0
         if cluster is not None and workers > 1:
             newer = {(curve.operation, curve.ranks) for curve in here}
             older = curves_of(cluster.measured, transport)
@@ -69,6 +70,8 @@ class Prices:
             if measured:
                 self._curves = Curves(measured, workers, self._per_node, self._form)
                 self._per_node = max(self._per_node, workers)
+                woken = self._curves.price(WOKEN, 0, 2)
+                self.woken_s = 0.0 if woken is None else woken.seconds
             levels = ["between"] if not measured and cluster.nodes_for(workers) > 1 else []
             levels += ["within"] if min(workers, self._per_node) > 1 else []
             self._links = {level: cluster.link(level) for level in levels}
@@ -83,7 +86,7 @@ class Prices:
 
     def __call__(self, operation: Operation) -> float:
         """Seconds from when the last rank has come."""
-        if not self._links or not self._begun or operation.purpose in FREE:
+        if not self._links or not self._begun or operation.purpose in LOOKING:
             return 0.0
         if operation.name in SERVED:
             priced = self._message(operation, "between" if "between" in self._links else "within")

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from manyhands.communication.communicator import Communicator
-from manyhands.communication.compression.compressor import Compressor, Layout
+from manyhands.communication.compression.compressor import Compressor
+from manyhands.communication.compression.layout import Layout
 from manyhands.contract import Batch, Block, Piece, Ready, StateSlice
 from manyhands.errors import BadInput
 from manyhands.partition.data import DataReplica
@@ -138,6 +139,7 @@ class PricedReplica:
         self.blocks: dict[str, Block] = {}
         self.buffers: list[Tensor] = []
         self.watching = False
+        self.runs = 1  # time passes at once
         self.compute_s = self.update_s = self.count = 0.0
         self._pace, self._clock, self._shares = pace, clock, shares
         self._loss = torch.zeros(())

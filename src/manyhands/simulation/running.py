@@ -16,7 +16,6 @@ from manyhands.contract import Measurement, Spread, StepParts, Strategy
 from manyhands.data import Splits
 from manyhands.errors import BadInput, InvalidPlan, Problem
 from manyhands.models import optimizers
-from manyhands.partition import cut_strategies
 from manyhands.partition.tensor import axis_of
 from manyhands.plan import Plan
 from manyhands.simulation import sizes, values
@@ -174,7 +173,7 @@ def _refuse_cuts(plan: Plan) -> None:
     assert isinstance(plan.mesh, Mesh)
     assert isinstance(plan.strategy, Strategy)
     cut = plan.mesh["data"] != plan.workers or axis_of(plan.tensor) == "data" or (plan.shard or 0) > 1
-    if cut or plan.strategy.name in cut_strategies:
+    if cut or plan.strategy.updates_within:
         raise BadInput(
             f"simulate with {plan.strategy} on {plan.mesh}, shard={plan.shard}: workers that hold parts of a model are "
             f"not simulated yet; whole replicas are. Use mesh=data={plan.workers}; `manyhands plan` tells what a cut "

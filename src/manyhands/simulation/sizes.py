@@ -134,6 +134,7 @@ def _samples_of_all(workers: int, total: int) -> Vector:
 
 def _by_rank(what: Sized, price: Prices, spans: Spans | None) -> Outcome:
     world = SizedWorld(what.workers, price, queue=price.queue, observe=None if spans is None else spans.observe)
+    world.woken_s = price.woken_s
     clocks = Clocks()
     last, waits = [0.0] * what.workers, [0.0] * what.workers
     plan = list(what.turns())

@@ -111,6 +111,7 @@ class _Shared:
 def run(what: Valued, prices: Prices, spans: Spans | None = None) -> Outcome:
     """Simulate it."""
     world = GreenletWorld(what.workers, prices, queue=prices.queue, observe=None if spans is None else spans.observe)
+    world.woken_s = prices.woken_s
     n = what.workers
     shared = _Shared([0.0] * n, [0.0] * n, [(0.0, 0.0)] * n)
     with torch.random.fork_rng(devices=[]):

@@ -167,12 +167,12 @@ def _facts(kind: str, name: str, made: Any) -> dict[str, Any]:
         return {
             **_guarantees(made),
             "replicas": "none: its workers own parts of one model"
-            if name == "ampnet"
+            if not made.scheduled
             else "bit-identical"
             if made.identical
             else "may differ",
             "results": "repeat bit for bit" if made.deterministic else "differ from run to run",
-            "sends": "what passes between its nodes or stages" if name in cut_strategies else _sends(made()),
+            "sends": "what passes between its nodes or stages" if made.updates_within else _sends(made()),
         }
     if kind == "pipelines":
         return _of_pipeline(name, made)
@@ -199,7 +199,7 @@ def _facts(kind: str, name: str, made: Any) -> dict[str, Any]:
 
 
 def _compression(name: str, made: Any) -> dict[str, Any]:
-    from manyhands.communication.compression.compressor import Layout
+    from manyhands.communication.compression.layout import Layout
     from manyhands.studies.compression.settings import recommended
 
     n = 2**20
@@ -273,7 +273,7 @@ def _sends(strategy: Any) -> str:
 def _guarantees(cls: Any) -> dict[str, str]:
     from manyhands.studies.parity import variants
 
-    each = {str(s): guarantee(s) for s in ([cls()] if cls.name in cut_strategies else variants([cls.name]))}
+    each = {str(s): guarantee(s) for s in ([cls()] if cls.updates_within else variants([cls.name]))}
     first, *others = dict.fromkeys(each.values())
     return {f"guarantee of {text}": said for text, said in each.items()} if others else {"guarantee": first}
 

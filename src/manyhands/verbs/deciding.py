@@ -14,6 +14,7 @@ import torch
 from manyhands.communication import futex
 from manyhands.communication.communicator import Communicator
 from manyhands.communication.topology import Mesh
+from manyhands.contract import Strategy
 from manyhands.models import losses, optimizers, schedules
 from manyhands.models.update_rules import served
 from manyhands.plan import Facts, Plan, Resolved, resolve
@@ -104,17 +105,22 @@ def with_compressor(
     assert isinstance(plan.mesh, Mesh)
     size, n_B = plan.mesh["data"], 4 * sum(map(math.prod, shapes))
     among = compression.allowed(settled) if size > 1 else []
-    price: compression.Price = lambda name, n: 0.0  # noqa: E731
+    decided = settled(among[0]).plan.strategy if among else None  # as it will be with a compressor
+    strategy = decided if isinstance(decided, Strategy) else None
+    asked_for = compression.messages(strategy, shapes, size, among)
+    price: compression.Price = lambda operation: 0.0  # noqa: E731
     if on is not None:
         price = compression.priced(on, size)
     elif comm is not None:
-        price = compression.from_probe(compression.measured(comm, n_B))
+        price = compression.tried(comm, n_B, asked_for)
     elif among:
-        price = compression.probed(plan.transport, size, plan.threads, n_B, plan.timeout_s)
+        price = compression.probed(plan.transport, size, plan.threads, n_B, plan.timeout_s, asked_for)
     where = f"on {plan.transport if on is None else on.name}"
 
     def chosen() -> list[str]:
-        choice = compression.choose(shapes, size, price, where, among)
+        choice = compression.choose(
+            shapes, size, price, where, among, strategy=strategy, adaptive=compression.adaptive(task, strategy)
+        )
         return [choice.compress, choice.note]
 
     compress, note = by_the_first(chosen)

@@ -44,6 +44,7 @@ def predict(
     """
     from manyhands.cluster import Cluster, load
     from manyhands.modelling import prediction
+    from manyhands.modelling.given import Given
 
     if compute is not None and compute not in prediction.SOURCES:
         raise UnknownName("source of computing", compute, prediction.SOURCES)
@@ -59,16 +60,6 @@ def predict(
         decided = with_compressor(task, asked, decided, model, on=None if here else on)
     decided = rehearsed(decided, model, task, splits.train)
     folder = None if data_dir is None else os.fspath(data_dir)
-    found = prediction.predicted(
-        task,
-        decided.plan,
-        on,
-        model,
-        splits,
-        here=here,
-        compute=compute,
-        fresh=fresh,
-        data_dir=folder,
-        notes=(*notes, *decided.notes),
-    )
-    return prediction.with_memory(found, task, on, model, splits, folder) if memory else found
+    given = Given(task, on, model, splits, here, folder)
+    found = prediction.predicted(given, decided.plan, compute=compute, fresh=fresh, notes=(*notes, *decided.notes))
+    return prediction.with_memory(given, found) if memory else found

@@ -66,6 +66,7 @@ def search(
     """
     from manyhands.cluster import Cluster, load
     from manyhands.modelling import prediction
+    from manyhands.modelling.given import Given
     from manyhands.modelling.search import costs, engine, space
 
     if compute is not None and compute not in prediction.SOURCES:
@@ -98,8 +99,8 @@ def search(
     def decide(each: Plan) -> Resolved:
         return resolve(each, known(None if here else on.nodes_for(each.workers or 1)))
 
-    given = None if places is None else str(places)
-    pricer = costs.Costs(task, on, model, splits, here=here, compute=compute, fresh=fresh, data_dir=given)
+    folder = None if places is None else str(places)
+    pricer = costs.Costs(Given(task, on, model, splits, here, folder), compute=compute, fresh=fresh)
     found = engine.search(
         plans,
         decide,
@@ -111,7 +112,7 @@ def search(
         notes=notes,
         here=here,
     )
-    return engine.measured(found, functools.partial(_run_briefly, task, given), measure) if measure else found
+    return engine.measured(found, functools.partial(_run_briefly, task, folder), measure) if measure else found
 
 
 def _run_briefly(task: Task, data_dir: str | None, plans: Mapping[Plan, float]) -> dict[Plan, list[float]]:

@@ -1,7 +1,7 @@
 """What is sent instead of a dense vector (survey §VI-B): sparsifiers, quantizers, low rank, lossless codes.
 
 `compressors` is the table of contents: a new scheme is one file, one line here and one row in the tests. What all have
-in common (how payloads meet, error feedback, promises) is `compressor`.
+in common (error feedback, promises) is `compressor`; how the payloads of most meet is `one_shot`.
 """
 
 from manyhands.catalogue import Catalogue

@@ -28,8 +28,10 @@ from torch import Tensor
 from manyhands.catalogue import Reference
 from manyhands.checks import is_positive, is_whole
 from manyhands.communication.communicator import Communicator
-from manyhands.communication.compression.compressor import Entries, Layout, State
 from manyhands.communication.compression.entries import Sparsifier, check_ratio, entries, largest, pack, unpack
+from manyhands.communication.compression.layout import Layout
+from manyhands.communication.compression.one_shot import Entries
+from manyhands.communication.compression.state import State
 
 #: Of the values, in the first quarter of a warm-up; each further quarter has this share of the one before.
 WARM = 0.25

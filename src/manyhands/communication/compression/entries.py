@@ -15,14 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from manyhands.communication.compression.bits import chunks
-from manyhands.communication.compression.compressor import (
-    Entries,
-    Layout,
-    OneShot,
-    State,
-    check_length,
-    check_numbers,
-)
+from manyhands.communication.compression.layout import Layout
+from manyhands.communication.compression.one_shot import Entries, OneShot, check_length, check_numbers
+from manyhands.communication.compression.state import State
 from manyhands.errors import DamagedPayload
 
 #: Indices are whole numbers of 31 bits.

@@ -27,15 +27,11 @@ from torch import Tensor
 
 from manyhands.catalogue import Reference
 from manyhands.communication.compression.bits import Bytes, best_rice, from_rice, rice
-from manyhands.communication.compression.compressor import (
-    Compressor,
-    Entries,
-    Layout,
-    OneShot,
-    State,
-    compressor_from,
-)
+from manyhands.communication.compression.compressor import Compressor, compressor_from
 from manyhands.communication.compression.entries import Sparsifier, check_indices
+from manyhands.communication.compression.layout import Layout
+from manyhands.communication.compression.one_shot import Entries, OneShot
+from manyhands.communication.compression.state import State
 from manyhands.communication.compression.strom import SIGN, Strom
 from manyhands.communication.compression.top_k import TopK
 from manyhands.errors import DamagedPayload

@@ -30,7 +30,9 @@ from torch import Tensor
 
 from manyhands.catalogue import Reference
 from manyhands.checks import is_positive, is_whole
-from manyhands.communication.compression.compressor import Layout, OneShot, State, check_length
+from manyhands.communication.compression.layout import Layout
+from manyhands.communication.compression.one_shot import OneShot, check_length
+from manyhands.communication.compression.state import State
 from manyhands.errors import DamagedPayload
 
 LARGEST, HIGHEST = 32767, 31

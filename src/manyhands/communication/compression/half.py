@@ -22,18 +22,10 @@ from torch import Tensor
 
 from manyhands.catalogue import Reference
 from manyhands.communication.communicator import Communicator
-from manyhands.communication.compression.compressor import (
-    NOTHING,
-    Compressor,
-    Cost,
-    Layout,
-    OneShot,
-    Round,
-    Sent,
-    State,
-    check_length,
-    sum_cost,
-)
+from manyhands.communication.compression.compressor import NOTHING, Compressor, Cost, Round, Sent, sum_cost
+from manyhands.communication.compression.layout import Layout
+from manyhands.communication.compression.one_shot import OneShot, check_length
+from manyhands.communication.compression.state import State
 from manyhands.errors import DamagedPayload
 
 

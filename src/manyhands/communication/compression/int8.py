@@ -21,7 +21,9 @@ from torch import Tensor
 
 from manyhands.catalogue import Reference
 from manyhands.checks import is_whole
-from manyhands.communication.compression.compressor import Layout, OneShot, State, check_length, check_numbers
+from manyhands.communication.compression.layout import Layout
+from manyhands.communication.compression.one_shot import OneShot, check_length, check_numbers
+from manyhands.communication.compression.state import State
 
 LARGEST = 127
 

@@ -14,18 +14,10 @@ import torch
 from torch import Tensor
 
 from manyhands.catalogue import Reference
-from manyhands.communication.compression.compressor import (
-    NOTHING,
-    Compressor,
-    Cost,
-    Layout,
-    OneShot,
-    Round,
-    State,
-    check_length,
-    check_numbers,
-    sum_cost,
-)
+from manyhands.communication.compression.compressor import NOTHING, Compressor, Cost, Round, sum_cost
+from manyhands.communication.compression.layout import Layout
+from manyhands.communication.compression.one_shot import OneShot, check_length, check_numbers
+from manyhands.communication.compression.state import State
 
 
 @dataclass(frozen=True)

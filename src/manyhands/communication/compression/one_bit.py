@@ -26,7 +26,9 @@ from torch import Tensor
 
 from manyhands.catalogue import Reference
 from manyhands.communication.compression.bits import add_chosen_
-from manyhands.communication.compression.compressor import Layout, OneShot, State, check_length, check_numbers
+from manyhands.communication.compression.layout import Layout
+from manyhands.communication.compression.one_shot import OneShot, check_length, check_numbers
+from manyhands.communication.compression.state import State
 
 
 def levels(x: NDArray[Any], positive: NDArray[np.bool_], starts: NDArray[np.int64]) -> NDArray[Any]:

@@ -18,8 +18,11 @@ import torch
 from torch import Tensor
 
 from manyhands.communication.communicator import Communicator
-from manyhands.communication.compression.compressor import Compressor, Layout, OneShot, State
+from manyhands.communication.compression.compressor import Compressor
+from manyhands.communication.compression.layout import Layout
+from manyhands.communication.compression.one_shot import OneShot
 from manyhands.communication.compression.rehearsal import typical_B
+from manyhands.communication.compression.state import State
 
 
 def travels(compressor: Compressor) -> bool:

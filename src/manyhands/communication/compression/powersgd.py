@@ -29,16 +29,9 @@ from torch import Tensor
 from manyhands.catalogue import Reference
 from manyhands.checks import is_whole
 from manyhands.communication.communicator import Communicator
-from manyhands.communication.compression.compressor import (
-    NOTHING,
-    Compressor,
-    Cost,
-    Layout,
-    Round,
-    Sent,
-    State,
-    sum_cost,
-)
+from manyhands.communication.compression.compressor import NOTHING, Compressor, Cost, Round, Sent, sum_cost
+from manyhands.communication.compression.layout import Layout
+from manyhands.communication.compression.state import State
 
 
 class Matrix(NamedTuple):

@@ -39,8 +39,10 @@ from manyhands.communication.compression.bits import (
     planes,
     planes_B,
 )
-from manyhands.communication.compression.compressor import Layout, OneShot, State, check_length, check_numbers
 from manyhands.communication.compression.entries import LONGEST, check_indices
+from manyhands.communication.compression.layout import Layout
+from manyhands.communication.compression.one_shot import OneShot, check_length, check_numbers
+from manyhands.communication.compression.state import State
 from manyhands.errors import DamagedPayload
 
 FIXED, ELIAS = 0, 1

@@ -26,8 +26,10 @@ from torch import Tensor
 from manyhands.catalogue import Reference
 from manyhands.checks import is_whole
 from manyhands.communication.communicator import Communicator
-from manyhands.communication.compression.compressor import NOTHING, Compressor, Cost, Layout, Sent, State, sum_cost
+from manyhands.communication.compression.compressor import NOTHING, Compressor, Cost, Sent, sum_cost
 from manyhands.communication.compression.entries import check_ratio, entries
+from manyhands.communication.compression.layout import Layout
+from manyhands.communication.compression.state import State
 
 
 @dataclass(frozen=True)

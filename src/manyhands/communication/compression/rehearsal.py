@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from manyhands.communication.communicator import Communicator
-from manyhands.communication.compression.compressor import Compressor, Layout, OneShot, compressor_from
+from manyhands.communication.compression.compressor import Compressor, compressor_from
+from manyhands.communication.compression.layout import Layout
+from manyhands.communication.compression.one_shot import OneShot
 
 #: Values of the vector that is encoded to see how long its payload is.
 SAMPLE = 1 << 14
@@ -59,6 +61,11 @@ def rehearse(x: Tensor, compressor: Compressor, comm: Communicator, layout: Layo
     counted.sent_B += comm.counters.sent_B(comm.context.purpose) - before_B
 
 
+def takes_sums(compressor: Compressor, layout: Layout) -> bool:
+    """Whether payloads are made by each worker for itself, and in a mean only ever added up: halves."""
+    return isinstance(compressor, OneShot) and compressor.cost(layout, 2).route == "sum"
+
+
 def codings(compressor: Compressor, layout: Layout, size: int) -> tuple[float, float]:
     """How many whole vectors a rank of ``size`` encodes and decodes in an exchange, feedback's subtraction included."""
     operations = [name for name, _ in compressor.rounds(layout, size, typical_B(compressor, layout))]
@@ -67,6 +74,8 @@ def codings(compressor: Compressor, layout: Layout, size: int) -> tuple[float, f
         return 0.0, 0.0
     if not isinstance(compressor, OneShot):
         return 1.0, 1.0  # what it subtracts is there
+    if takes_sums(compressor, layout):
+        return 1.0, back  # what comes back as a sum is no payload
     if "all_to_all" in operations:
         return 1 + 1 / size, 2 + back * (1 + 1 / size)
     return (1.0, size + back) if operations == ["all_gather"] else (1.0, 1 + back)

@@ -28,7 +28,10 @@ from torch import Tensor
 
 from manyhands.catalogue import Reference
 from manyhands.communication.communicator import Communicator
-from manyhands.communication.compression.compressor import Layout, OneShot, Sent, State, check_length, check_numbers
+from manyhands.communication.compression.compressor import Sent
+from manyhands.communication.compression.layout import Layout
+from manyhands.communication.compression.one_shot import OneShot, check_length, check_numbers
+from manyhands.communication.compression.state import State
 
 
 @dataclass(frozen=True)

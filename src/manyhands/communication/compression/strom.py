@@ -26,8 +26,10 @@ from torch import Tensor
 
 from manyhands.catalogue import Reference
 from manyhands.checks import is_positive
-from manyhands.communication.compression.compressor import Entries, Layout, State
 from manyhands.communication.compression.entries import Sparsifier, beyond, check_indices
+from manyhands.communication.compression.layout import Layout
+from manyhands.communication.compression.one_shot import Entries
+from manyhands.communication.compression.state import State
 from manyhands.errors import DamagedPayload
 
 SIGN = np.uint32(1 << 31)

@@ -31,8 +31,10 @@ from manyhands.checks import is_positive, is_whole
 from manyhands.communication.communicator import Communicator
 from manyhands.communication.compression import strom
 from manyhands.communication.compression.bits import from_signed_planes, planes_B, signed_planes
-from manyhands.communication.compression.compressor import Entries, Layout, State, check_length
 from manyhands.communication.compression.entries import Sparsifier, check_ratio
+from manyhands.communication.compression.layout import Layout
+from manyhands.communication.compression.one_shot import Entries, check_length
+from manyhands.communication.compression.state import State
 from manyhands.errors import DamagedPayload
 
 

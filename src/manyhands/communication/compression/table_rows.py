@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from manyhands.communication.communicator import Communicator
-from manyhands.communication.compression.compressor import gather
+from manyhands.communication.compression.one_shot import gather
 from manyhands.errors import DamagedPayload
 
 

@@ -30,16 +30,10 @@ from manyhands.catalogue import Reference
 from manyhands.checks import is_positive, is_whole
 from manyhands.communication.communicator import Communicator, reference_B
 from manyhands.communication.compression.bits import chunks, from_signed_planes, planes_B, signed_planes
-from manyhands.communication.compression.compressor import (
-    Cost,
-    Layout,
-    OneShot,
-    Round,
-    Sent,
-    State,
-    check_length,
-    check_numbers,
-)
+from manyhands.communication.compression.compressor import Cost, Round, Sent
+from manyhands.communication.compression.layout import Layout
+from manyhands.communication.compression.one_shot import OneShot, check_length, check_numbers
+from manyhands.communication.compression.state import State
 
 
 def bits_of_sum(workers: int) -> int:

@@ -17,8 +17,10 @@ from typing import ClassVar
 from torch import Tensor
 
 from manyhands.catalogue import Reference
-from manyhands.communication.compression.compressor import Entries, Layout, State, check_length
 from manyhands.communication.compression.entries import Sparsifier, check_ratio, entries, largest, pack, unpack
+from manyhands.communication.compression.layout import Layout
+from manyhands.communication.compression.one_shot import Entries, check_length
+from manyhands.communication.compression.state import State
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,9 @@ from torch import Tensor
 from manyhands.catalogue import Reference
 from manyhands.checks import is_positive
 from manyhands.communication.compression.bits import from_signed_planes, planes_B, signed_planes
-from manyhands.communication.compression.compressor import Layout, OneShot, State, check_length
+from manyhands.communication.compression.layout import Layout
+from manyhands.communication.compression.one_shot import OneShot, check_length
+from manyhands.communication.compression.state import State
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,9 @@ from manyhands.errors import CommunicationError, PeerLost, WorkerFailed
 class World(ABC):
     """All ranks of one run, and how they wait for each other."""
 
+    #: Seconds from when a lock is given back until who has waited for it goes on; where clocks are real they show it.
+    woken_s = 0.0
+
     def __init__(self, size: int, *, timeout_s: float = 60.0) -> None:
         self.size = size
         self.timeout_s = timeout_s
@@ -475,6 +478,7 @@ class InProcessLock:
             turns.queue.popleft()
             turns.free_at = world.now(self._comm.world_rank)
             if turns.queue:
+                turns.free_at += world.woken_s
                 world.wake([turns.queue[0][1]])
 
 

@@ -3,14 +3,13 @@
     pull   lock;  θ and version;  unlock
     push   lock;  θ ← u(θ, g);  version ← version + 1;  unlock
 
-Whoever pushes does the server's work himself, under the shard's lock. A worker that dies meanwhile leaves a lock for
-the next to take over. Guarantee: pushes to one shard happen one after the other and none is lost. Payload is counted
-as ``push`` and ``pull``.
+Whoever pushes does the server's work himself, under the shard's lock, and in virtual time the lock is held as long as
+that takes. A worker that dies meanwhile leaves a lock for the next to take over. Guarantee: pushes to one shard happen
+one after the other and none is lost. Payload is counted as ``push`` and ``pull``.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -20,41 +19,24 @@ import torch
 from torch import Tensor
 
 from manyhands.communication.communicator import Board, Communicator
-from manyhands.communication.compression.compressor import Compressor
 from manyhands.consistency.parameter_server.common_rounds import CommonRounds
 from manyhands.consistency.parameter_server.rounds import Round
 from manyhands.consistency.parameter_server.shards import Shard, To, within
 from manyhands.consistency.parameter_server.store import Store
 from manyhands.consistency.robust.aggregation import Aggregation
-from manyhands.contract import Parameters, Replica
-from manyhands.models.update_rules import Rule, rule_of
+from manyhands.contract import Parameters
+from manyhands.models.update_rules import Rule
 
 
 class CommonStore(Store):
-    """Shards in common memory, each under a lock.
+    """Shards in common memory, each under a lock."""
 
-    ``optimizer`` is what a push does, with the hyper-parameters that it has then; without one there is only `add`.
-    ``scaled``: the learning rate is divided by 1 + staleness (Zhang et al. 2016, arXiv:1511.05950).
-    """
-
-    def __init__(
-        self,
-        replica: Replica,
-        comm: Communicator,
-        servers: int,
-        *,
-        optimizer: torch.optim.Optimizer | None = None,
-        scaled: bool = False,
-        compressor: Compressor | None = None,
-    ) -> None:
-        super().__init__(replica, comm, servers, compressor)
-        self.comm, self._scaled = comm, scaled
-        self._optimizer = optimizer
-        self.flats = [comm.allocate(p.flat.numel(), p.flat.dtype, common=True) for p in replica.pieces]
-        self._rules = [None if optimizer is None else self._rule(i) for i in range(len(replica.pieces))]
+    def _lay_out(self) -> None:
+        comm, pieces = self.comm, self.replica.pieces
+        self.flats = [comm.allocate(p.flat.numel(), p.flat.dtype, common=True) for p in pieces]
         self._slots = [
             [comm.allocate(p.flat.numel(), p.flat.dtype, common=True) for _ in range(rule.slots if rule else 0)]
-            for p, rule in zip(replica.pieces, self._rules, strict=True)
+            for p, rule in zip(pieces, self.rules, strict=True)
         ]
         self._versions, self._updates, self._used, self._stop = (
             counters(comm, n) for n in (len(self.shards), len(self.units), self.parameters, 1)
@@ -63,39 +45,14 @@ class CommonStore(Store):
         # Workers begin with different shards, so that they meet at a lock only by chance.
         first = comm.rank * len(self.shards) // comm.size
         self._order = [*range(first, len(self.shards)), *range(first)]
-        for i, piece in enumerate(replica.pieces):
+        for i, piece in enumerate(pieces):
             if piece.width:
                 for slot in self._slots[i]:  # Adagrad's squares; what is looked up late begins like the rest
                     slot.fill_(self._first_value(i))
-                replica.before_lookup(i, functools.partial(self._pull_rows, i))
-        self._lay_out()
-        self.rebase()
-
-    def _rule(self, i: int) -> Rule:
-        assert self._optimizer is not None
-        rule = rule_of(self._optimizer, self._group_of(i))
-        assert rule is not None, "the plan has been checked"
-        return rule
-
-    def _first_value(self, i: int) -> float:
-        assert self._optimizer is not None
-        return float(self._optimizer.param_groups[self._group_of(i)].get("initial_accumulator_value", 0.0))
-
-    def _group_of(self, i: int) -> int:
-        """A server's optimizer of its own has one group for all pieces."""
-        assert self._optimizer is not None
-        return self.replica.pieces[i].group if self._optimizer is self.replica.optimizer else 0
-
-    def _lay_out(self) -> None:
-        """All is allocated, and the slots hold what they begin with."""
 
     def _holding(self, s: int, to: To, rows: Tensor | None = None) -> AbstractContextManager[None]:
         """Inside, shard ``s`` (or some ``rows`` of its table) is this worker's alone, ``to`` do that with it."""
         return self._locks[s]
-
-    def regroup(self, comm: Communicator) -> None:
-        """Memory and locks stay where they are."""
-        self.comm = comm
 
     def rebase(self) -> None:
         """The shards become what rank 0's pieces hold. Collective."""
@@ -111,8 +68,8 @@ class CommonStore(Store):
             if self.replica.pieces[shard.piece].width:
                 continue  # rows come when they are looked up
             theirs, mine = self._both(shard)
-            self.comm.access("pull", mine, at=shard.server)
             with self._holding(s, To.READ):
+                self.comm.access("pull", mine, at=shard.server)
                 mine.copy_(theirs)
                 self.read[s] = int(self._versions[s])
 
@@ -126,20 +83,18 @@ class CommonStore(Store):
                 self._push_rows(s, vectors[shard.piece])
                 continue
             theirs, mine = self._both(shard)
-            self.comm.access("push", payloads[s], at=shard.server)
-            if pull:
-                self.comm.access("pull", mine, at=shard.server)
             with self._holding(s, To.UPDATE):
+                self.comm.access("push", payloads[s], at=shard.server)
                 late = int(self._versions[s]) - self.read[s]
                 self._update(shard, vectors[shard.piece], late)
                 self._versions[s] += 1
                 if pull:
+                    self.comm.access("pull", mine, at=shard.server)
                     mine.copy_(theirs)
                     self.read[s] = int(self._versions[s])
             self.staleness[late] += 1
 
-    def _pull_rows(self, i: int, rows: Tensor) -> None:
-        """The rows that a forward is about to look up."""
+    def _look_up(self, i: int, rows: Tensor) -> None:
         piece = self.replica.pieces[i]
         for s, shard in enumerate(self.shards):
             if shard.piece != i:
@@ -147,9 +102,9 @@ class CommonStore(Store):
             own = within(rows, shard, piece.width)
             if len(own):
                 mine, theirs = (flat.view(-1, piece.width) for flat in (piece.flat, self.flats[i]))
-                self.comm.access("pull", own, at=shard.server)  # the request
-                self.comm.access("pull", mine[: len(own)], at=shard.server)  # the answer
                 with self._holding(s, To.READ, own):
+                    self.comm.access("pull", own, at=shard.server)  # the request
+                    self.comm.access("pull", mine[: len(own)], at=shard.server)  # the answer
                     mine[own] = theirs[own]
                     self.read[s] = int(self._versions[s])
 
@@ -163,9 +118,9 @@ class CommonStore(Store):
             return
         first = int(torch.searchsorted(piece.rows, own[0]))
         gradient = values.view(-1, piece.width)[first : first + len(own)]
-        self.comm.access("push", own, at=shard.server)
-        self.comm.access("push", gradient, at=shard.server)
         with self._holding(s, To.UPDATE, own):
+            self.comm.access("push", own, at=shard.server)
+            self.comm.access("push", gradient, at=shard.server)
             late = int(self._versions[s]) - self.read[s]
             self._update_rows(shard, own, gradient, late)
             self._versions[s] += 1
@@ -211,8 +166,8 @@ class CommonStore(Store):
         for s in self._order:
             shard = self.shards[s]
             change = vectors[shard.piece][shard.lo : shard.hi]
-            self.comm.access("push", payloads[s], at=shard.server)
             with self._holding(s, To.ADD):
+                self.comm.access("push", payloads[s], at=shard.server)
                 self.flats[shard.piece][shard.lo : shard.hi].add_(change)
                 self._versions[s] += 1
 
@@ -247,11 +202,11 @@ class CommonStore(Store):
             rule.apply(flat[lo:hi], vector[lo:hi], [slot[lo:hi] for slot in slots], t, group)
 
     def _rule_and_group(self, shard: Shard, late: int) -> tuple[Rule, Mapping[str, Any]]:
-        rule, optimizer = self._rules[shard.piece], self._optimizer
+        rule, optimizer = self.rules[shard.piece], self.optimizer
         assert rule is not None
         assert optimizer is not None
-        group: Mapping[str, Any] = optimizer.param_groups[self._group_of(shard.piece)]
-        if self._scaled and late:
+        group: Mapping[str, Any] = optimizer.param_groups[self.group_of(shard.piece)]
+        if self.scaled and late:
             group = {**group, "lr": group["lr"] / (1 + late)}
         return rule, group
 

@@ -22,6 +22,6 @@ def opened(
     scaled: bool = False,
     compressor: Compressor | None = None,
 ) -> Store:
-    """The servers of ``comm``, which cut each piece into so many shards; see `CommonStore`. Collective."""
+    """The servers of ``comm``, which cut each piece into so many shards; see `Store`. Collective."""
     kind = RemoteStore if comm.servers is not None else WindowStore if comm.one_sided else CommonStore
     return kind(replica, comm, servers, optimizer=optimizer, scaled=scaled, compressor=compressor)

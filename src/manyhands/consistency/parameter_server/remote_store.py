@@ -9,7 +9,6 @@ as ``service``. A server that dies ends the workers' waits by a `PeerLost` with 
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,8 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from manyhands.communication.communicator import Board, Communicator, Work
-from manyhands.communication.compression.compressor import Compressor
+from manyhands.communication.communicator import Board, Work
 from manyhands.consistency.compressed import layout_of
 from manyhands.consistency.parameter_server.remote_board import RemoteBoard
 from manyhands.consistency.parameter_server.remote_rounds import RemoteRounds
@@ -35,48 +33,32 @@ from manyhands.consistency.parameter_server.requests import (
 from manyhands.consistency.parameter_server.shards import Shard, within
 from manyhands.consistency.parameter_server.store import Store
 from manyhands.consistency.robust.aggregation import Aggregation
-from manyhands.contract import Parameters, Replica
-from manyhands.models.update_rules import rule_of
+from manyhands.contract import Parameters
 
 
 class RemoteStore(Store):
-    """See the file's head; the arguments are `CommonStore`'s."""
+    """See the file's head."""
 
-    def __init__(
-        self,
-        replica: Replica,
-        comm: Communicator,
-        servers: int,
-        *,
-        optimizer: torch.optim.Optimizer | None = None,
-        scaled: bool = False,
-        compressor: Compressor | None = None,
-    ) -> None:
-        super().__init__(replica, comm, servers, compressor)
-        self._compress = None if self._parcels is None else str(compressor)
+    def _lay_out(self) -> None:
+        comm = self.comm
         assert comm.servers is not None
-        self.comm, self.world, self.optimizer = comm, comm.servers, optimizer
+        self.world = comm.servers
         self._stopped, self._boards = False, 0
         self.held: dict[int, list[int]] = {}  # by server: its shards
         for s, shard in enumerate(self.shards):
             first = next(t for t, other in enumerate(self.shards) if other.piece == shard.piece)
             self.held.setdefault(comm.size + s - first, []).append(s)
         self._at = {s: (rank, i) for rank, held in sorted(self.held.items()) for i, s in enumerate(held)}
-        self._frames = [frame(s.hi - s.lo, replica.pieces[s.piece].flat.dtype) for s in self.shards]
-        self._slots = [0 if optimizer is None else self._rule(i)["slots"] for i in range(len(replica.pieces))]
+        self._frames = [frame(s.hi - s.lo, self.replica.pieces[s.piece].flat.dtype) for s in self.shards]
         comm.barrier()  # all have done with the store before
         if comm.rank == 0:
             with comm.counting("service"):
                 for rank, held in self.held.items():
-                    self._open(rank, held, scaled=scaled)
-        for i, piece in enumerate(replica.pieces):
-            if piece.width:
-                replica.before_lookup(i, functools.partial(self._look_up, i))
-        self.rebase()
+                    self._open(rank, held)
 
     # -- requests --------------------------------------------------------------------------------------------------
 
-    def _open(self, rank: int, held: Sequence[int], *, scaled: bool) -> None:
+    def _open(self, rank: int, held: Sequence[int]) -> None:
         described = []
         for s in held:
             shard = self.shards[s]
@@ -86,11 +68,11 @@ class RemoteStore(Store):
                     "dtype": str(self.replica.pieces[shard.piece].flat.dtype).removeprefix("torch."),
                     "width": self.replica.pieces[shard.piece].width,
                     "spans": [(u.lo - shard.lo, u.hi - shard.lo) for u in self.units[shard.units]],
-                    **({} if self.optimizer is None else self._rule(shard.piece)),
-                    **({} if self._compress is None else self._packing(shard)),
+                    **({} if self.optimizer is None else self._updating(shard.piece)),
+                    **({} if self.compressor is None else self._packing(shard)),
                 }
             )
-        text = json.dumps({"shards": described, "updates": self.optimizer is not None, "scaled": scaled}).encode()
+        text = json.dumps({"shards": described, "updates": self.optimizer is not None, "scaled": self.scaled}).encode()
         payload = torch.frombuffer(bytearray(text), dtype=torch.uint8)
         works = self.ask(rank, header(Ask.OPEN, count=len(payload)), payload)
         self.answer(rank)
@@ -99,18 +81,13 @@ class RemoteStore(Store):
     def _packing(self, shard: Shard) -> dict[str, Any]:
         """How to read payloads of a shard."""
         shapes = layout_of(self.replica.pieces[shard.piece]).shapes
-        return {"compress": self._compress, "shapes": shapes, "lo": shard.lo, "hi": shard.hi}
+        return {"compress": str(self.compressor), "shapes": shapes, "lo": shard.lo, "hi": shard.hi}
 
-    def _rule(self, i: int) -> dict[str, Any]:
-        assert self.optimizer is not None
-        rule = rule_of(self.optimizer, self.group_of(i))
-        assert rule is not None, "the plan has been checked"
-        first = self.optimizer.param_groups[self.group_of(i)].get("initial_accumulator_value", 0.0)
-        return {"rule": rule.apply.__name__, "slots": rule.slots, "first": first}
-
-    def group_of(self, i: int) -> int:
-        """A server's optimizer of its own has one group for all pieces."""
-        return self.replica.pieces[i].group if self.optimizer is self.replica.optimizer else 0
+    def _updating(self, i: int) -> dict[str, Any]:
+        """How to update what lies of piece ``i``."""
+        rule = self.rules[i]
+        assert rule is not None
+        return {"rule": rule.apply.__name__, "slots": rule.slots, "first": self._first_value(i)}
 
     def ask(self, rank: int, request: Tensor, *payload: Tensor) -> list[Work]:
         """Send a request and what it announces; to be finished."""
@@ -205,7 +182,6 @@ class RemoteStore(Store):
         return rows - shard.lo // self.replica.pieces[shard.piece].width
 
     def _look_up(self, i: int, rows: Tensor) -> None:
-        """The rows that a forward is about to look up."""
         piece = self.replica.pieces[i]
         table = piece.flat.view(-1, piece.width)
         wanted = {s: within(rows, self.shards[s], piece.width) for s in self._at if self.shards[s].piece == i}
@@ -297,10 +273,6 @@ class RemoteStore(Store):
             self.comm.barrier()
         return agreed
 
-    def regroup(self, comm: Communicator) -> None:
-        """The servers are where they were, and so is everything on them."""
-        self.comm = comm
-
     def stop(self, step: int) -> None:
         """See `Store.stop`."""
         with self.comm.counting("service"):
@@ -327,8 +299,8 @@ class RemoteStore(Store):
         if self.comm.rank != 0:
             return state
         slots = [
-            [torch.empty_like(piece.flat, device="cpu") for _ in range(count)]
-            for piece, count in zip(self.replica.pieces, self._slots, strict=True)
+            [torch.empty_like(piece.flat, device="cpu") for _ in range(rule.slots if rule else 0)]
+            for piece, rule in zip(self.replica.pieces, self.rules, strict=True)
         ]
         versions, updates, used = [0] * len(self.shards), [0] * len(self.units), [0] * self.parameters
         with self.comm.counting("service"):

@@ -20,7 +20,9 @@ from torch import Tensor
 
 from manyhands.communication.board import NEVER
 from manyhands.communication.communicator import Communicator
-from manyhands.communication.compression.compressor import Layout, OneShot, compressor_from
+from manyhands.communication.compression.compressor import compressor_from
+from manyhands.communication.compression.layout import Layout
+from manyhands.communication.compression.one_shot import OneShot
 from manyhands.communication.compression.parcel import unpacked
 from manyhands.communication.transports.single import SingleCommunicator
 from manyhands.consistency.compressed import layout_for
@@ -155,14 +157,14 @@ class _Held(CommonStore):
         self, worker: int, s: int, read: int, group: Mapping[str, Any], *, rows: int, in_use: bool, packed: int
     ) -> int:
         """Update shard ``s`` by the gradient that follows, of so many rows or of the whole; how late it is."""
-        assert self._optimizer is not None
+        assert self.optimizer is not None
         which = self._rows(worker, rows)
         gradient = self._like(self._table(s)[:rows], worker) if rows else self._vector(s, worker, packed)
         used = self._used[self.shards[s].units]  # a parameter here is a unit
         if in_use:
             used[:] = 1
         self.replica.watching = not used.all()
-        self._optimizer.param_groups[s] = dict(group)
+        self.optimizer.param_groups[s] = dict(group)
         late = int(self._versions[s]) - read
         if rows:
             self._update_rows(self.shards[s], which, gradient, late)

@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from manyhands.communication.compression.compressor import Compressor, Shape
+from manyhands.communication.compression.compressor import Compressor
+from manyhands.communication.compression.layout import Shape
 from manyhands.communication.reduction import slices
 from manyhands.consistency.compressed import layout_for
 from manyhands.contract import Traffic

@@ -14,11 +14,13 @@ reach at each other (`window_store`), or on ranks of their own (`server`, seen t
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from manyhands.communication.communicator import Board, Communicator
@@ -28,19 +30,31 @@ from manyhands.consistency.parameter_server.rounds import Rounds
 from manyhands.consistency.parameter_server.shards import Shard, Unit, bounds
 from manyhands.consistency.robust.aggregation import Aggregation
 from manyhands.contract import Parameters, Replica
+from manyhands.models.update_rules import Rule, rule_of
 
 
 class Store(ABC):
-    """One worker's end of the servers.
+    """One worker's end of the servers, which cut each piece into so many shards. Made by all workers together.
 
-    With a ``compressor`` what is pushed and added are its payloads, one a shard, and what they leave out is kept here.
-    Rows of tables go as they are.
+    ``optimizer`` is what a push does, with the hyper-parameters that it has then; without one there is only `add`.
+    ``scaled``: the learning rate is divided by 1 + staleness (Zhang et al. 2016, arXiv:1511.05950). With a
+    ``compressor`` what is pushed and added are its payloads, one a shard, and what they leave out is kept here. Rows of
+    tables go as they are.
     """
 
     def __init__(
-        self, replica: Replica, comm: Communicator, servers: int, compressor: Compressor | None = None
+        self,
+        replica: Replica,
+        comm: Communicator,
+        servers: int,
+        *,
+        optimizer: torch.optim.Optimizer | None = None,
+        scaled: bool = False,
+        compressor: Compressor | None = None,
     ) -> None:
-        self.replica = replica
+        self.replica, self.comm = replica, comm
+        self.optimizer, self.scaled = optimizer, scaled
+        self.compressor = compressor if comm.size > 1 else None
         #: How often an update was so many updates late.
         self.staleness: Counter[int] = Counter()
         self.shards: list[Shard] = []
@@ -58,9 +72,39 @@ class Store(ABC):
         self.parameters = parameters
         self.read = [0] * len(self.shards)  # the version of each shard that this worker has pulled
         self._parcels: Parcels | None = None
-        if compressor is not None and comm.size > 1:
+        if self.compressor is not None:
             wholes = [layout_of(piece) for piece in replica.pieces]
-            self._parcels = Parcels(replica, comm, compressor, [wholes[s.piece].part(s.lo, s.hi) for s in self.shards])
+            parts = [wholes[s.piece].part(s.lo, s.hi) for s in self.shards]
+            self._parcels = Parcels(replica, comm, self.compressor, parts)
+        self.rules = [None if optimizer is None else self._rule(i) for i in range(len(replica.pieces))]
+        self._lay_out()
+        for i, piece in enumerate(replica.pieces):
+            if piece.width:
+                replica.before_lookup(i, functools.partial(self._look_up, i))
+        self.rebase()
+
+    @abstractmethod
+    def _lay_out(self) -> None:
+        """Make the shards where they lie, with the state that the optimizer begins with. Collective."""
+
+    @abstractmethod
+    def _look_up(self, i: int, rows: Tensor) -> None:
+        """Pull the rows of piece ``i`` that a forward is about to look up."""
+
+    def _rule(self, i: int) -> Rule:
+        assert self.optimizer is not None
+        rule = rule_of(self.optimizer, self.group_of(i))
+        assert rule is not None, "the plan has been checked"
+        return rule
+
+    def _first_value(self, i: int) -> float:
+        """What state of piece ``i`` begins with: Adagrad's squares may begin with something."""
+        assert self.optimizer is not None
+        return float(self.optimizer.param_groups[self.group_of(i)].get("initial_accumulator_value", 0.0))
+
+    def group_of(self, i: int) -> int:
+        """The group of the optimizer that piece ``i`` is in; a server's optimizer of its own has one for all."""
+        return self.replica.pieces[i].group if self.optimizer is self.replica.optimizer else 0
 
     def _pack(self, vectors: Sequence[Tensor]) -> tuple[list[Tensor], Sequence[Tensor]]:
         """What goes to each shard of ``vectors``, a piece each, and vectors of what that stands for."""
@@ -105,9 +149,9 @@ class Store(ABC):
     def stopped(self) -> bool:
         """Whether somebody has called `stop`."""
 
-    @abstractmethod
     def regroup(self, comm: Communicator) -> None:
-        """The workers are now those of ``comm``, fewer than before."""
+        """The workers are now those of ``comm``, fewer than before; the servers' memory, locks and ranks stay."""
+        self.comm = comm
 
     @abstractmethod
     def board(self) -> Board:

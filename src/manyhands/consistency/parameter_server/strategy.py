@@ -12,7 +12,8 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar, Self
 
 from manyhands.checks import is_whole
-from manyhands.communication.compression.compressor import Compressor, Shape
+from manyhands.communication.compression.compressor import Compressor
+from manyhands.communication.compression.layout import Shape
 from manyhands.consistency.compressed import Compressing, problems_of
 from manyhands.consistency.parameter_server import shards
 from manyhands.contract import Setting, Strategy, Traffic
@@ -24,8 +25,6 @@ class OnServers(Strategy):
     """A strategy whose parameters lie on a server, and whose workers push to it and pull from it."""
 
     deterministic: ClassVar[bool] = False
-    #: Whether servers only add what is pushed to them, so that a worker's step is its own whatever the others do.
-    servers_add: ClassVar[bool] = False
 
     @property
     def shards(self) -> int:
@@ -92,8 +91,7 @@ class OnShards(Compressing, OnServers):
     """
 
     survives: ClassVar[bool] = True
-    #: What is pushed, if not gradients.
-    moves: ClassVar[str] = ""
+    alone: ClassVar[str] = "a server"
 
     servers: int | None = field(default=None, kw_only=True)
     compress: str = field(default="none", kw_only=True)
@@ -129,7 +127,7 @@ class OnShards(Compressing, OnServers):
         """See `OnServers.problems`; and what compressors cannot."""
         found, asked = super().problems(setting), f"compress={self.compress} with {self.name}"
         if self.compresses:
-            found += problems_of(self.compressor, asked, setting, alone="a server", moves=self.moves)
+            found += problems_of(self.compressor, asked, setting, alone=self.alone, moves=self.moves)
         return found
 
     def resolve(self, setting: Setting) -> Self:

@@ -51,10 +51,11 @@ class _Place(NamedTuple):
 
 
 class WindowStore(CommonStore):
-    """See the file's head; the arguments are `CommonStore`'s, whose `flats` and counts are copies here."""
+    """See the file's head; what `CommonStore` has in common memory (`flats`, counts) are copies here."""
 
     def _lay_out(self) -> None:
-        """Lay out everybody's memory: where to stop, what is in use (of rank 0), and the shards."""
+        """Copies of all, and everybody's memory: where to stop, what is in use (of rank 0), and the shards."""
+        super()._lay_out()
         comm = self.comm
         self._stop_word = 0, torch.from_numpy(self._stop)
         self._in_use = WORD_B, torch.zeros(self.parameters, dtype=torch.int64)

@@ -88,4 +88,6 @@ def expected_s(rounds: Mapping[int, float], size_B: int) -> float:
     nearest, slope = sizes[i], SLOW_S_PER_B
     if i:
         slope = max(2 * (rounds[nearest] - rounds[sizes[i - 1]]) / (nearest - sizes[i - 1]), FAST_S_PER_B)
+    if not nearest:  # of no size
+        return rounds[nearest]
     return rounds[nearest] + max(size_B - nearest, 0) * min(rounds[nearest] / nearest, slope, SLOW_S_PER_B)

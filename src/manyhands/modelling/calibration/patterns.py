@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from manyhands.cluster.measured import COMMON_GATHER, REREAD
+from manyhands.cluster.measured import COMMON_GATHER, REREAD, WOKEN
 from manyhands.communication.communicator import Communicator
 from manyhands.modelling.calibration import stamps
 from manyhands.modelling.calibration.stamps import Stamps
@@ -29,6 +29,8 @@ _NOT_HERE = [float("nan"), float("nan")]
 OWN_READ = "own_read"
 #: Some 20 µs of a core: 48 KB and more than the first cache holds.
 _WORK = 80
+#: So long a lock is held: who comes at any moment of an update of some ten thousand parameters waits as long.
+HELD_S = 3e-5
 #: What a rank computes before it enters.
 Computing = Callable[[], object]
 
@@ -221,6 +223,24 @@ def _served(comm: Communicator, most: int, compute: Computing) -> Round:
     return once
 
 
+def _handed(comm: Communicator, most: int, compute: Computing) -> Round:
+    """All want one lock at once, and whoever has it keeps it for a while: who waits has gone to sleep by then."""
+    lock, clock = comm.locks(1)[0], time.perf_counter
+
+    def once(n: int) -> list[float]:
+        comm.barrier()
+        compute()
+        waited = comm.counters.wait_s
+        with lock:
+            got = clock()
+            while clock() < got + HELD_S:
+                pass
+            left = clock()
+        return [left, got if comm.counters.wait_s > waited else _NOT_HERE[0]]
+
+    return once
+
+
 PATTERNS: dict[str, Pattern] = {
     "sharded": Pattern(("reduce_scatter", COMMON_GATHER, REREAD, OWN_READ), _sharded, alone=(REREAD, OWN_READ)),
     "scattered": Pattern(("reduce_scatter", "all_gather"), _scattered),
@@ -232,6 +252,7 @@ PATTERNS: dict[str, Pattern] = {
     "send": Pattern(("send",), _send, stamps.of_pairs),
     "swap": Pattern(("send",), _swap),
     "served": Pattern(("pull", "push"), _served, alone=("pull", "push")),
+    "handed": Pattern((WOKEN,), _handed, stamps.handed_over, sized=False),
 }
 
 

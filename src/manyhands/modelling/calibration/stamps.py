@@ -35,11 +35,28 @@ def own(arrived: Stamps, left: Stamps) -> Stamps:
     return taken
 
 
+def handed_over(left: Stamps, got: Stamps) -> Stamps:
+    """From when a lock was given back until who waited for it has it; ``got`` is no number for who did not wait.
+
+    The median over those who waited in a round; no number if nobody did.
+    """
+    since = np.where(left[:, None] <= got[None], got[None] - left[:, None], np.inf).min(axis=0)
+    since[~np.isfinite(since)] = np.nan
+    taken = np.full(left.shape[1], np.nan)
+    some = np.isfinite(since).any(axis=0)
+    taken[some] = np.nanmedian(since[:, some], axis=0)
+    return taken
+
+
 def median_and_spread(seconds: Stamps) -> tuple[float, float]:
     """The median, and its standard error relative to it, from the quartiles: a late round more does not count.
 
-    The median of n normal values varies by 1.25 σ / √n, and their quartiles are 1.35 σ apart.
+    The median of n normal values varies by 1.25 σ / √n, and their quartiles are 1.35 σ apart. What is no number did not
+    happen.
     """
+    seconds = seconds[np.isfinite(seconds)]
+    if not len(seconds):
+        return 0.0, 0.0
     low, middle, high = np.quantile(seconds, (0.25, 0.5, 0.75))
     if not middle:
         return 0.0, 0.0

@@ -300,13 +300,13 @@ class _Look:
 
 def _keeps(strategy: Strategy) -> bool:
     """Whether it may have copies of its own: plain averaging of gradients has none."""
-    plain = getattr(strategy, "aggregate", "mean") == "mean" and getattr(strategy, "compress", "none") == "none"
-    return not (strategy.name == "synchronous" and plain) and not isinstance(strategy, PipeDream)
+    plain = strategy.averages_gradients and getattr(strategy, "compress", "none") == "none"
+    return not plain and not isinstance(strategy, PipeDream)
 
 
 def _replicates(strategy: Strategy) -> bool:
     """Whether gradients leave as they become final."""
-    return strategy.name == "synchronous" and strategy.parameters == "own" and not _keeps(strategy)
+    return strategy.averages_gradients and strategy.parameters == "own" and not _keeps(strategy)
 
 
 def _data(task: Task, splits: Splits, plan: Plan, folder: Path | None) -> Loaded:

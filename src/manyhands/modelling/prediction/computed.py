@@ -21,12 +21,12 @@ from manyhands.cluster.measured import Curve
 from manyhands.communication.topology import Mesh
 from manyhands.communication.transports.events import Operation
 from manyhands.contract import Strategy
-from manyhands.data import Splits
 from manyhands.errors import BadInput
 from manyhands.modelling import operations, operators, specification
-from manyhands.modelling.profile import Profile, profile
+from manyhands.modelling.given import Given
+from manyhands.modelling.keeping import Profile
+from manyhands.modelling.profile import profile
 from manyhands.models import losses, optimizers
-from manyhands.partition import cut_strategies
 from manyhands.partition.pipeline import description as pipelines
 from manyhands.partition.pipeline.schedule import Action, makespan
 from manyhands.partition.tensor import axis_of
@@ -35,7 +35,6 @@ from manyhands.simulation.coding import Coding
 from manyhands.simulation.pace import StepCost
 from manyhands.simulation.prices import Prices
 from manyhands.simulation.stragglers import Delays, Recorded
-from manyhands.task import Task
 
 #: Where what a worker computes comes from.
 Source = Literal["measured", "operators", "roofline"]
@@ -66,16 +65,11 @@ def is_cut(plan: Plan) -> bool:
 
 
 def computing(
-    task: Task,
+    given: Given,
     plan: Plan,
-    cluster: Cluster,
-    model: torch.nn.Module,
-    splits: Splits,
     *,
-    here: bool,
     compute: Source | None,
     fresh: bool,
-    data_dir: str | None,
     asked: Callable[[], Sequence[Operation]] = tuple,
 ) -> Computed:
     """What a step of ``plan`` computes, from the best source there is, or from ``compute``.
@@ -83,21 +77,21 @@ def computing(
     ``asked``: what a strategy exchanges that is no lock-step's, see `profile`.
     """
     if compute is None:
-        compute = "measured" if here or cluster.device.kind == "cpu" else "roofline"
+        compute = "measured" if given.here or given.cluster.device.kind == "cpu" else "roofline"
     if compute == "measured":
-        found = profile(task, plan, cluster, data_dir=data_dir, fresh=fresh, asked=asked)
-        notes = () if here else ("computing is measured on this machine's cores and taken to be the same there",)
+        found = profile(given.task, plan, given.cluster, data_dir=given.data_dir, fresh=fresh, asked=asked)
+        notes = () if given.here else ("computing is measured on this machine's cores and taken to be the same there",)
         return replace(as_measured(plan, found), notes=notes)
     if is_cut(plan):
         raise BadInput(
             f"compute={compute} with {plan.mesh}, shard={plan.shard}: parts of a model are measured, on a machine that "
             "can run them. Predict whole replicas (mesh=data=…), or leave compute out."
         )
-    calculated = _calculated(task, plan, cluster, model, splits, compute)
-    if compute != "operators" or not here:
+    calculated = _calculated(given, plan, compute)
+    if compute != "operators" or not given.here:
         return calculated
-    assert cluster.measured is not None
-    slower = operators.slower(cluster.measured.operators, *_measured_beside(cluster, plan))
+    assert given.cluster.measured is not None
+    slower = operators.slower(given.cluster.measured.operators, *_measured_beside(given.cluster, plan))
     return replace(calculated, cost=calculated.cost.times(slower))
 
 
@@ -124,10 +118,9 @@ def cut_anew(computed: Computed, prices: Prices) -> Computed:
     return replace(computed, cost=replace(computed.cost, compute_s=compute_s), measured=newer)
 
 
-def _calculated(
-    task: Task, plan: Plan, cluster: Cluster, model: torch.nn.Module, splits: Splits, compute: Source
-) -> Computed:
+def _calculated(given: Given, plan: Plan, compute: Source) -> Computed:
     """From a traced step, at the largest share and at half of it."""
+    task, cluster, model, splits = given.task, given.cluster, given.model, given.splits
     assert isinstance(plan.strategy, Strategy)
     assert plan.workers is not None
     whole = min(task.batch_size, len(splits.train))
@@ -197,7 +190,7 @@ def through_stages(plan: Plan, computed: Computed, prices: Prices) -> Computed:
     sizes_B = dict(found.hops)
     # Stages that update by themselves do so, and look after their versions, after each backward: it is in the path.
     apart = [0.0] * order.ranks
-    if plan.strategy.name in cut_strategies:
+    if plan.strategy.updates_within:
         alone_s = np.median(found.factors, axis=0) * (found.compute_s + found.rest_s)
         for rank, row in enumerate(order.rows):
             left_s = float(alone_s[rank]) - sum(seconds[a.kind, a.stage] for a in row)
@@ -219,6 +212,6 @@ def through_stages(plan: Plan, computed: Computed, prices: Prices) -> Computed:
     steady = found.factors / np.median(found.factors, axis=0)
     longer = replace(found, compute_s=span_s, cut_s=0.0, factors=steady)
     cost_s = replace(computed.cost, compute_s=span_s)
-    if plan.strategy.name in cut_strategies:
+    if plan.strategy.updates_within:
         longer, cost_s = replace(longer, update_s=0.0, rest_s=0.0), replace(cost_s, update_s=0.0, rest_s=0.0)
     return replace(computed, cost=cost_s, measured=longer, bubble=tuple(1 - share for share in busy))

@@ -20,13 +20,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from manyhands.cluster import Cluster
 from manyhands.communication.topology import Mesh
 from manyhands.contract import Measurement, StepParts, Strategy
-from manyhands.data import Splits
 from manyhands.errors import BadInput
+from manyhands.modelling.given import Given
 from manyhands.modelling.memory.fitting import fits, would_fit
 from manyhands.modelling.memory.footprint import footprint
 from manyhands.modelling.memory.parts import Memory
@@ -34,7 +31,7 @@ from manyhands.modelling.prediction.computed import Computed, Source, computing,
 from manyhands.modelling.prediction.running import asked_by, by_sizes, in_lock_step, of_the_whole_run
 from manyhands.plan import Plan
 from manyhands.simulation.prices import Prices
-from manyhands.task import Task
+from manyhands.simulation.trace import Spans
 
 #: Relative errors that were found in validation (docs/validation.md), by where a figure comes from. A formula's is what
 #: α-β forms miss by on curves that were measured; a roofline's is that of published tables without a constant.
@@ -87,55 +84,51 @@ class Prediction:
 
 
 def predicted(
-    task: Task,
+    given: Given,
     plan: Plan,
-    cluster: Cluster,
-    model: torch.nn.Module,
-    splits: Splits,
     *,
-    here: bool,
     compute: Source | None = None,
     fresh: bool = False,
-    data_dir: str | None = None,
     notes: tuple[str, ...] = (),
     computed: Computed | None = None,
     steps: int = STEPS,
+    spans: Spans | None = None,
 ) -> Prediction:
-    """``plan`` is decided; ``here``: ``cluster`` is this machine, so that what is measured here holds there.
+    """``plan`` is decided.
 
-    ``computed``: what is known of its computing already. ``steps``: so many are simulated at most.
+    ``computed``: what is known of its computing already. ``steps``: so many are simulated at most. ``spans``: who did
+    what when in them; of strategies that run in virtual time.
     """
     began = time.perf_counter()
     assert isinstance(plan.strategy, Strategy)
     assert isinstance(plan.mesh, Mesh)
     assert plan.workers is not None
     _refuse(plan)
+    cluster, here = given.cluster, given.here
     transport = plan.transport if here else None
     if computed is None:
-        asked = functools.partial(asked_by, task, plan, cluster, model, splits)
-        computed = computing(
-            task, plan, cluster, model, splits, here=here, compute=compute, fresh=fresh, data_dir=data_dir, asked=asked
-        )
+        asked = functools.partial(asked_by, given, plan)
+        computed = computing(given, plan, compute=compute, fresh=fresh, asked=asked)
     curves = computed.curves if here else ()
     prices = Prices(cluster, plan.workers, transport, curves)
     if curves and computed.cost.compute_s:
         computed = cut_anew(computed, prices)
-    if not getattr(plan.strategy, "servers_add", False):
-        itemsize = next((p.element_size() for p in model.parameters() if p.requires_grad), 4)
+    profiled = computed.measured is not None and not computed.measured.plain
+    if not profiled and not plan.strategy.servers_add:  # else it is in the price of a push
+        itemsize = next((p.element_size() for p in given.model.parameters() if p.requires_grad), 4)
         prices.serving_s_per_B = computed.cost.update(1) / itemsize
     if plan.mesh["pipeline"] > 1:
         computed = through_stages(plan, computed, prices)
     if is_cut(plan):
-        outcome = in_lock_step(task, plan, computed, prices)
+        outcome = in_lock_step(given, plan, computed, prices)
     else:
         try:
-            outcome = by_sizes(task, plan, cluster, computed, model, splits, prices, here=here, steps=steps)
+            outcome = by_sizes(given, plan, computed, prices, steps=steps, spans=spans)
         except BadInput:
             if computed.measured is None or computed.measured.plain:
                 raise  # a plain step's exchanges are not this strategy's
-            outcome = in_lock_step(task, plan, computed, prices)
-    parameters = sum(p.numel() for p in model.parameters())
-    summary = of_the_whole_run(task, plan, splits, outcome, parameters)
+            outcome = in_lock_step(given, plan, computed, prices)
+    summary = of_the_whole_run(given, plan, outcome)
     if computed.bubble:
         summary = replace(summary, bubble_by_worker=list(computed.bubble))
     sources = _sources(computed, summary, prices)
@@ -157,20 +150,18 @@ def predicted(
     )
 
 
-def with_memory(
-    found: Prediction, task: Task, cluster: Cluster, model: torch.nn.Module, splits: Splits, data_dir: str | None
-) -> Prediction:
+def with_memory(given: Given, found: Prediction) -> Prediction:
     """``found`` with what each worker will hold, and a note if that does not fit.
 
     ``peak_memory_B`` is the largest resident set of a worker; on a device with memory of its own what lies there.
     """
     began = time.perf_counter()
-    plan, folder = found.plan, None if data_dir is None else Path(data_dir)
-    memory = footprint(task, plan, model, splits, data_dir=folder)
+    plan, task, cluster, folder = found.plan, given.task, given.cluster, given.data_dir
+    memory = footprint(task, plan, given.model, given.splits, data_dir=None if folder is None else Path(folder))
     peak_B = memory.resident_B if cluster.device.kind == "cpu" else memory.tensors_B
     notes = found.notes
     if fits(memory, cluster, plan.workers or 1) is not None:
-        problem = would_fit(task, plan, model, splits, cluster)
+        problem = would_fit(task, plan, given.model, given.splits, cluster)
         notes += () if problem is None else (f"out of memory: {problem}",)
     took_s = found.took_s + time.perf_counter() - began
     summary = replace(found.summary, peak_memory_B=peak_B)
@@ -180,7 +171,7 @@ def with_memory(
 def _refuse(plan: Plan) -> None:
     assert isinstance(plan.mesh, Mesh)
     assert isinstance(plan.strategy, Strategy)
-    if plan.strategy.name == "ampnet":
+    if not plan.strategy.scheduled:
         raise BadInput(
             f"predict with {plan.strategy} on {plan.mesh}: its messages have an order only once they came, and are "
             "not priced. Predict pipedream or synchronous on this mesh; `manyhands plan` tells what each worker holds."

@@ -20,14 +20,13 @@ from dataclasses import dataclass
 
 import torch
 
-from manyhands.cluster import Cluster
 from manyhands.communication import futex
 from manyhands.communication.topology import Mesh
 from manyhands.consistency.synchronous import Synchronous
 from manyhands.contract import Strategy
-from manyhands.data import Splits
 from manyhands.errors import BadInput
 from manyhands.modelling import prediction
+from manyhands.modelling.given import Given
 from manyhands.modelling.prediction import ERRORS, Computed, Prediction, Source
 from manyhands.modelling.profile import co_runners, profiles
 from manyhands.modelling.search.room import Room
@@ -68,28 +67,18 @@ class Knot:
 
 
 class Costs:
-    """The `engine.Pricer` of a task on a cluster. ``here``: the cluster is this machine."""
+    """The `engine.Pricer` of a task on a cluster."""
 
-    def __init__(
-        self,
-        task: Task,
-        cluster: Cluster,
-        model: torch.nn.Module,
-        splits: Splits,
-        *,
-        here: bool,
-        compute: Source | None = None,
-        fresh: bool = False,
-        data_dir: str | None = None,
-    ) -> None:
-        self._task, self._cluster, self._model, self._splits = task, cluster, model, splits
-        self._here, self._data_dir, self._fresh = here, data_dir, fresh
-        self._compute: Source = compute or ("measured" if here or cluster.device.kind == "cpu" else "roofline")
-        self._whole = min(task.batch_size, len(splits.train))
-        self._steps_per_epoch = steps_per_epoch(len(splits.train), task.batch_size)
+    def __init__(self, given: Given, *, compute: Source | None = None, fresh: bool = False) -> None:
+        self._given, self._fresh = given, fresh
+        on_cores = given.here or given.cluster.device.kind == "cpu"
+        self._compute: Source = compute or ("measured" if on_cores else "roofline")
+        samples, batch_size = len(given.splits.train), given.task.batch_size
+        self._whole = min(batch_size, samples)
+        self._steps_per_epoch = steps_per_epoch(samples, batch_size)
         self._knots: dict[Crowd, list[Knot]] = {}
         self._how = functools.lru_cache(maxsize=None)(_how)
-        room = Room(task, cluster, model, splits, here=here, data_dir=data_dir)
+        room = Room(given)
         self.short, self.needed_B = room.short, room.needed_B
 
     def begin(self, plans: Sequence[Plan]) -> None:
@@ -116,7 +105,7 @@ class Costs:
 
     def _no_price(self, plan: Plan) -> tuple[str, float]:
         """Raises what `predict` says of a part of a model on a device that is not here."""
-        self._computing(self._task, plan)
+        self._computing(self._given.task, plan)
         return "", 0.0
 
     def least_s(self, plan: Plan) -> float:
@@ -131,21 +120,12 @@ class Costs:
         how = "numbers" if _is_cut(plan) else self._how(plan.strategy, min(plan.workers or 1, 2))
         computed = None if how == "numbers" else self._computed(plan)
         steps = self._steps(plan, RANK_STEPS if how == "ranks" else STEPS)
-        task = self._task
+        task = self._given.task
         if (task.steps or (task.epochs or 1) * self._steps_per_epoch) < steps:  # a short run may never exchange
             task = dataclasses.replace(task, epochs=None, steps=steps)
+        given = dataclasses.replace(self._given, task=task)
         return prediction.predicted(
-            task,
-            plan,
-            self._cluster,
-            self._model,
-            self._splits,
-            here=self._here,
-            compute=self._compute,
-            fresh=self._fresh,
-            data_dir=self._data_dir,
-            computed=computed,
-            steps=steps,
+            given, plan, compute=self._compute, fresh=self._fresh, computed=computed, steps=steps
         )
 
     def _steps(self, plan: Plan, fewest: int) -> int:
@@ -169,7 +149,7 @@ class Costs:
 
     def _known(self, crowd: Crowd, shares: Sequence[int], like: Plan) -> list[Knot]:
         """By samples, ascending."""
-        side_by_side, threads = crowd
+        given, (side_by_side, threads) = self._given, crowd
         plain = dataclasses.replace(
             like,
             strategy=Synchronous(update="replicated"),
@@ -184,12 +164,12 @@ class Costs:
             micro_batches=1,
             recompute=False,
         )
-        batches = [min(share * side_by_side, len(self._splits.train)) for share in shares]
+        batches = [min(share * side_by_side, len(given.splits.train)) for share in shares]
         if self._compute == "measured":
-            profiles(self._task, plain, batches, self._cluster, data_dir=self._data_dir, fresh=self._fresh)
+            profiles(given.task, plain, batches, given.cluster, data_dir=given.data_dir, fresh=self._fresh)
         found: dict[float, Knot] = {}
         for batch in batches:
-            task = dataclasses.replace(self._task, batch_size=batch)
+            task = dataclasses.replace(given.task, batch_size=batch)
             computed = self._computing(task, plain)
             cost = computed.cost
             for samples, seconds in cost.points or ((float(cost.samples), cost.compute_s),):
@@ -197,17 +177,8 @@ class Costs:
         return [found[samples] for samples in sorted(found)]
 
     def _computing(self, task: Task, plan: Plan) -> Computed:
-        return prediction.computing(
-            task,
-            plan,
-            self._cluster,
-            self._model,
-            self._splits,
-            here=self._here,
-            compute=self._compute,
-            fresh=False,
-            data_dir=self._data_dir,
-        )
+        given = dataclasses.replace(self._given, task=task)
+        return prediction.computing(given, plan, compute=self._compute, fresh=False)
 
     def _computed(self, plan: Plan) -> Computed:
         """What ``plan`` computes, between the shares that are known of its crowd."""
@@ -224,7 +195,7 @@ class Costs:
         )
         workers, found = plan.workers or 1, near.computed
         if found.measured is None:
-            return dataclasses.replace(found, cost=cost, delays=Delays((), workers, self._task.seed))
+            return dataclasses.replace(found, cost=cost, delays=Delays((), workers, self._given.task.seed))
         between = passes > 1 or abs(near.samples - share) > 0.5
         return dataclasses.replace(
             found,

@@ -11,18 +11,15 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-import torch
-
 from manyhands.cluster import Cluster, Figure
 from manyhands.communication.topology import Mesh
 from manyhands.consistency.synchronous import Synchronous
-from manyhands.data import Splits
 from manyhands.errors import Problem
+from manyhands.modelling.given import Given
 from manyhands.modelling.memory.fitting import fits
 from manyhands.modelling.memory.footprint import footprint
 from manyhands.modelling.memory.parts import Memory
 from manyhands.plan import Plan
-from manyhands.task import Task
 from manyhands.training import environment
 
 #: Vectors as long as the parameters that a strategy may keep beside those of other workers.
@@ -30,16 +27,14 @@ COPIES = 4
 
 
 class Room:
-    """Of a task on a cluster; ``here``: this machine, whose memory is then looked up."""
+    """Of a task on a cluster; of this machine memory is looked up."""
 
-    def __init__(
-        self, task: Task, cluster: Cluster, model: torch.nn.Module, splits: Splits, *, here: bool, data_dir: str | None
-    ) -> None:
-        self._task, self._model, self._splits = task, model, splits
-        self._here, self._data_dir = here, None if data_dir is None else Path(data_dir)
-        self._cluster = _this_machine(cluster) if here else cluster
+    def __init__(self, given: Given) -> None:
+        self._given = given
+        self._data_dir = None if given.data_dir is None else Path(given.data_dir)
+        self._cluster = _this_machine(given.cluster) if given.here else given.cluster
         self._known: dict[Plan, Memory] = {}
-        self._parameters_B = sum(p.numel() * p.element_size() for p in model.parameters())
+        self._parameters_B = sum(p.numel() * p.element_size() for p in given.model.parameters())
 
     def short(self, plan: Plan, margin: float) -> Problem | None:
         """What is missing if a part ``margin`` of the memory stays free; None: the plan fits."""
@@ -54,7 +49,7 @@ class Room:
             pipeline=None,
             shard=None,
             recompute=False,
-            transport="single" if self._here else plan.transport,
+            transport="single" if self._given.here else plan.transport,
         )
         vectors_B = (COPIES + (plan.workers or 1)) * self._parameters_B
         if self._most_B(plan, self._footprint(alone), vectors_B) <= self._there_B * (1 - margin):
@@ -86,7 +81,8 @@ class Room:
     def _footprint(self, plan: Plan) -> Memory:
         key = dataclasses.replace(plan, threads=1)
         if key not in self._known:
-            self._known[key] = footprint(self._task, key, self._model, self._splits, data_dir=self._data_dir)
+            given = self._given
+            self._known[key] = footprint(given.task, key, given.model, given.splits, data_dir=self._data_dir)
         return self._known[key]
 
 

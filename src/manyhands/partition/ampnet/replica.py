@@ -101,7 +101,7 @@ class GraphReplica(DataReplica):
                 if self._l2:
                     gradient.add_(parameter.data, alpha=self._l2)
                 gradients.append(gradient)
-            self._update(part.piece, part.lo, part.hi)(gradients)
+            self._updates.of(part.piece, part.lo, part.hi)(gradients)
             for (parameter, place), gradient in zip(part.places, gradients, strict=True):
                 if gradient is place:
                     place.zero_()

@@ -51,6 +51,8 @@ class AMPNet(Strategy):
         survey="V-C",
     )
     bears_cuts: ClassVar[bool] = True
+    updates_within: ClassVar[bool] = True
+    scheduled: ClassVar[bool] = False
     deterministic: ClassVar[bool] = False
     plain_alone: ClassVar[bool] = False
     steadier: ClassVar[str] = "with ampnet, a smaller max_active_keys="

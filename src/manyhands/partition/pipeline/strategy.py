@@ -59,6 +59,7 @@ class PipeDream(Strategy):
     )
     identical: ClassVar[bool] = True
     bears_cuts: ClassVar[bool] = True
+    updates_within: ClassVar[bool] = True
     steadier: ClassVar[str] = "with pipedream, a smaller in_flight="
 
     def traffic(self, numel: int, size: int, itemsize: int = 4) -> Traffic:

@@ -117,7 +117,6 @@ class ShardedReplica(DataReplica):
             called, bounds = f"unit{unit}.group{g}.{str(dtype)[6:]}", [(s.start, s.stop) for s in spans]
             self.pieces.append(Piece(vector.part, vector.grad, axes, name=called, group=g, spans=bounds))
             self._spans.append(spans)
-            self._groups.append(g)
 
     def _initial_state(self, p: nn.Parameter) -> dict[str, Tensor]:
         """What the optimizer has for the elements of a parameter before the first step (Adagrad does)."""

@@ -128,7 +128,8 @@ def _runs(lines: Sequence[Line], rows: Sequence[Row], scale: Scale) -> list[Run]
 
 def _rounds(compress: str, line: Line) -> int:
     """How often all wait for a message in a step: the scheme's own collectives, and what they agree on before."""
-    from manyhands.communication.compression.compressor import Layout, compressor_from
+    from manyhands.communication.compression.compressor import compressor_from
+    from manyhands.communication.compression.layout import Layout
 
     assert line.measured is not None
     made, n = compressor_from(compress), line.measured.parameters
