@@ -51,6 +51,7 @@ class CommonStore(Store):
         self.comm, self._scaled = comm, scaled
         self._optimizer = optimizer
         self.flats = [comm.allocate(p.flat.numel(), p.flat.dtype, common=True) for p in replica.pieces]
+        self._theirs = [self.flats[s.piece][s.lo : s.hi] for s in self.shards]
         self._rules = [None if optimizer is None else self._rule(i) for i in range(len(replica.pieces))]
         self._slots = [
             [comm.allocate(p.flat.numel(), p.flat.dtype, common=True) for _ in range(rule.slots if rule else 0)]
@@ -110,10 +111,10 @@ class CommonStore(Store):
             shard = self.shards[s]
             if self.replica.pieces[shard.piece].width:
                 continue  # rows come when they are looked up
-            theirs, mine = self._both(shard)
+            mine = self._mine(shard)
             self.comm.access("pull", mine, at=shard.server)
             with self._holding(s, To.READ):
-                mine.copy_(theirs)
+                mine.copy_(self._theirs[s])
                 self.read[s] = int(self._versions[s])
 
     def push(self, vectors: Sequence[Tensor], *, pull: bool = False) -> None:
@@ -125,7 +126,7 @@ class CommonStore(Store):
             if self.replica.pieces[shard.piece].width:
                 self._push_rows(s, vectors[shard.piece])
                 continue
-            theirs, mine = self._both(shard)
+            mine = self._mine(shard)
             self.comm.access("push", payloads[s], at=shard.server)
             if pull:
                 self.comm.access("pull", mine, at=shard.server)
@@ -134,7 +135,7 @@ class CommonStore(Store):
                 self._update(shard, vectors[shard.piece], late)
                 self._versions[s] += 1
                 if pull:
-                    mine.copy_(theirs)
+                    mine.copy_(self._theirs[s])
                     self.read[s] = int(self._versions[s])
             self.staleness[late] += 1
 
@@ -207,19 +208,18 @@ class CommonStore(Store):
 
     def add(self, vectors: Sequence[Tensor]) -> None:
         """See `Store.add`."""
-        payloads, vectors = self._pack(vectors)
+        payloads, told = self._pack(vectors)
         for s in self._order:
             shard = self.shards[s]
-            change = vectors[shard.piece][shard.lo : shard.hi]
+            change = payloads[s] if told is vectors else told[shard.piece][shard.lo : shard.hi]
             self.comm.access("push", payloads[s], at=shard.server)
             with self._holding(s, To.ADD):
-                self.flats[shard.piece][shard.lo : shard.hi].add_(change)
+                self._theirs[s].add_(change)
                 self._versions[s] += 1
 
-    def _both(self, shard: Shard) -> tuple[Tensor, Tensor]:
-        """The shard itself, and where this worker has its copy."""
-        own = self.replica.pieces[shard.piece].flat
-        return self.flats[shard.piece][shard.lo : shard.hi], own[shard.lo : shard.hi]
+    def _mine(self, shard: Shard) -> Tensor:
+        """Where this worker has its copy of ``shard``."""
+        return self.replica.pieces[shard.piece].flat[shard.lo : shard.hi]
 
     def share_what_is_in_use(self) -> None:
         """A parameter that some worker's backward has reached is in use for all."""
