@@ -100,6 +100,7 @@ def keep_order(comm: Communicator) -> None:
     """Ranks write their names in turn; what was put before a counter was posted is there for who waited for it."""
     board, window, rounds = comm.board(), comm.window(8 * 10 * comm.size), 10
     assert board.read() == [0] * comm.size
+    comm.barrier()
     for i in range(rounds):
         turn = i * comm.size + comm.rank
         if comm.size > 1:

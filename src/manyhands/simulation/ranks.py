@@ -222,15 +222,15 @@ class SizedWorld(GreenletWorld):
 
     def _next(self) -> int | None:
         """As ever; but what a rank has asked for begins at its turn, and it is gone on with when that is over."""
-        ready, turns, asked, clocks = self._ready, self._turns, self._asked, self.clocks
+        ready = self._ready
         while ready and self.failure is None:
             clock, rank, turn = heapq.heappop(ready)
-            if turn == turns[rank]:
-                clocks[rank] = clock
-                operation = asked[rank]
+            if turn == self._turns[rank]:
+                self.clocks[rank] = clock
+                operation = self._asked[rank]
                 if operation is None:
                     return rank
-                asked[rank] = None
+                self._asked[rank] = None
                 ends, self._cost_s[rank] = self._begin(operation, clock)
                 heapq.heappush(ready, (ends, rank, turn))
         return super()._next()
