@@ -192,12 +192,15 @@ def boards(comm: Communicator) -> list:
     seen = [one.read()]
     if comm.rank == 1:
         one.post(3)
-    seen.append(one.wait_for_one(3, "for one"))
+    one.wait_for_one(3, "for one")
+    seen.append(one.read())
     if comm.rank == 0:
-        seen.append(one.wait(3, "for rank 1", rank=1))
+        assert one.wait(3, "for rank 1", rank=1) == 0
+        seen.append(one.read())
         one.post(5)
     if comm.rank == 2:
-        seen.append(one.wait(3, "for both", rank=0))
+        assert one.wait(3, "for both", rank=0) == 0
+        seen.append(one.read())
     comm.barrier()
     return [*seen, other.read()]
 

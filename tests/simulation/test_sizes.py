@@ -8,7 +8,7 @@ import torch
 
 from manyhands.communication.topology import shares
 from manyhands.consistency import strategies
-from manyhands.errors import BadInput
+from manyhands.errors import BadInput, PeerLost, WorkerFailed
 from manyhands.simulation import sizes
 from manyhands.simulation.ranks import SizedWorld
 from manyhands.simulation.sizes import turns
@@ -139,6 +139,28 @@ def test_a_server_is_a_queue():
         expected.append(wait)
     assert waits == pytest.approx(expected, abs=1e-9)
     assert np.mean(waits) == pytest.approx(load * service / (2 * (1 - load)), rel=0.1)
+
+
+def test_a_rank_that_fails_ends_those_that_have_asked():
+    price = Flat(0.01)
+    price.begin()
+    ended = []
+
+    def rank(comm):
+        comm.elapse(1.0 + comm.rank)
+        try:
+            comm.access("push", torch.zeros(1))
+            if comm.rank == 1:
+                raise ValueError("of its own")
+            comm.access("pull", torch.zeros(1))
+            comm.barrier()
+        except PeerLost:
+            ended.append(comm.rank)
+            raise
+
+    with pytest.raises(WorkerFailed, match="worker 1 failed: ValueError: of its own"):
+        SizedWorld(4, price, queue=price.queue).run(rank)
+    assert ended == [0, 2, 3]
 
 
 @pytest.mark.parametrize("name", [name for name in strategies if name not in LOOKS])

@@ -59,15 +59,14 @@ class SharedBoard:
         gone = self._segment.gone
         return [NEVER if gone(self._names[p]) else self._words[p * LINE_WORDS] for p in range(self._size)]
 
-    def wait(self, least: int, doing: str, *, rank: int | None = None) -> list[int]:
-        """All counters, once those of the other ranks (or that of ``rank``) are at least ``least``."""
+    def wait(self, least: int, doing: str, *, rank: int | None = None) -> int:
+        """The least of all counters, once those of the other ranks (or that of ``rank``) are at least ``least``."""
         self._until(functools.partial(self._behind, least, self._others if rank is None else (rank,)), doing)
-        return self.read()
+        return min(self.read())
 
-    def wait_for_one(self, least: int, doing: str) -> list[int]:
-        """All counters, once one of them is at least ``least``."""
+    def wait_for_one(self, least: int, doing: str) -> None:
+        """Return when one of them is at least ``least``."""
         self._until(functools.partial(self._nobody, least), doing)
-        return self.read()
 
     def _behind(self, least: int, among: Sequence[int]) -> int | None:
         """Somebody who has not come so far."""

@@ -54,7 +54,7 @@ ASIDE = LOOKING | {"control"}
 
 
 @functools.lru_cache(maxsize=4096)
-def reference_B(operation: str, n_B: int, size: int, *, rank: int = 0, root: int = 0) -> int:
+def reference_B(operation: str, n_B: int, size: int, rank: int = 0, root: int = 0) -> int:
     """Payload bytes that ``rank`` sends for one operation on ``n_B`` bytes (the table above), rounded down."""
     if size == 1:
         return 0
@@ -96,14 +96,14 @@ class Board(Protocol):
     def read(self) -> list[int]:
         """All counters, in rank order."""
 
-    def wait(self, least: int, doing: str, *, rank: int | None = None) -> list[int]:
-        """All counters, once those of the other ranks (or that of ``rank``) are at least ``least``.
+    def wait(self, least: int, doing: str, *, rank: int | None = None) -> int:
+        """The least of all counters, once those of the other ranks (or that of ``rank``) are at least ``least``.
 
         The deadline's message names who is behind.
         """
 
-    def wait_for_one(self, least: int, doing: str) -> list[int]:
-        """All counters, once one of them is at least ``least``."""
+    def wait_for_one(self, least: int, doing: str) -> None:
+        """Return when one of them is at least ``least``."""
 
 
 #: Where a part lies in a window, in bytes from its beginning; or where each row of a matrix does.
@@ -498,13 +498,14 @@ class Communicator(ABC):
     def _tally(self, operation: str) -> Tally:
         return self.counters.tallies[self.context.purpose][operation]
 
-    def _count(self, operation: str, x: Tensor, messages: int, *, root: int = 0) -> None:
-        context = self.context
+    def _count(self, operation: str, x: Tensor, messages: int, *, root: int | None = None) -> None:
+        context, size = self.context, self.size
         tally = context.counters.tallies[context.purpose][operation]
         tally.calls += 1
-        if self.size > 1:
+        if size > 1:
             tally.messages += messages
-            tally.sent_B += reference_B(operation, x.nbytes, self.size, rank=self.rank, root=root)
+            place = 0 if root is None else (self.rank - root) % size
+            tally.sent_B += reference_B(operation, x.nbytes, size, place)
 
     def _peer(self, rank: int) -> None:
         if not 0 <= rank < self.size:

@@ -137,9 +137,9 @@ class StaleSynchronousWorker(IndependentWorker):
         bound = self._bound
         if not self._cached or must_read(self._seen, clock, bound):
             doing = f"ssp: until nobody is more than {bound} steps behind"
-            self._seen = min(self._clocks.wait(needed(clock, bound), doing))
+            self._seen = self._clocks.wait(needed(clock, bound), doing)
+            assert not must_read(self._seen, clock, bound), "what a worker reads is never staler than the bound"
             self.store.pull()
-        assert not must_read(self._seen, clock, bound), "what a worker reads is never staler than the bound"
         self._staleness[max(clock - self._seen, 0)] += 1
         if self._reads is not None:
             self._reads.post(clock + 1)

@@ -237,11 +237,11 @@ class _Abreast:
     def read(self) -> list[int]:
         return [self._value] * self._size
 
-    def wait(self, least: int, doing: str, *, rank: int | None = None) -> list[int]:
-        return [max(self._value, least)] * self._size
+    def wait(self, least: int, doing: str, *, rank: int | None = None) -> int:
+        return max(self._value, least)
 
-    def wait_for_one(self, least: int, doing: str) -> list[int]:
-        return [max(self._value, least)] * self._size
+    def wait_for_one(self, least: int, doing: str) -> None:
+        return
 
 
 def _subsets(axes: frozenset[str]) -> list[frozenset[str]]:

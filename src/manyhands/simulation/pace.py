@@ -63,15 +63,11 @@ class Pace:
 
     def __init__(self, cost: StepCost, factors: Iterator[Any]) -> None:
         self._cost, self._factors = cost, factors
+        self.rest_s = cost.rest_s  #: Of every step, beside computing and updating.
 
     def compute_s(self, samples: Any) -> Any:
         """Of the next step: a number, or of all workers at once a vector, and then so may ``samples`` be."""
         return self._cost.compute(samples) * next(self._factors)
-
-    @property
-    def rest_s(self) -> float:
-        """Of every step, beside computing and updating."""
-        return self._cost.rest_s
 
     def update_s(self, elements: int) -> float:
         """Of one slice."""

@@ -79,6 +79,7 @@ class Prices:
             self._gamma = 3 / (memory * (1.0 if share is None else share.si))  # two numbers read, one written
         self._collective = functools.lru_cache(maxsize=256)(self._price)
         self._messages: dict[tuple[str, str, int], Priced] = {}  # by name, level and size
+        self._to_servers = "between" if "between" in self._links else "within"
 
     def begin(self) -> None:
         """From here on time passes."""
@@ -89,7 +90,7 @@ class Prices:
         if not self._links or not self._begun or operation.purpose in LOOKING:
             return 0.0
         if operation.name in SERVED:
-            priced = self._message(operation, "between" if "between" in self._links else "within")
+            priced = self._message(operation, self._to_servers)
         elif operation.name == "send":
             a, b = operation.ranks
             level = "within" if a // self._per_node == b // self._per_node else "between"

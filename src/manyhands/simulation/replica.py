@@ -120,6 +120,10 @@ def sizes_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer, *, number
     return found
 
 
+#: The loss and every norm, one for all ranks: it stays in the cache while thousands take turns.
+_NOTHING = torch.zeros(())
+
+
 class PricedReplica:
     """A replica without numbers, in virtual time."""
 
@@ -142,7 +146,6 @@ class PricedReplica:
         self.runs = 1  # time passes at once
         self.compute_s = self.update_s = self.count = 0.0
         self._pace, self._clock, self._shares = pace, clock, shares
-        self._loss = torch.zeros(())
         self._comm = comm
         #: Of so many, every rank's part; where this is the replica of all ranks at once.
         self.samples_of_all: Callable[[int], Vector] | None = None
@@ -166,7 +169,7 @@ class PricedReplica:
         self.compute_s = self.compute_s + seconds
         self._clock.elapse(seconds + self._pace.rest_s)
         self.count = float(batch.count)
-        return self._loss, self.count
+        return _NOTHING, self.count
 
     def apply(self, piece: Piece, lo: int, hi: int) -> None:
         """See `contract.Replica.apply`: time passes."""
@@ -204,11 +207,11 @@ class PricedReplica:
 
     def norm(self, bounds: Sequence[tuple[int, int]]) -> Tensor:
         """No numbers."""
-        return self._loss
+        return _NOTHING
 
     def own_norm(self) -> Tensor:
         """No numbers."""
-        return self._loss
+        return _NOTHING
 
     def any_of_us(self, flag: bool) -> bool:
         """A whole model has no others."""

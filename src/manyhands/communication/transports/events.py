@@ -13,10 +13,6 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-#: So many changes of a counter are known with their times. Nobody waits for what is further back: clocks would have to
-#: be so many steps apart.
-REMEMBERED = 4096
-
 
 class Operation(NamedTuple):
     """What is priced: one collective or message. Ranks are those of the world, also inside a group."""
@@ -185,12 +181,12 @@ class Turn:
 
 
 class Counters:
-    """A board: every rank's counter, when it reached which value, and when the least and the most of them did."""
+    """A board: every rank's counter, the least and the most of them, and when one of them changed last."""
 
     def __init__(self, size: int) -> None:
         self.values = [0] * size
-        self.reached = [_history() for _ in range(size)]
-        self.least, self.most = _history(), _history()
+        self.least = self.most = 0
+        self.changed_at = 0.0
         self._at = {0: size}  # how many counters stand at a value
         #: Waits under way for which a change of neither least nor most is enough.
         self.careful = 0
@@ -200,40 +196,28 @@ class Counters:
     def post(self, index: int, value: int, at: float) -> bool:
         """Set one of them; whether some wait may be over by it."""
         before, self.values[index] = self.values[index], value
-        self.reached[index].append((value, at))
-        self._at[value] = self._at.get(value, 0) + 1
-        self._at[before] -= 1
+        self.changed_at = at
+        standing = self._at
+        standing[value] = standing.get(value, 0) + 1
+        standing[before] -= 1
         changed = self.careful > 0
-        if not self._at[before]:
-            del self._at[before]
-            if before == self.least[-1][0]:  # the one that was behind all others
-                self.least.append((min(self._at), at))
+        if not standing[before]:
+            del standing[before]
+            if before == self.least:  # the one that was behind all others
+                self.least = min(standing)
                 changed = True
-        if value > self.most[-1][0]:
-            self.most.append((value, at))
+        if value > self.most:
+            self.most = value
             changed = True
         return changed
-
-
-def _history() -> deque[tuple[int, float]]:
-    return deque([(0, 0.0)], maxlen=REMEMBERED)
-
-
-def _when(history: Sequence[tuple[int, float]], least: int) -> float | None:
-    """When it came to ``least``, as far back as it is remembered; None while it has not."""
-    found = None
-    for value, at in reversed(history):
-        if value < least:
-            break
-        found = at
-    return found
 
 
 class FarEnough:
     """A rank waiting until all counters of a board are at least ``least``, but that of ``me``; or that of ``only``.
 
     Whoever waits has as a rule come so far itself; then it is the least of all counters that decides, and neither
-    asking nor posting takes longer the more ranks there are.
+    asking nor posting takes longer the more ranks there are. It is due at the last change: whoever waits already is
+    asked at every change that matters, and whoever comes later goes on at once.
     """
 
     cost_s = 0.0
@@ -255,11 +239,10 @@ class FarEnough:
 
     def due(self) -> float | None:
         """When the last of them came so far."""
-        if not self.careful:
-            return _when(self.counters.least, self.least)
-        times = [_when(self.counters.reached[i], self.least) for i in self.among]
-        come = [at for at in times if at is not None]
-        return max(come, default=0.0) if len(come) == len(times) else None
+        counters, least = self.counters, self.least
+        if self.careful:
+            return counters.changed_at if all([counters.values[i] >= least for i in self.among]) else None
+        return counters.changed_at if counters.least >= least else None
 
     def missing(self) -> str:
         """Who is behind."""
@@ -283,7 +266,7 @@ class OneFarEnough(FarEnough):
 
     def due(self) -> float | None:
         """When the first of them came so far."""
-        return _when(self.counters.most, self.least)
+        return self.counters.changed_at if self.counters.most >= self.least else None
 
 
 class Group:

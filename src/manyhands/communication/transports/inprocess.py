@@ -274,7 +274,7 @@ class InProcessCommunicator(Communicator):
         def make(offers: list[None]) -> list[list[Turns]]:
             return [[Turns(f"lock {i}") for i in range(count)]] * len(offers)
 
-        return [InProcessLock(self, turns) for turns in self._meet("allocate", None, None, make, "locks", count)]
+        return [self._lock(turns) for turns in self._meet("allocate", None, None, make, "locks", count)]
 
     def board(self) -> Board:
         """Counters of the world that know when they changed."""
@@ -282,7 +282,13 @@ class InProcessCommunicator(Communicator):
         def make(offers: list[None]) -> list[Counters]:
             return [Counters(len(offers))] * len(offers)
 
-        return InProcessBoard(self, self._meet("allocate", None, None, make, "board"))
+        return self._board(self._meet("allocate", None, None, make, "board"))
+
+    def _lock(self, turns: Turns) -> Lock:
+        return InProcessLock(self, turns)
+
+    def _board(self, counters: Counters) -> Board:
+        return InProcessBoard(self, counters)
 
     def _access(self, operation: str, x: Tensor, at: int) -> None:
         world, me = self.world, self.world_rank
@@ -429,17 +435,18 @@ class InProcessBoard:
         """All counters, in rank order."""
         return list(self._counters.values)
 
-    def wait(self, least: int, doing: str, *, rank: int | None = None) -> list[int]:
-        """All counters, once those of the other ranks (or that of ``rank``) are at least ``least``."""
+    def wait(self, least: int, doing: str, *, rank: int | None = None) -> int:
+        """The least of all counters, once those of the other ranks (or that of ``rank``) are at least ``least``."""
         comm = self._comm
-        return self._until(FarEnough(self._counters, comm.group.members, least, doing, me=comm.rank, only=rank))
+        self._until(FarEnough(self._counters, comm.group.members, least, doing, me=comm.rank, only=rank))
+        return self._counters.least
 
-    def wait_for_one(self, least: int, doing: str) -> list[int]:
-        """All counters, once one of them is at least ``least``."""
+    def wait_for_one(self, least: int, doing: str) -> None:
+        """Return when one of them is at least ``least``."""
         comm = self._comm
-        return self._until(OneFarEnough(self._counters, comm.group.members, least, doing, me=comm.rank))
+        self._until(OneFarEnough(self._counters, comm.group.members, least, doing, me=comm.rank))
 
-    def _until(self, event: FarEnough) -> list[int]:
+    def _until(self, event: FarEnough) -> None:
         comm, counters = self._comm, self._counters
         with comm._timed(event.doing):
             with comm.world.exclusive():
@@ -451,7 +458,6 @@ class InProcessBoard:
                 with comm.world.exclusive():
                     counters.careful -= event.careful
                     counters.waiting.discard(comm.world_rank)
-        return self.read()
 
 
 class InProcessLock:

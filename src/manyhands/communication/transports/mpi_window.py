@@ -148,24 +148,23 @@ class MpiBoard(_OneSided):
         with self._comm._translating("board"):
             return self._read()
 
-    def wait(self, least: int, doing: str, *, rank: int | None = None) -> list[int]:
-        """All counters, once those of the other ranks (or that of ``rank``) are at least ``least``."""
+    def wait(self, least: int, doing: str, *, rank: int | None = None) -> int:
+        """The least of all counters, once those of the other ranks (or that of ``rank``) are at least ``least``."""
         among = self._others if rank is None else [rank]
-        return self._until(lambda counters: [p for p in among if counters[p] < least], doing)
+        self._until(lambda counters: [p for p in among if counters[p] < least], doing)
+        return int(self._counters.min())
 
-    def wait_for_one(self, least: int, doing: str) -> list[int]:
-        """All counters, once one of them is at least ``least``."""
-        return self._until(lambda counters: [] if max(counters) >= least else self._others or [0], doing)
+    def wait_for_one(self, least: int, doing: str) -> None:
+        """Return when one of them is at least ``least``."""
+        self._until(lambda counters: [] if max(counters) >= least else self._others or [0], doing)
 
-    def _until(self, behind: Callable[[list[int]], list[int]], doing: str) -> list[int]:
-        """All counters, once ``behind`` names no rank."""
+    def _until(self, behind: Callable[[list[int]], list[int]], doing: str) -> None:
+        """Return when ``behind`` names no rank, with the counters as they then are."""
         comm = self._comm
         with comm._translating(doing), comm._waiting():
             comm._poll(
                 lambda: not behind(self._read()), doing, lambda s: comm._late(doing, s, behind(self._counters.tolist()))
             )
-        result: list[int] = self._counters.tolist()
-        return result
 
     def _read(self) -> list[int]:
         everything = [0, self._comm.size, self._mpi.INT64_T]

@@ -104,11 +104,11 @@ class SimulatedWorld(World):
         self._turn = [threading.Lock() for _ in range(size)]
         for lock in self._turn:
             lock.acquire()
-        # (when it could go on, rank, how many turns it had had): only the entry of the current count is meant, so an
+        # (when it could go on, rank, how many waits are behind it): only the entry of the current count is meant, so an
         # earlier event simply adds an entry and the later one is passed over.
         self._ready: list[tuple[float, int, int]] = []
         self._turns = [0] * size
-        self._lined_up = [math.inf] * size  # for when, in the turn that is waited for
+        self._lined_up = [math.inf] * size  # for when, in the wait under way
         self._waits: list[tuple[InProcessCommunicator, Event] | None] = [None] * size
         self._active: set[int] = set()
         self._rng: list[Tensor] = []
@@ -130,10 +130,12 @@ class SimulatedWorld(World):
 
     def charge(self, operation: Operation, ranks: Sequence[int]) -> tuple[float, float]:
         """The price, counted from when the last of ``ranks`` has come."""
+        return self._begin(operation, max([self.clocks[rank] for rank in ranks]))
+
+    def _begin(self, operation: Operation, begins: float) -> tuple[float, float]:
         cost_s = 0.0 if self.price is None or operation.name in FREE else self.price(operation)
         if not cost_s >= 0:
             raise BadInput(f"the price of {operation} is {cost_s}; a price is a number of seconds from 0.")
-        begins = self.clocks[ranks[0]] if len(ranks) == 1 else max([self.clocks[rank] for rank in ranks])
         occupied = None if self.queue is None or not cost_s else self.queue(operation)
         if occupied is not None:
             free_at = self._free_at.get(occupied, 0.0)
@@ -162,6 +164,8 @@ class SimulatedWorld(World):
             self._line_up(me, event)
             self._pass_turn(me)
             self._waits[me] = None
+            self._turns[me] += 1
+            self._lined_up[me] = math.inf
             if self.failure is not None:
                 raise self.lost(comm, str(event))
             now = self.clocks[me]
@@ -198,8 +202,6 @@ class SimulatedWorld(World):
             while self._ready:
                 clock, rank, turn = heapq.heappop(self._ready)
                 if turn == self._turns[rank]:
-                    self._turns[rank] += 1
-                    self._lined_up[rank] = math.inf
                     self.clocks[rank] = clock
                     return rank
             if self._active:

@@ -34,6 +34,7 @@ class CommonStore(Store):
     def _lay_out(self) -> None:
         comm, pieces = self.comm, self.replica.pieces
         self.flats = [comm.allocate(p.flat.numel(), p.flat.dtype, common=True) for p in pieces]
+        self._theirs = [self.flats[s.piece][s.lo : s.hi] for s in self.shards]
         self._slots = [
             [comm.allocate(p.flat.numel(), p.flat.dtype, common=True) for _ in range(rule.slots if rule else 0)]
             for p, rule in zip(pieces, self.rules, strict=True)
@@ -67,10 +68,10 @@ class CommonStore(Store):
             shard = self.shards[s]
             if self.replica.pieces[shard.piece].width:
                 continue  # rows come when they are looked up
-            theirs, mine = self._both(shard)
+            mine = self._mine(shard)
             with self._holding(s, To.READ):
                 self.comm.access("pull", mine, at=shard.server)
-                mine.copy_(theirs)
+                mine.copy_(self._theirs[s])
                 self.read[s] = int(self._versions[s])
 
     def push(self, vectors: Sequence[Tensor], *, pull: bool = False) -> None:
@@ -82,7 +83,7 @@ class CommonStore(Store):
             if self.replica.pieces[shard.piece].width:
                 self._push_rows(s, vectors[shard.piece])
                 continue
-            theirs, mine = self._both(shard)
+            mine = self._mine(shard)
             with self._holding(s, To.UPDATE):
                 self.comm.access("push", payloads[s], at=shard.server)
                 late = int(self._versions[s]) - self.read[s]
@@ -90,7 +91,7 @@ class CommonStore(Store):
                 self._versions[s] += 1
                 if pull:
                     self.comm.access("pull", mine, at=shard.server)
-                    mine.copy_(theirs)
+                    mine.copy_(self._theirs[s])
                     self.read[s] = int(self._versions[s])
             self.staleness[late] += 1
 
@@ -162,19 +163,18 @@ class CommonStore(Store):
 
     def add(self, vectors: Sequence[Tensor]) -> None:
         """See `Store.add`."""
-        payloads, vectors = self._pack(vectors)
+        payloads, told = self._pack(vectors)
         for s in self._order:
             shard = self.shards[s]
-            change = vectors[shard.piece][shard.lo : shard.hi]
+            change = payloads[s] if told is vectors else told[shard.piece][shard.lo : shard.hi]
             with self._holding(s, To.ADD):
                 self.comm.access("push", payloads[s], at=shard.server)
-                self.flats[shard.piece][shard.lo : shard.hi].add_(change)
+                self._theirs[s].add_(change)
                 self._versions[s] += 1
 
-    def _both(self, shard: Shard) -> tuple[Tensor, Tensor]:
-        """The shard itself, and where this worker has its copy."""
-        own = self.replica.pieces[shard.piece].flat
-        return self.flats[shard.piece][shard.lo : shard.hi], own[shard.lo : shard.hi]
+    def _mine(self, shard: Shard) -> Tensor:
+        """Where this worker has its copy of ``shard``."""
+        return self.replica.pieces[shard.piece].flat[shard.lo : shard.hi]
 
     def share_what_is_in_use(self) -> None:
         """A parameter that some worker's backward has reached is in use for all."""

@@ -42,13 +42,13 @@ class RemoteBoard:
         """All counters, in rank order."""
         return self._wait(0, OTHERS, "read a board")
 
-    def wait(self, least: int, doing: str, *, rank: int | None = None) -> list[int]:
-        """All counters, once those of the other ranks (or that of ``rank``) are at least ``least``."""
-        return self._wait(least, OTHERS if rank is None else rank, doing)
+    def wait(self, least: int, doing: str, *, rank: int | None = None) -> int:
+        """The least of all counters, once those of the other ranks (or that of ``rank``) are at least ``least``."""
+        return min(self._wait(least, OTHERS if rank is None else rank, doing))
 
-    def wait_for_one(self, least: int, doing: str) -> list[int]:
-        """All counters, once one of them is at least ``least``."""
-        return self._wait(least, ANY, doing)
+    def wait_for_one(self, least: int, doing: str) -> None:
+        """Return when one of them is at least ``least``."""
+        self._wait(least, ANY, doing)
 
     def _ask(self, request: Tensor) -> None:
         with self._comm.counting("service"):
