@@ -16,6 +16,7 @@ accordingly longer.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import statistics
 import time
@@ -38,7 +39,7 @@ from manyhands.studies.grid import Cell, Study
 from manyhands.studies.planned import Planned, names, planned
 from manyhands.studies.running import Rounds, order
 from manyhands.task import Task
-from manyhands.training.evaluation import CHUNK, evaluate
+from manyhands.training.evaluation import chunk_of, evaluate
 from manyhands.training.member import Member
 from manyhands.training.preparation import prepare
 from manyhands.training.run import Options
@@ -353,8 +354,10 @@ def job(member: Member, shares: list[int], data_dir: str | None) -> Timing:
     step_s = tuple((share, _median_s(step(share))) for share in shares)
     evaluate_s = 0.0
     if test is not None:
-        part = _First(test, min(CHUNK, len(test)))
-        evaluate_s = _median_s(lambda: evaluate(run.model, run.loss, part, run.comm)) * len(test) / len(part)
+        chunk = chunk_of(max(shares, default=1))
+        part = _First(test, min(chunk, len(test)))
+        answer = functools.partial(evaluate, run.model, run.loss, part, run.comm, chunk=chunk)
+        evaluate_s = _median_s(answer) * len(test) / len(part)
     return Timing(len(train), prepare_s, step_s, evaluate_s)
 
 

@@ -12,14 +12,16 @@ from typing import Any
 
 import torch
 
+from manyhands.communication.communicator import Communicator
 from manyhands.consistency import buffers as buffer_policy
 from manyhands.contract import Measurement
+from manyhands.data import Dataset
 from manyhands.partition.data import DataReplica
 from manyhands.partition.pipeline import gpipe, schedule
 from manyhands.partition.pipeline.replica import PipelineReplica
 from manyhands.task import described
 from manyhands.training import memory
-from manyhands.training.evaluation import evaluate
+from manyhands.training.evaluation import chunk_of, evaluate
 from manyhands.training.member import Member
 from manyhands.training.metrics import MetricsLog, read_summary
 from manyhands.training.run import Run, device_of, replicas
@@ -46,7 +48,7 @@ def record(run: Run, epoch: int, metrics: MetricsLog, *, cut_short: bool = False
         agreed = buffer_policy.agree(run.replica.buffers, group, run.plan.buffers)  # type: ignore[arg-type]
         with run.replica.using(parameters, agreed):
             model = run.replica.answering
-            accuracy, test_loss = evaluate(model, run.loss, run.splits.test, group, device=device_of(run.plan, comm))
+            accuracy, test_loss = _evaluated(run, model, run.splits.test, group)
     found = {
         "epoch": epoch,
         "step": cursor.step,
@@ -61,6 +63,13 @@ def record(run: Run, epoch: int, metrics: MetricsLog, *, cut_short: bool = False
     comm.barrier()
 
 
+def _evaluated(
+    run: Run, model: torch.nn.Module, test: Dataset, group: Communicator
+) -> tuple[float | None, float | None]:
+    chunk = chunk_of(run.sampler.largest)
+    return evaluate(model, run.loss, test, group, device=device_of(run.plan, run.comm), chunk=chunk)
+
+
 def conclude(run: Run, measured: dict[str, Any], metrics: MetricsLog, member: Member) -> dict[str, Any]:
     """Adopt what the workers agree on, and say what came of the run: rank 0 returns it, the others nothing."""
     comm = run.comm
@@ -72,7 +81,7 @@ def conclude(run: Run, measured: dict[str, Any], metrics: MetricsLog, member: Me
     accuracy = run.history[-1]["test_accuracy"] if run.history else None
     if run.options.evaluate == "end" and run.splits.test is not None:
         model, test = run.replica.answering, run.splits.test
-        accuracy, _ = evaluate(model, run.loss, test, replicas(comm), device=device_of(run.plan, comm))
+        accuracy, _ = _evaluated(run, model, test, replicas(comm))
     measured |= _of_all_workers(run, measured["step_parts_s"].wait, measured["bubble_by_worker"])
     values = together(run.model.state_dict(), run.replica.blocks, run.whole, comm)
     if comm.rank != 0:

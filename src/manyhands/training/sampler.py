@@ -122,6 +122,11 @@ class Sampler:
         self._epoch = -1
         self._order = torch.empty(0, dtype=torch.int64)
 
+    @property
+    def largest(self) -> int:
+        """Samples of the largest share of a full batch; the same on all workers."""
+        return -(-min(self.batch_size, self.n) // self.workers)
+
     def batches(
         self, cursor: Cursor = START, *, epochs: int | None = None, steps: int | None = None
     ) -> Iterator[Share]:

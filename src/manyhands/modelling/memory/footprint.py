@@ -83,7 +83,7 @@ def footprint(
     large = max(peak_B((*each.forward, *each.backward)) for each in traced.learning) >= LARGE_B
     process_B = base.running_B(operators, adaptive=adaptive, large=large)
     held = data or _data(task, splits, plan, data_dir)
-    return Memory(tuple(look.of(part, traced, process_B, held) for part in parts))
+    return Memory(tuple(look.of(part, traced, process_B, base.started_B or process_B, held) for part in parts))
 
 
 _UNITS: weakref.WeakKeyDictionary[nn.Module, tuple[int, int]] = weakref.WeakKeyDictionary()
@@ -143,7 +143,7 @@ class _Look:
 
     # -- a worker ------------------------------------------------------------------------------------------------------
 
-    def of(self, part: Part, traced: Traced, process_B: int, data: Loaded) -> Footprint:
+    def of(self, part: Part, traced: Traced, process_B: int, started_B: int, data: Loaded) -> Footprint:
         """One worker, of which `outline` has told what it has."""
         found = replayed(self._held(part, traced))
         mapped_B = self._mapped_B(part, traced)
@@ -153,7 +153,7 @@ class _Look:
         phases = {
             "training": process_B + data.kept_B + trained_B,
             "building": process_B + data.kept_B + self._building_B(part),
-            "loading": process_B + data.peak_B,
+            "loading": started_B + data.peak_B,
         }
         phase = max(phases, key=lambda name: phases[name])
         parts = {k: found.parts_B.get(k, 0) for k in ("optimizer", "activations", "buffers", "temporaries")}
@@ -201,8 +201,10 @@ class _Look:
             taken_B=int(copies.taken * own_B) + self._taken_B(own_B, framed=framed),
             framed=framed and schedule is None,
             gathered_B=self._gathered_B(),
+            whole_B=sum(self._units_B) if self.sharded == 3 and not self.common else 0,
             stashed=self._stashed(part),
             agreed_B=int(copies.agreed * own_B),
+            carried_B=own_B if copies.agreed and plan.transport == "gloo" else 0,
             answers=[(*a.forward, *a.backward) for a in (traced.answering[s] for s in part.stages if traced.answering)],
             chunk_B=traced.chunk_B,
         )

@@ -56,6 +56,7 @@ class Process:
 
     idle_B: int
     kernels_B: Mapping[str, int]
+    started_B: int = 0  # before it has built a model, when most code has not been called; 0: not known
 
     def running_B(self, operators: Iterable[str], *, adaptive: bool = False, large: bool = False) -> int:
         """With the code of those that run, an ``adaptive`` optimizer's, and buffers for ``large`` products."""
@@ -86,10 +87,10 @@ def process(transport: str, workers: int) -> Process:
     """Of a worker on this machine; takes two seconds the first time."""
     if transport in ("single", "threads", "simulated"):  # this very process
         measured = process("shared", 1)
-        return Process(resident_B(), measured.kernels_B)
+        return Process(resident_B(), measured.kernels_B, resident_B())
     size = 1 if transport == "shared" else min(workers, 2)
     found = _kept(f"process {transport} {size}", lambda: _on_team(transport, size, "idle"))
-    return Process(found["idle_B"], found["kernels_B"])
+    return Process(found["idle_B"], found["kernels_B"], found["started_B"])
 
 
 def loaded(data: str, folder: Path | None) -> Loaded:
@@ -130,7 +131,7 @@ def _kept_in(file: str, key: str, measure: Callable[[], dict[str, Any]]) -> dict
 
 @functools.cache
 def _versions() -> str:
-    return f"2, torch {torch.__version__}, python {platform.python_version()}, {platform.release()}"
+    return f"3, torch {torch.__version__}, python {platform.python_version()}, {platform.release()}"
 
 
 # -- in a worker -------------------------------------------------------------------------------------------------------
@@ -139,6 +140,8 @@ def _versions() -> str:
 def idle(member: Member) -> dict[str, Any]:
     """The job that is measured. Collective."""
     size = member.comm.size
+    data_sets.load("digits")
+    started_B = _now()
     task = Task(model="perceptron", data="digits", steps=3, batch_size=8 * size)
     plan = Plan(
         strategy="synchronous(update='replicated')",
@@ -158,7 +161,7 @@ def idle(member: Member) -> dict[str, Any]:
             step()
         now = _now()
         kernels_B[kind], before = max(now - before, 0), now
-    return {"idle_B": idle_B, "kernels_B": kernels_B}
+    return {"idle_B": idle_B, "kernels_B": kernels_B, "started_B": started_B}
 
 
 def load(member: Member, data: str, folder: str) -> dict[str, Any]:

@@ -40,9 +40,11 @@ class Held:
     kept_B: int = 0  # copies of a strategy's, from the start on
     taken_B: int = 0  # of a strategy's and a transport's, in a step
     framed: bool = False  # gradients leave in buckets while backward goes on, each as a copy
-    gathered_B: int = 0  # a unit of a sharded model
+    gathered_B: int = 0  # in a step of a sharded model: a unit, and what comes of its gradients
+    whole_B: int = 0  # in an evaluation of one
     stashed: int = 0  # versions of the parameters beside the newest
     agreed_B: int = 0  # copies to agree on parameters
+    carried_B: int = 0  # what the transport takes for that
     answers: Sequence[Blocks] = ()  # an evaluation: a chunk through each stage that is here
     chunk_B: int = 0
 
@@ -195,13 +197,20 @@ def _evaluation(held: Held, k: int) -> Iterable[Event]:
         return
     if held.agreed_B:
         yield ("buffers", "agreed", k), held.agreed_B
+    if held.carried_B:
+        yield ("buffers", "carried", k), held.carried_B
+        yield ("buffers", "carried", k), -held.carried_B
     for n in range(2):
+        if held.whole_B:
+            yield ("buffers", "whole", k, n), held.whole_B
         if held.chunk_B:
             yield ("activations", "chunk", k, n), held.chunk_B
             if n:
                 yield ("activations", "chunk", k, n - 1), -held.chunk_B
         for s, blocks in enumerate(held.answers):
             yield from _named(blocks, (k, n, s, -1))
+        if held.whole_B:
+            yield ("buffers", "whole", k, n), -held.whole_B
     if held.chunk_B:
         yield ("activations", "chunk", k, 1), -held.chunk_B
     if held.agreed_B:

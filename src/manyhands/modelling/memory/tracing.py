@@ -24,7 +24,7 @@ from manyhands.partition.tensor.rehearsal import Rehearsal
 from manyhands.plan import Plan
 from manyhands.task import Task
 from manyhands.training.division import cut_layers
-from manyhands.training.evaluation import CHUNK
+from manyhands.training.evaluation import chunk_of
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def traced(task: Task, plan: Plan, model: nn.Module, splits: Splits, *, rows: in
     """Of a share of ``rows`` samples; kept for as long as the model lives."""
     assert isinstance(plan.mesh, Mesh)
     test = splits.test if evaluated else None
-    chunk = 0 if test is None else min(CHUNK, shares(len(test), plan.mesh["data"])[0][1])
+    chunk = 0 if test is None else min(chunk_of(rows), shares(len(test), plan.mesh["data"])[0][1])
     micro_batches = max(min(plan.micro_batches or 1, rows), 1)
     key = (
         *(rows, micro_batches, chunk, str(task.loss), plan.precision, plan.tensor, plan.pipeline),
