@@ -139,6 +139,37 @@ def test_what_does_not_fit_is_told_with_what_would() -> None:
     assert "batch_size=512" in cured.cure
 
 
+def test_a_hole_is_too_small_for_its_like_until_the_threads_cache_is_full() -> None:
+    size, heap, reached = 1 << 20, Heap(), list[int]()
+    for k in range(60):  # a step: three blocks, of which the third could lie where the first was
+        heap.take((k, 1), size)
+        heap.take((k, 2), size)
+        heap.give((k, 1))
+        heap.take((k, 3), size)
+        heap.give((k, 2))
+        heap.give((k, 3))
+        reached.append(heap.reached)
+    assert reached[0] >= 3 * size
+    assert reached[20] == reached[-1]
+
+
+def test_an_evaluation_gathers_what_a_step_gathers_and_carries_what_is_agreed_on() -> None:
+    chunk = (("a", 1 << 10), ("a", -(1 << 10)))
+    held = Held(0, [], {}, {}, update("sgd(lr=0.1)"), answers=[chunk], chunk_B=1)
+    assert replayed(held).live_B == (1 << 10) + 1
+    assert replayed(dataclasses.replace(held, whole_B=1 << 20)).live_B == (1 << 20) + (1 << 10) + 1
+    assert replayed(dataclasses.replace(held, agreed_B=1 << 20, carried_B=1 << 20)).live_B == 2 << 20
+
+
+def test_loading_comes_before_most_of_the_code() -> None:
+    started = Process(idle_B=100 << 20, kernels_B={}, started_B=80 << 20)
+    task = mh.Task(model="perceptron", data="digits", batch_size=8)
+    decided = verbs.resolved(task, mh.Plan(workers=1, transport="shared")).plan
+    model, splits = verbs.built(task, None)
+    loading = footprint(task, decided, model, splits, measured=started, data=Loaded(0, 90 << 20)).largest
+    assert (loading.phase, loading.resident_B) == ("loading", 170 << 20)
+
+
 # -- whatever they are given -------------------------------------------------------------------------------------------
 
 orders = st.lists(st.tuples(st.integers(0, 9), st.integers(1, 200_000)), max_size=60)
