@@ -249,6 +249,11 @@ def _row(name: str, is_: Statistics, said: Statistics) -> list[str]:
     return [*cells, f"{distance(is_.staleness, said.staleness):.3f}"]
 
 
+def _ratio(pairs: Sequence[tuple[float, float]]) -> float:
+    """The median over turns of what was said over what is; of turns in which there is something."""
+    return statistics.median([a / b for a, b in pairs if b] or [1.0])
+
+
 def of_the_simulation() -> Iterator[str]:
     """The simulated server against the formulas."""
     yield from ("### The simulated server against Oyama's formulas", "")
@@ -264,7 +269,7 @@ def of_runs(turns: int, only: str = "") -> Iterator[str]:
         pairs = measured_and_predicted(setup, turns)
         middle = sorted(pairs, key=lambda pair: pair[0].epoch_s)[len(pairs) // 2]
         rows.append(_row(f"{setup}{' (new)' if setup.new else ''}", *middle))
-        off = [100 * (statistics.median(said.means[i] / is_.means[i] for is_, said in pairs) - 1) for i in range(3)]
+        off = [100 * (_ratio([(said.means[i], is_.means[i]) for is_, said in pairs]) - 1) for i in range(3)]
         errors.append((setup, off))
         print(f"{setup}: {', '.join(f'{x:+.1f} %' for x in off)}", file=sys.stderr)
     yield from ("", "### Real runs of two workers against predictions", "")

@@ -114,6 +114,26 @@ def test_a_server_that_updates_is_mirrored_and_its_visits_are_known_by_kind():
     assert mirror.spent.visits == {("push",), ("pull",)}
 
 
+@pytest.mark.parametrize(
+    ("plan", "served"),
+    [
+        ({"strategy": "asynchronous"}, True),
+        ({"strategy": "ssp"}, True),
+        ({"strategy": "backup_workers"}, False),  # waits for what others push
+        ({"strategy": "asynchronous", "transport": "gloo"}, False),  # whose servers are ranks
+        ({"strategy": "asynchronous", "mesh": "data=2,pipeline=2"}, False),  # a stage's store is not everybody's
+        ({"strategy": "ssp", "mesh": "data=2,pipeline=2"}, True),  # where servers only add, a price is enough
+    ],
+    ids=str,
+)
+def test_whose_steps_are_measured_by_themselves_though_they_have_servers(plan, served, monkeypatch):
+    monkeypatch.setattr(profiles, "exchanges_here", lambda plan: True)
+    size = {} if "mesh" in plan else {"workers": 2}
+    task = mh.Task(model="perceptron(hidden=8)", data="digits", optimizer="sgd(lr=0.1)")
+    decided = verbs.resolved(task, mh.Plan(**{"transport": "shared", "threads": 1} | size | plan)).plan
+    assert profiles._is_served(decided) == served
+
+
 def test_exchanges_inside_a_model_are_priced_and_no_others():
     mirror = MirrorCommunicator(1, 4, transport="gloo", shares_memory=False, price=lambda op: op.payload_B / 1e3)
     mirror.all_reduce(torch.zeros(10)).wait()

@@ -22,6 +22,8 @@ def visiting(comm: Communicator, text: str, optimizer: type, kinds: list) -> tup
         model, optimizer(model.parameters(), lr=0.1), torch.nn.functional.mse_loss, comm, common=False
     )
     before = [piece.flat.clone() for piece in replica.pieces]
+    for piece in replica.pieces:
+        piece.grad.fill_(1.0)
     found = Visits(strategy_from(text), replica, comm, kinds).take(0.0, 0.0)
     return found, all(map(torch.equal, before, (piece.flat for piece in replica.pieces)))
 

@@ -7,7 +7,7 @@ from manyhands.communication.communicator import reference_B
 from manyhands.communication.compression import compressors
 from manyhands.communication.compression.compressor import compressor_from
 from manyhands.communication.compression.layout import Layout
-from manyhands.communication.compression.rehearsal import codings, typical_B
+from manyhands.communication.compression.rehearsal import codings, takes_sums, typical_B
 from manyhands.simulation import coding, sizes
 from manyhands.simulation.coding import Coding
 from tests.simulation.runs import COMPUTE_S, UPDATE_S, Flat, sized
@@ -86,6 +86,15 @@ def test_else_it_is_measured_once(name):
     first = coding.measured(compressor_from(name))
     assert all(0 < s < 1e-3 for s in first)
     assert coding.measured(compressor_from(name)) is first
+
+
+def test_of_halves_it_is_told_whether_a_sum_is_taken_over_or_a_payload_read():
+    layout = Layout(((64, 64),))
+    halves = [compressor_from(name) for name in ("bfloat16", "float16")]
+    assert all(takes_sums(half, layout) and codings(half, layout, 8) == (1.0, 0.0) for half in halves)
+    others = [compressor_from(name) for name in compressors if name not in ("bfloat16", "float16", "none", "entropy")]
+    assert not any(takes_sums(other, layout) for other in others)
+    assert all(0 < s < 1e-6 for s in coding.measured(halves[0]))
 
 
 def test_coding_takes_time_with_numbers_too(monkeypatch):

@@ -140,7 +140,7 @@ def choose(
 def spiky(compressor: Compressor, numel: int) -> bool:
     """Whether most of a gradient may come steps later and at once: feedback, and a weak contraction.
 
-    A mean square of such values is another one than of gradients, so Adam's steps have wrong sizes: 4 to 16 % more loss
+    A mean square of such values is another one than of gradients, so Adam's steps have wrong sizes: 3 to 16 % more loss
     in docs/compression.md, where int8, whose feedback is of roundings, costs nothing.
     """
     return compressor.feedback and compressor.contraction(numel) < MOST_LEFT

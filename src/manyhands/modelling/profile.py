@@ -188,7 +188,13 @@ def _is_served(plan: Plan) -> bool:
     assert isinstance(strategy, Strategy)
     if plan.transport not in SHARE_MEMORY or not strategy.by_itself:
         return False
-    return strategy.servers_add or exchanges_here(plan)
+    return strategy.servers_add or _visits_are_measured(plan)
+
+
+def _visits_are_measured(plan: Plan) -> bool:
+    """Whether the workers here are all of the plan's, with the whole model each."""
+    assert isinstance(plan.mesh, Mesh)
+    return plan.mesh["data"] == plan.workers and exchanges_here(plan)
 
 
 def _fed(run: Run) -> Actions:
@@ -269,7 +275,7 @@ class Steps:
     def visits(self, comm: Communicator) -> Visits | None:
         """To the servers of a strategy on ``comm``, whose ranks are all of the plan's; None if there are none."""
         kinds, plan = self._mirror.spent.visits, self._run.plan
-        if not kinds or not exchanges_here(plan):
+        if not kinds or not _visits_are_measured(plan):
             return None
         assert isinstance(plan.strategy, Strategy)
         return Visits(plan.strategy, self._run.replica, comm, sorted(kinds))

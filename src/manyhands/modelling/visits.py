@@ -5,7 +5,8 @@
 Each of ``push`` and ``pull`` is timed under the lock, from when it is asked for until the next one or the lock's end.
 Workers take turns, each after as much computing as a step has. So a visit finds what another has written last, and
 nobody waits for the lock: queues are the simulation's business, and how late who waited is woken is a price of its own
-(`calibration.patterns`). What is pushed are zeros, which leave the parameters where they are.
+(`calibration.patterns`). What is pushed is the gradient of the replica's last step, again and again, since time depends
+on it (Adam takes three times as long for zeros); the replica's parameters are put back in the end.
 
 Cost: `SECONDS` for each kind of visit, and a store's memory, in workers that are there already.
 """
@@ -49,12 +50,15 @@ class Visits:
         worker: Any = strategy.start(replica, cast(Communicator, self._watched))
         self._store = worker.store
         self._push = self._store.add if strategy.servers_add else self._store.push
-        self._zeros = [torch.zeros_like(piece.flat) for piece in replica.pieces]
+        self._pieces = replica.pieces
+        self._pushed = [torch.empty_like(piece.flat) for piece in replica.pieces]
 
     def take(self, compute_s: float, seconds: float = SECONDS) -> Found:
         """What this worker's visits take, ``seconds`` of each kind; ``compute_s``: what a step computes."""
         compute, found = computing(min(compute_s, LONGEST_S)), self._watched.found
         found.clear()
+        before = [piece.flat.clone() for piece in self._pieces]
+        self._store.rebase()
         for kind in self._kinds:
             kept = len(found)
             began = time.perf_counter()
@@ -62,6 +66,8 @@ class Visits:
             del found[kept:]
             each_s = self._longest(time.perf_counter() - began) / WARM
             self._turns(kind, compute, min(max(int(seconds / each_s), FEWEST), MOST))
+        for piece, own in zip(self._pieces, before, strict=True):
+            piece.flat.copy_(own)
         return list(found)
 
     def _turns(self, kind: Kind, compute: Any, times: int) -> None:
@@ -71,14 +77,14 @@ class Visits:
             compute()
             if turn % comm.size != comm.rank:
                 continue
-            for x in self._zeros:
-                x.zero_()  # as backward has just written it
+            for x, piece in zip(self._pushed, self._pieces, strict=True):
+                x.copy_(piece.grad)  # as backward has just written it
             if kind == ("pull",):
                 self._store.pull()
             elif "pull" in kind:
-                self._push(self._zeros, pull=True)
+                self._push(self._pushed, pull=True)
             else:
-                self._push(self._zeros)
+                self._push(self._pushed)
 
     def _longest(self, mine_s: float) -> float:
         """Of all ranks, so that all go on alike."""

@@ -80,9 +80,10 @@ def measured(compressor: Compressor) -> tuple[float, float]:
 def _of_sums(compressor: OneShot, layout: Layout) -> tuple[float, float]:
     """Of halves, which the transport adds up: to make a payload and take over what stands there, and to read one."""
     state = Compressor.start(compressor, layout, 0, 2)
-    payload = compressor.encode(sample(compressor, layout.numel), state)
-    decode_s = _median_s(lambda _: compressor.decode(payload, state), torch.zeros(layout.numel))
-    return exchange_s(compressor, layout, 2) / layout.numel, decode_s / layout.numel
+    x, comm = sample(compressor, layout.numel), FoldedCommunicator(2, lambda _: 0.0, alike=True)
+    payload = compressor.encode(x.clone(), state)
+    sum_s = _median_s(lambda x: compressor.exchange(x, x, comm, state), x)
+    return sum_s / layout.numel, _median_s(lambda _: compressor.decode(payload, state), x) / layout.numel
 
 
 def exchange_s(compressor: Compressor, layout: Layout, size: int, budget_s: float = BUDGET_S) -> float:
