@@ -191,6 +191,8 @@ class Communicator(ABC):
     transport: ClassVar[str]
     #: Whether `allocate` with ``common=True`` really gives one copy that all ranks see (HOGWILD and the like need it).
     shares_memory: ClassVar[bool] = False
+    #: Whether accesses to a server wait for each other by themselves, as in a simulation that looks at sizes only.
+    serves_in_line: bool = False
     #: Whether there is a `window`, and locks and boards by which to share what lies in it.
     one_sided: ClassVar[bool] = False
     #: Whether ``counters.moved_B`` is kept.

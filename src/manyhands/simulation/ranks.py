@@ -88,6 +88,11 @@ class SizedCommunicator(SimulatedCommunicator):
 
     world: SizedWorld
 
+    @property
+    def serves_in_line(self) -> bool:  # type: ignore[override]
+        """One after the other, at no cost to who waited."""
+        return self.world.queue is not None and not self.world.woken_s
+
     def elapse(self, seconds: float, doing: str = "compute") -> None:
         """Let virtual time pass on this rank."""
         world, me = self.world, self.world_rank

@@ -11,7 +11,7 @@ one after the other and none is lost. Payload is counted as ``push`` and ``pull`
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -42,7 +42,9 @@ class CommonStore(Store):
         self._versions, self._updates, self._used, self._stop = (
             counters(comm, n) for n in (len(self.shards), len(self.units), self.parameters, 1)
         )
-        self._locks = comm.locks(len(self.shards))
+        # Where a server's visitors stand in line, and each visit is one access, a lock would keep nobody out.
+        in_line = comm.serves_in_line and self.optimizer is None
+        self._locks = [nullcontext()] * len(self.shards) if in_line else comm.locks(len(self.shards))
         # Workers begin with different shards, so that they meet at a lock only by chance.
         first = comm.rank * len(self.shards) // comm.size
         self._order = [*range(first, len(self.shards)), *range(first)]
