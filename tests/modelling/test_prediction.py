@@ -22,12 +22,13 @@ from manyhands.errors import BadInput
 from manyhands.modelling import fed as alone
 from manyhands.modelling import keeping
 from manyhands.modelling import profile as profiles
-from manyhands.modelling.fed import feed
+from manyhands.modelling.fed import FedHandover, feed
 from manyhands.modelling.keeping import Profile
 from manyhands.modelling.prediction import computed
 from manyhands.partition.data import DataReplica
 from manyhands.partition.pipeline.cut import cut
 from manyhands.partition.pipeline.description import parse
+from manyhands.partition.pipeline.handover import Form
 from manyhands.partition.pipeline.pipedream import pipedream
 from manyhands.partition.pipeline.replica import PipelineReplica
 from manyhands.partition.pipeline.schedule import Action, makespan
@@ -421,6 +422,13 @@ def test_a_short_batch_is_fed_the_first_rows_of_a_longer_one():
     replica, _ = fed()
     replica.gradients(Batch(None, torch.randn(5, 3), 5, 5))
     assert float(replica.pieces[0].grad.abs().sum()) > 0
+
+
+def test_what_a_whole_batch_hands_over_is_told_also_after_a_short_one():
+    handover = FedHandover(parse("gpipe").made(2, 2), {})
+    for samples in (4, 2):
+        handover.send(0, 0, samples, [torch.zeros(samples, 6)], Form(True, ()))
+    assert handover.sent_B == {0: 4 * 6 * 4}
 
 
 @pytest.mark.parametrize("recompute", [False, True])

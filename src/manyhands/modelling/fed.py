@@ -53,7 +53,8 @@ class FedHandover:
 
     def send(self, stage: int, i: int, samples: int, tensors: Sequence[Tensor], form: Form) -> None:
         """See `Handover.send`: between stages of this rank it is handed on."""
-        self.sent_B[stage] = sum(t.nbytes for t in tensors)
+        # The last batch of an epoch may be short, and it is a whole one that is told.
+        self.sent_B[stage] = max(sum(t.nbytes for t in tensors), self.sent_B.get(stage, 0))
         if self._rank_of(stage + 1) == self._rank_of(stage):
             self._here[stage, i] = [t.detach() for t in tensors]
         else:
