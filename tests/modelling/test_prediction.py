@@ -487,6 +487,17 @@ def test_who_meets_every_other_step_waits_as_often(monkeypatch):
     assert found.summary.wall_s / found.summary.steps == pytest.approx((8e-3 + 2 * prices(exchange)) / 4, rel=1e-9)
 
 
+@pytest.mark.parametrize("strategy", ["asynchronous_gossip", "asynchronous(servers=1)"])
+def test_a_step_has_one_update_be_it_the_workers_own_or_the_servers(monkeypatch, strategy):
+    steps = []
+    for update_s in (0.0, 1e-3):
+        given = made([[1, 1]] * 4, plain=True, update_s=update_s, elements=NUMEL)
+        monkeypatch.setattr(computed, "profile", lambda *_, given=given, **__: given)
+        plan = mh.Plan(workers=2, strategy=strategy, transport="shared", threads=1)
+        steps.append(mh.predict(TASK, plan, HERE, memory=False).step_s)
+    assert steps[1] - steps[0] == pytest.approx(1e-3, rel=0.01)
+
+
 def test_a_pipelines_step_is_its_longest_path(monkeypatch):
     actions = (("F", 0, 1e-3), ("B", 0, 2e-3), ("F", 1, 1e-3), ("B", 1, 2e-3))
     monkeypatch.setattr(computed, "profile", lambda *_, **__: made([[1, 1]], actions=actions, update_s=0.0))

@@ -126,8 +126,7 @@ class Strategy(ABC):
     scheduled: ClassVar[bool] = True
     #: On servers a worker's step is its own whatever the others do, but for waiting: it can be measured by itself.
     by_itself: ClassVar[bool] = False
-    #: Servers only add what is pushed to them, which costs them next to nothing. Else a push costs a server an update
-    #: by the optimizer. Of no meaning where nobody pushes.
+    #: Servers only add what is pushed to them, which costs them next to nothing.
     servers_add: ClassVar[bool] = False
     #: Why nothing is compressed, where there is no option ``compress``; completes "compress=top_k with hogwild: …".
     uncompressed: ClassVar[str] = "a worker sends there what others need as it is."
@@ -136,6 +135,11 @@ class Strategy(ABC):
 
     def __str__(self) -> str:
         return format_description(self.name, self)
+
+    @property
+    def servers_update(self) -> bool:
+        """Whether servers apply the user's optimizer to what is pushed, and so must know it; a push costs an update."""
+        return False
 
     @abstractmethod
     def traffic(self, numel: int, size: int, itemsize: int = 4) -> Traffic:

@@ -33,7 +33,7 @@ class OnServers(Strategy):
 
     @property
     def servers_update(self) -> bool:
-        """Whether servers apply the user's optimizer, and so must know it."""
+        """As a rule."""
         return True
 
     @property

@@ -114,7 +114,7 @@ def predicted(
     if curves and computed.cost.compute_s:
         computed = cut_anew(computed, prices)
     profiled = computed.measured is not None and not computed.measured.plain
-    if not profiled and not plan.strategy.servers_add:  # else it is in the price of a push
+    if not profiled and plan.strategy.servers_update:  # else it is in the price of a push
         itemsize = next((p.element_size() for p in given.model.parameters() if p.requires_grad), 4)
         prices.serving_s_per_B = computed.cost.update(1) / itemsize
     if plan.mesh["pipeline"] > 1:
