@@ -227,14 +227,15 @@ def test_a_table_without_gauges_changes_nothing():
 
 
 def test_a_table_has_the_gauges_that_were_trained_and_prices_steps_as_without_them():
-    step = traced()
-    rows = tuple(row(x, 1e-6) for x in {key(x): x for x in step}.values())
-    seen = [Observed(gauge.GAUGES[1], rows, (k * 1e-3, 1e-3, 10, 4, 3), ()) for k in (2, 3, 4)]
+    rows = tuple(row(x, 1e-6) for x in {key(x): x for x in traced()}.values())
+    step = (2e-3, 1e-3, 10, 4, 3)
+    seen = [Observed(gauge.GAUGES[1], rows, step, (), (k * 1e-3,)) for k in (2, 3, 4)]
+    seen.append(Observed(cells()[7], rows, step, ()))
     table = table_of(seen)
     (found,) = (x for x in table if x.phase == "gauge")
     assert (found.name, found.seconds) == (gauge.GAUGES[1].network.model, 3e-3)
     others = [x for x in table if x.phase != "gauge"]
-    assert price(step, table, threads=1, co_runners=1) == price(step, others, threads=1, co_runners=1)
+    assert price(traced(), table, threads=1, co_runners=1) == price(traced(), others, threads=1, co_runners=1)
 
 
 def test_a_step_on_a_slower_machine_takes_so_many_times_as_long():

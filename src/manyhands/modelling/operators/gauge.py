@@ -3,7 +3,7 @@
 A host changes its speed by half: clocks, other guests, which core lies beside which. All operators of a table are from
 one time. So the first networks of the table are trained again for a moment, in as many processes and threads, and the
 geometric mean of *now / then* multiplies what the table tells. ``then`` stands in the table, rows of the phase
-``gauge``: the median step's gradients of those networks, measured in the same rounds as all operators.
+``gauge``: the same bursts of the same networks, in the same rounds as all operators.
 """
 
 from __future__ import annotations
@@ -25,10 +25,12 @@ from manyhands.training.team import team
 
 #: A perceptron, a convolutional net and a transformer.
 GAUGES = cells(NETWORKS[:3])[:3]
-#: Of all of them together, when a prediction asks.
-SECONDS = 0.3
-#: Steps of each, however long they take; those before settle the allocator and the convolutions' kernels.
-LEAST_STEPS, WARM_UP = 2, 3
+#: Of all of them together, when a prediction asks; and of each in each round that fills a table.
+SECONDS, BURST_S = 0.3, 0.03
+#: Steps of a burst, however long they take, of which the first is not counted: caches hold another's.
+LEAST_STEPS = 3
+#: Before the first burst, so that the allocator and the convolutions' kernels settle.
+WARM_UP = 3
 DEADLINE_S = 60.0
 
 
@@ -38,6 +40,14 @@ def row(cell: Cell, seconds: float, spread: float, *, threads: int, co_runners: 
         name=cell.network.model, phase=GAUGE, operands=(), results=(), options=f"batch {cell.batch}, {cell.optimizer}",
         dtype="", threads=threads, co_runners=co_runners, seconds=seconds, spread=spread,
     )  # fmt: skip
+
+
+def burst(training: Training, seconds: float) -> float:
+    """What a step's gradients take in one go of so many ``seconds``, with nothing between two steps: the median."""
+    end, took = time.perf_counter() + seconds, list[float]()
+    while len(took) < LEAST_STEPS or time.perf_counter() < end:
+        took.append(training.compute())
+    return statistics.median(took[1:])
 
 
 class Gauge:
@@ -59,13 +69,9 @@ class Gauge:
         """Now / then, of some ``seconds``; 1 where the table has no gauge."""
         if not self._running:
             return 1.0
-        logs = []
-        for then_s, each in zip(self._then, self._running, strict=True):
-            end, took = time.perf_counter() + seconds / len(self._running), list[float]()
-            while len(took) < LEAST_STEPS or time.perf_counter() < end:
-                took.append(each.compute())
-            logs.append(math.log(statistics.median(took) / then_s))
-        return math.exp(statistics.fmean(logs))
+        each_s = seconds / len(self._running)
+        pairs = zip(self._then, self._running, strict=True)
+        return math.exp(statistics.fmean(math.log(burst(each, each_s) / then_s) for then_s, each in pairs))
 
 
 def _name(cell: Cell) -> tuple[str, str]:

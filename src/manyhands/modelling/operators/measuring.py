@@ -51,6 +51,8 @@ class Observed:
     step: overhead.Step
     #: Medians of each round: gradients, update.
     rounds: tuple[tuple[float, float], ...]
+    #: Of a gauge, its bursts, one a round.
+    bursts: tuple[float, ...] = ()
 
 
 def measure(
@@ -91,6 +93,7 @@ def observed(
             tuple(OperatorTime(**row, threads=threads, co_runners=co_runners) for row in one["rows"]),
             tuple(one["step"]),
             tuple(one["rounds"]),
+            tuple(one["bursts"]),
         )
         for worker in found
         for i, one in enumerate(worker)
@@ -112,9 +115,8 @@ def table_of(observed: Sequence[Observed]) -> tuple[OperatorTime, ...]:
     counted = {"threads": rows[0].threads, "co_runners": rows[0].co_runners}
     steps: dict[Cell, list[float]] = defaultdict(list)
     for one in observed:
-        if one.cell in gauge.GAUGES:
-            steps[one.cell].append(one.step[0])
-    gauges = [gauge.row(cell, median(each), _half_range(each), **counted) for cell, each in steps.items()]
+        steps[one.cell] += one.bursts
+    gauges = [gauge.row(cell, median(each), _half_range(each), **counted) for cell, each in steps.items() if each]
     return (*rows, *overhead.fit([x.step for x in observed], **counted), *gauges)
 
 
@@ -148,7 +150,7 @@ class _Running(Training):
 
     def __init__(self, cell: Cell, excess: float) -> None:
         super().__init__(cell)
-        self._excess = excess
+        self._excess, self._gauges = excess, cell in gauge.GAUGES
         self._course = learn(self.compute, self.model, self.gradients, self.loss)
         self._places = [anonymous(x) for x in self._course.operations]
         self._whole_update = updates.of(self.optimizer, [p.numel() for p in self.model.parameters()])
@@ -156,6 +158,7 @@ class _Running(Training):
             self.compute()
             self.update()
         self.rounds: list[tuple[float, float]] = []
+        self._bursts: list[float] = []
         self._taken: list[list[float]] = [[] for _ in self._places]
         self._updates: list[float] = []
         self._whole: list[float] = []  # of steps without stamps
@@ -178,6 +181,8 @@ class _Running(Training):
         self._whole += whole
         self._updates += updates
         self.rounds.append((statistics.median(whole), statistics.median(updates)))
+        if self._gauges:
+            self._bursts.append(gauge.burst(self, gauge.BURST_S))
 
     @property
     def stamped(self) -> int:
@@ -197,6 +202,7 @@ class _Running(Training):
             "rows": [_row(x, seconds) for x, seconds in samples.items()],
             "step": (median(self._whole), stamped_s, *counts),
             "rounds": self.rounds,
+            "bursts": self._bursts,
         }
 
 
