@@ -50,7 +50,7 @@ bench: .venv/.stamp ## every benchmark of benchmarks/, one after the other
 # Of a machine that does nothing else; half an hour. Published tables lie in the folder MANYHANDS_MEASURED.
 validate: .venv/.stamp ## predictions against what was measured here and published
 	$(BIN)/manyhands calibrate
-	@set -e; for part in measured operators memory asynchronous published; do echo "== $$part"; $(BIN)/python -m validation.$$part $(ARGS); done
+	@set -e; for part in measured operators memory asynchronous published costs; do echo "== $$part"; $(BIN)/python -m validation.$$part $(ARGS); done
 
 # The second line serves systems whose Python comes without ensurepip.
 .venv/.stamp: pyproject.toml constraints.txt
