@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import re
 import tomllib
@@ -62,7 +63,13 @@ def read(path: str | os.PathLike[str]) -> Cluster:
         raise BadInput(
             f"cluster file {os.fspath(path)}: it cannot be read: {reason}. Ready ones: {', '.join(clusters)}."
         ) from None
-    return parse(text, name=os.fspath(path))
+    return _parsed(text, os.fspath(path))
+
+
+@functools.lru_cache(maxsize=4)
+def _parsed(text: str, name: str) -> Cluster:
+    # A calibration with its operators takes half a second to parse, and each prediction asks for it.
+    return parse(text, name=name)
 
 
 def parse(text: str, *, name: str = "(text)") -> Cluster:
