@@ -11,10 +11,15 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import threading
 from dataclasses import dataclass, field
 from typing import Any
 
 from manyhands.errors import BadInput
+
+#: Held while a thread reads Python's grammar. CPython 3.11.4 to 3.11.7 and 3.12.0 to 3.12.1 count the depth of a syntax
+#: tree in one place for all threads and raise SystemError where two are built at once (gh-106905).
+PARSING = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -34,8 +39,9 @@ def parse_call(text: str, *, kind: str = "value") -> Call:
     module, colon, rest = text.strip().partition(":")
     source, prefix = (rest, module + ":") if colon and "(" not in module else (text.strip(), "")
     try:
-        node = ast.parse(source, mode="eval").body
-        call = _value(node)
+        with PARSING:
+            node = ast.parse(source, mode="eval").body
+            call = _value(node)
     except (SyntaxError, ValueError) as e:
         reason = e.msg if isinstance(e, SyntaxError) else str(e)
         raise BadInput(

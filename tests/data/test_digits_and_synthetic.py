@@ -1,6 +1,9 @@
 """The data that needs no file: it is what it says, and it can be learned."""
 
+import gc
 import hashlib
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +15,7 @@ from manyhands.catalogue import Reference
 from manyhands.data import datasets, load
 from manyhands.data.dataset import Arrays, Splits
 from manyhands.errors import BadInput
+from manyhands.grammar import parse_call
 
 FILE = Path(module.__file__).with_name("digits.npz")
 
@@ -19,6 +23,30 @@ FILE = Path(module.__file__).with_name("digits.npz")
 def test_more_samples_than_memory_holds_are_refused():
     with pytest.raises(BadInput, match="do not fit into memory"):
         load("synthetic(samples=3000000000000)")
+
+
+def test_threads_may_read_descriptions_and_data_at_once():
+    """Building a syntax tree in two threads at once raises SystemError in some releases of CPython (gh-106905)."""
+    before = sys.getswitchinterval(), gc.get_threshold()
+
+    def turn(phase: str, info: dict[str, int]) -> None:  # Python in the middle of a tree: another thread's turn
+        sum(range(20))
+
+    def read(data: bool) -> None:
+        for _ in range(20):
+            load("digits(limit=10)") if data else parse_call("one(of=[1, 2, 3])")
+
+    try:
+        sys.setswitchinterval(1e-6)
+        gc.set_threshold(3)
+        gc.callbacks.append(turn)
+        with ThreadPoolExecutor(4) as threads:
+            for reading in [threads.submit(read, data=i % 2 == 0) for i in range(4)]:
+                reading.result()
+    finally:
+        gc.callbacks.remove(turn)
+        gc.set_threshold(*before[1])
+        sys.setswitchinterval(before[0])
 
 
 def nearest_mean_accuracy(splits: Splits) -> float:

@@ -15,6 +15,7 @@ import torch
 from manyhands.catalogue import Reference
 from manyhands.data.dataset import Arrays, Splits
 from manyhands.data.limits import limited
+from manyhands.grammar import PARSING
 
 TRAIN = 1437  # the first four fifths, in the file's order
 
@@ -24,7 +25,10 @@ def digits(*, limit: int | None = None) -> Splits:
 
     ``limit`` keeps only that many of the training samples.
     """
-    with np.load(Path(__file__).with_name("digits.npz"), allow_pickle=False) as stored:
+    with (
+        PARSING,
+        np.load(Path(__file__).with_name("digits.npz"), allow_pickle=False) as stored,
+    ):  # a header is a dict's text
         images, labels = stored["images"], stored["labels"]
     x = torch.from_numpy(images).unsqueeze(1).to(torch.float32).div_(16)
     y = torch.from_numpy(labels).to(torch.int64)
