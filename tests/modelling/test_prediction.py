@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 import manyhands as mh
 from manyhands import verbs
 from manyhands.cluster import load
+from manyhands.cluster.description import Node
+from manyhands.cluster.figure import Figure
 from manyhands.cluster.measured import Curve, Measured
 from manyhands.communication.communicator import reference_B
 from manyhands.communication.topology import Mesh
@@ -22,7 +24,7 @@ from manyhands.errors import BadInput
 from manyhands.modelling import fed as alone
 from manyhands.modelling import keeping
 from manyhands.modelling import profile as profiles
-from manyhands.modelling.fed import FedHandover, feed
+from manyhands.modelling.fed import END, Actions, FedHandover, feed
 from manyhands.modelling.keeping import Profile
 from manyhands.modelling.prediction import computed
 from manyhands.partition.data import DataReplica
@@ -34,7 +36,7 @@ from manyhands.partition.pipeline.replica import PipelineReplica
 from manyhands.partition.pipeline.schedule import Action, makespan
 from manyhands.plan import strategy_from
 from manyhands.simulation.folded import NotAlike
-from manyhands.simulation.mirror import MirrorCommunicator
+from manyhands.simulation.mirror import MirrorCommunicator, Spent
 from manyhands.simulation.pace import StepCost
 from manyhands.simulation.prices import Prices
 from manyhands.simulation.stragglers import Recorded
@@ -265,9 +267,11 @@ def test_a_rank_of_a_pipeline_works_without_its_neighbour(rank):
     loss = torch.nn.functional.mse_loss
     replica = PipelineReplica(mine, optimizer, loss, mirror, common=False, stages={rank: every[rank]}, schedule=order)
     inputs = torch.randn(8, 4)
-    actions = feed(replica, every, inputs, 8)
+    actions = feed(replica, every, inputs, 8, mirrored=mirror.spent_cut)
     replica.gradients(Batch(inputs, torch.randn(8, 3), 8, 8))
-    assert {(kind, stage) for kind, stage, _ in actions.told()} == {(a.kind, a.stage) for a in order.rows[rank]}
+    assert {(kind, stage) for kind, stage, _ in actions.told()} == {(END, rank)} | {
+        (a.kind, a.stage) for a in order.rows[rank]
+    }
     assert actions.sent_B() == ({0: 2 * 6 * 4} if rank == 0 else {})
     assert float(replica.pieces[0].grad.abs().sum()) > 0
 
@@ -278,6 +282,7 @@ def test_steps_whose_times_are_not_kept_count_as_steps_that_exchange():
     rows = SimpleNamespace(rows=lambda _: (None, None))
     run = SimpleNamespace(
         comm=mirror,
+        plan=SimpleNamespace(strategy=strategy_from("synchronous")),
         schedule=None,
         splits=SimpleNamespace(train=rows),
         sampler=SimpleNamespace(batches=lambda **_: itertools.repeat(share)),
@@ -415,7 +420,7 @@ def fed(**options):
     replica = PipelineReplica(
         mine, optimizer, loss, mirror, common=False, stages={1: every[1]}, schedule=order, **options
     )
-    return replica, feed(replica, every, torch.randn(8, 4), 8)
+    return replica, feed(replica, every, torch.randn(8, 4), 8, mirrored=mirror.spent_cut)
 
 
 def test_a_short_batch_is_fed_the_first_rows_of_a_longer_one():
@@ -436,18 +441,43 @@ def test_actions_take_all_of_a_batch_and_one_is_what_comes_after_the_one_before(
     ticks = itertools.count()
     monkeypatch.setattr(alone, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
     replica, actions = fed(recompute=recompute)
-    computed_s = []
-    observe = replica.pipeline.observe
-    replica.pipeline.observe = lambda action, began, ended: (
-        computed_s.append(ended - began), observe(action, began, ended)
-    )  # fmt: skip
     replica.gradients(Batch(None, torch.randn(8, 3), 8, 8))
-    # The clock ticks once at the batch's beginning and once at each of its four actions' ends; a forward that is done
-    # again is no action of its own.
-    assert actions.told() == [["F", 1, 1.0], ["B", 1, 1.0]]
-    assert actions.beside_s == pytest.approx(4.0 - sum(computed_s))
-    assert len(computed_s) == (6 if recompute else 4)
+    # The clock ticks once at the batch's beginning, once at each of its four actions' ends and once at its own; a
+    # forward that is done again is no action of its own.
+    assert actions.told() == [["F", 1, 1.0], ["B", 1, 1.0], [END, 1, 1.0]]
+    assert actions.spent_s == 5.0
     assert actions.sent_B() == {}  # what goes back was counted going forward
+
+
+def test_what_a_mirror_takes_in_an_action_is_not_the_actions(monkeypatch):
+    ticks = itertools.count(step=10)
+    monkeypatch.setattr(alone, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
+    mirrored = Spent()
+    handover = FedHandover(parse("gpipe").made(2, 2), {})
+    actions = Actions(handover, mirrored)
+    handover.begin(parse("gpipe").made(2, 2))
+    for _ in range(2):
+        mirrored.here_s += 3.0
+        handover.did(1)
+    assert actions.told() == [["F", 0, 7.0]]
+    assert actions.spent_s == 14.0
+
+
+@pytest.mark.parametrize("strategy", ["synchronous", "pipedream"])
+def test_an_update_is_a_pipedreams_own_and_counted_once(strategy, tmp_path, monkeypatch):
+    monkeypatch.setattr(keeping, "cache", lambda name: tmp_path / name)
+    task = mh.Task(model="perceptron(hidden=32)", data="digits", batch_size=64)
+    plan = mh.Plan(mesh="pipeline=2", strategy=strategy, micro_batches=4, transport="shared", threads=1)
+    found = []
+    monkeypatch.setattr(
+        computed, "profile", lambda *given, **how: found.append(profiles.profile(*given, **how)) or found[0]
+    )
+    mh.predict(task, plan, HERE, memory=False)
+    (found,) = found
+    assert (found.update_s == 0) == (strategy == "pipedream")
+    each = {(kind, stage): seconds for kind, stage, seconds in found.actions}
+    assert {stage for kind, stage in each if kind == END} == {0, 1}
+    assert 0 < found.rest_s < found.compute_s
 
 
 def test_more_stages_than_can_run_side_by_side_are_refused():
@@ -520,12 +550,25 @@ def test_a_stage_that_has_more_to_do_is_in_the_path_once(monkeypatch):
 
 
 def test_a_stage_of_pipedream_updates_after_each_backward(monkeypatch):
-    actions = (("F", 0, 1e-3), ("B", 0, 2e-3), ("F", 1, 1e-3), ("B", 1, 2e-3))
-    given = made([[1, 1]], compute_s=4 * 3.5e-3, actions=actions, update_s=1.0)  # half a millisecond each, in computing
+    # Half a millisecond each, in the forward that comes after it; the last one comes before nothing.
+    actions = (("F", 0, 1.5e-3), ("B", 0, 2e-3), ("F", 1, 1.5e-3), ("B", 1, 2e-3), (END, 0, 5e-4), (END, 1, 5e-4))
+    given = made([[1, 1]], compute_s=4 * 3.5e-3, actions=actions, update_s=0.0)
     monkeypatch.setattr(computed, "profile", lambda *_, **__: given)
     plan = mh.Plan(mesh="pipeline=2", strategy="pipedream", micro_batches=4, transport="shared", threads=1)
-    free = makespan(pipedream(2, 4), {"F": 1e-3, "B": 2.5e-3})
+    free = makespan(pipedream(2, 4), {"F": 1.5e-3, "B": 2e-3}) + 5e-4
     assert free < mh.predict(TASK, plan, HERE, memory=False).step_s < free * 1.05
+
+
+def test_stages_that_are_cut_themselves_exchange_in_their_actions(monkeypatch):
+    actions = tuple((kind, stage, s) for stage in (0, 1) for kind, s in (("F", 1e-3), ("B", 2e-3)))
+    plan = mh.Plan(mesh="tensor=2,pipeline=2", pipeline="gpipe", micro_batches=4, transport="shared", threads=1)
+    of_four = dataclasses.replace(HERE, node=Node(devices=Figure(4, "count", "made up")))
+    steps = []
+    for cut_s in (0.0, 3e-3):  # beside 12 ms: a quarter more
+        given = made([[1] * 4], actions=actions, compute_s=12e-3 + cut_s, cut_s=cut_s, update_s=0.0)
+        monkeypatch.setattr(computed, "profile", lambda *_, given=given, **__: given)
+        steps.append(mh.predict(TASK, plan, of_four, memory=False).step_s)
+    assert steps[1] - steps[0] == pytest.approx(0.25 * 3e-3 * (4 + 2 - 1))
 
 
 def test_exchanges_inside_a_model_get_the_price_that_was_measured_just_now():

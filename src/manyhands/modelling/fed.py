@@ -3,7 +3,8 @@
 What comes from the stage before is what that stage makes of a micro-batch, computed once beforehand; what comes back
 is ones; what it sends is copied, as into a slot. So a rank runs its own row of the schedule, action by action, as fast
 as it can, and every action's time is noted, from the end of the one before to its own: with what it hands over and all
-that Python does. A pipeline's step is made of that, without its waiting (see `partition.pipeline.schedule.makespan`).
+that Python does. What comes after a batch's last action, of PipeDream its update, is the action `END`. A pipeline's
+step is made of that, without its waiting (see `partition.pipeline.schedule.makespan`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,10 @@ from manyhands.contract import rows_of
 from manyhands.partition.pipeline.handover import Form
 from manyhands.partition.pipeline.replica import PipelineReplica
 from manyhands.partition.pipeline.schedule import Action, Schedule
+from manyhands.simulation.mirror import Spent
+
+#: The kind of what a rank does once its row's last action has handed over, told with that action's stage.
+END = "end"
 
 #: ``(outputs, whether it is a tensor alone)`` of a stage.
 Handed = tuple[list[Tensor], bool]
@@ -36,9 +41,10 @@ class FedHandover:
         self._slots: dict[tuple[int, torch.Size], Tensor] = {}
         #: Bytes of a micro-batch that went over each boundary, forward and backward.
         self.sent_B: dict[int, int] = {}
-        #: Told that a batch begins, and that an action is over.
+        #: Told that a batch begins, that an action is over, and that the batch is.
         self.begun: Callable[[], None] = lambda: None
         self.over: Callable[[], None] = lambda: None
+        self.ended: Callable[[], None] = lambda: None
 
     def begin(self, schedule: Schedule) -> None:
         """Nothing to prepare."""
@@ -50,6 +56,7 @@ class FedHandover:
 
     def finish(self, samples: int) -> None:
         """Nothing is under way."""
+        self.ended()
 
     def send(self, stage: int, i: int, samples: int, tensors: Sequence[Tensor], form: Form) -> None:
         """See `Handover.send`: between stages of this rank it is handed on."""
@@ -95,29 +102,37 @@ class FedHandover:
 
 
 class Actions:
-    """How long each kind of action of each stage took, forwards that are done again in their backward."""
+    """How long each kind of action of each stage took, forwards that are done again in their backward.
 
-    def __init__(self, handover: FedHandover) -> None:
-        self._handover = handover
+    Without what a stage that is cut itself exchanges: ``mirrored`` has what those mirrors took so far.
+    """
+
+    def __init__(self, handover: FedHandover, mirrored: Spent) -> None:
+        self._handover, self._mirrored = handover, mirrored
         self._seconds: dict[tuple[str, int], list[float]] = defaultdict(list)
         self._kind, self._since = ("F", 0), 0.0
-        #: Of all actions so far, what they took beside computing.
-        self.beside_s = 0.0
-        handover.begun, handover.over = self._begun, self._over
+        self._mirrored_s = 0.0  # by then
+        #: Of all actions so far.
+        self.spent_s = 0.0
+        handover.begun, handover.over, handover.ended = self._begun, self._over, self._ended
 
     def __call__(self, action: Action, began: float, ended: float) -> None:
         """This one has computed, as `Pipeline.observe` is told of it."""
         self._kind = action.kind, action.stage
-        self.beside_s -= ended - began
 
     def _begun(self) -> None:
-        self._since = time.perf_counter()
+        self._since, self._mirrored_s = time.perf_counter(), self._mirrored.here_s
 
     def _over(self) -> None:
-        now = time.perf_counter()
-        self._seconds[self._kind].append(now - self._since)
-        self.beside_s += now - self._since
-        self._since = now
+        since, mirrored_s = self._since, self._mirrored_s
+        self._begun()
+        took_s = self._since - since - (self._mirrored_s - mirrored_s)
+        self._seconds[self._kind].append(took_s)
+        self.spent_s += took_s
+
+    def _ended(self) -> None:
+        self._kind = END, self._kind[1]
+        self._over()
 
     def clear(self) -> None:
         """Forget them."""
@@ -132,7 +147,7 @@ class Actions:
         return [[kind, stage, statistics.median(each)] for (kind, stage), each in self._seconds.items()]
 
 
-def feed(replica: PipelineReplica, every: Sequence[nn.Module], inputs: Any, count: int) -> Actions:
+def feed(replica: PipelineReplica, every: Sequence[nn.Module], inputs: Any, count: int, *, mirrored: Spent) -> Actions:
     """Let ``replica`` run alone. ``every``: all stages of a model of its own; ``inputs``: a batch of ``count``."""
     schedule = replica.pipeline.schedule
     m = schedule.micro_batches
@@ -147,6 +162,6 @@ def feed(replica: PipelineReplica, every: Sequence[nn.Module], inputs: Any, coun
                 examples[s, samples] = ([given] if alone else list(given)), alone
     handover = FedHandover(schedule, examples)
     replica.pipeline._handover = handover  # type: ignore[assignment]
-    actions = Actions(handover)
+    actions = Actions(handover, mirrored)
     replica.pipeline.observe = actions
     return actions

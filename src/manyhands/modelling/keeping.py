@@ -31,6 +31,10 @@ from manyhands.training.whole_file import replacing
 FRESH_S = 24 * 3600.0
 
 
+#: Of what a profile holds: to be counted up when a number comes to mean something else.
+MEANING = 2
+
+
 @dataclass(frozen=True)
 class Profile:
     """What a step of each of ``ranks`` workers side by side takes, without its exchanges."""
@@ -50,7 +54,8 @@ class Profile:
     #: Operations of an average step and how often, those inside the model (``cut``) too.
     exchanges: tuple[tuple[Operation, float], ...]
     when: float
-    #: Of a pipeline: (kind, stage, seconds) of its actions, and (boundary, bytes) of a micro-batch's hand-over.
+    #: Of a pipeline: (kind, stage, seconds) of its actions without ``cut_s``, see `fed`, and (boundary, bytes) of a
+    #: micro-batch's hand-over.
     actions: tuple[tuple[str, int, float], ...] = ()
     hops: tuple[tuple[int, int], ...] = ()
     #: Of a plain synchronous step, since the plan's own has more than collectives.
@@ -97,7 +102,7 @@ def _key(task: Task, plan: Plan) -> str:
     said = [x if isinstance(x, str) or x is None else f"<{id(x)}>" for x in parts]
     table = {k: str(v) for k, v in plan.as_table().items() if k != "timeout_s"}
     every = [
-        "visits",
+        MEANING,
         *said,
         task.clip,
         task.batch_size,

@@ -176,7 +176,7 @@ def mirrored(member: Member, task: Task, plan: Plan, cluster: Cluster | None, da
     mirror.really = None
     if _is_served(plan) and any(piece.width for piece in run.replica.pieces):
         raise NotAlike("rows of a table")  # which ones a batch touches; the simulation asks for whole tables
-    return Steps(run, mirror, _fed(run) if piped else None)
+    return Steps(run, mirror, _fed(run, mirror) if piped else None)
 
 
 def _is_served(plan: Plan) -> bool:
@@ -197,7 +197,7 @@ def _visits_are_measured(plan: Plan) -> bool:
     return plan.mesh["data"] == plan.workers and exchanges_here(plan)
 
 
-def _fed(run: Run) -> Actions:
+def _fed(run: Run, mirror: MirrorCommunicator) -> Actions:
     """The run's pipeline without its neighbours."""
     replica = run.replica
     assert isinstance(replica, PipelineReplica)
@@ -207,7 +207,7 @@ def _fed(run: Run) -> Actions:
         assert said.cut is not None
         count = run.task.batch_size // replicas(run.comm).size
         inputs, _ = run.splits.train.rows(torch.arange(min(count, len(run.splits.train))))
-        return feed(replica, cut_into_stages(whole, said.cut).stages, inputs, count)
+        return feed(replica, cut_into_stages(whole, said.cut).stages, inputs, count, mirrored=mirror.spent_cut)
 
 
 def jobs(member: Member, batches: Sequence[int], seconds: float, data_dir: str | None) -> list[dict[str, Any]]:
@@ -244,28 +244,34 @@ class Steps:
         """So long, but `FEWEST_STEPS` more, of which the first ``skipped`` are not kept."""
         run, replica, cut, spent = self._run, self._run.replica, self._mirror.spent_cut, self._mirror.spent
         clock, rows = time.perf_counter, self._run.splits.train.rows
+        assert isinstance(run.plan.strategy, Strategy)
+        apart = not run.plan.strategy.updates_within  # else it is in the actions
         until, before_now, taken = clock() + seconds, len(self._rows), 0
         while taken < FEWEST_STEPS or (clock() < until and taken < MOST_STEPS):
             taken += 1
             share = next(self._shares)
             run.comm.step = share.before.step
-            beside_s = 0.0 if self._actions is None else -self._actions.beside_s
-            before = replica.compute_s, replica.update_s, cut.priced_s, cut.here_s, spent.here_s
+            before = self._computed_s, replica.update_s, cut.priced_s, cut.here_s + spent.here_s
             t0 = clock()
             inputs, target = rows(share.indices)
             run.worker.step(Batch(inputs, target, len(share.indices), share.global_count))
             if run.schedule is not None:
                 advance(run.schedule)
             whole_s = clock() - t0
-            compute_s, update_s = replica.compute_s - before[0], replica.update_s - before[1]
-            priced_s, mirrored_s = cut.priced_s - before[2], cut.here_s - before[3]
-            if self._actions is not None:  # that is in its actions
-                beside_s += self._actions.beside_s
-            rest_s = max(whole_s - compute_s - update_s - beside_s - (spent.here_s - before[4]), 0.0)
-            self._rows.append((compute_s - mirrored_s, update_s, rest_s, priced_s))
+            compute_s, update_s = self._computed_s - before[0], replica.update_s - before[1] if apart else 0.0
+            mirrored_s = cut.here_s + spent.here_s - before[3]
+            rest_s = max(whole_s - compute_s - update_s - mirrored_s, 0.0)
+            self._rows.append((compute_s, update_s, rest_s, cut.priced_s - before[2]))
             self._samples = max(self._samples, len(share.indices))
         self._taken += taken
         del self._rows[before_now : before_now + skipped]
+
+    @property
+    def _computed_s(self) -> float:
+        """So far, without what mirrors took; of a pipeline its actions, with what they hand over."""
+        if self._actions is not None:
+            return self._actions.spent_s
+        return self._run.replica.compute_s - self._mirror.spent_cut.here_s
 
     @property
     def median_s(self) -> float:

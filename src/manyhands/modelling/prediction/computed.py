@@ -23,6 +23,7 @@ from manyhands.communication.transports.events import Operation
 from manyhands.contract import Strategy
 from manyhands.errors import BadInput
 from manyhands.modelling import operations, operators, specification
+from manyhands.modelling.fed import END
 from manyhands.modelling.given import Given
 from manyhands.modelling.keeping import Profile
 from manyhands.modelling.profile import profile
@@ -188,18 +189,14 @@ def through_stages(plan: Plan, computed: Computed, prices: Prices) -> Computed:
     order = pipelines.parse(plan.pipeline, plan.strategy).made(plan.mesh["pipeline"], plan.micro_batches)
     seconds = {(kind, stage): s for kind, stage, s in found.actions}
     sizes_B = dict(found.hops)
-    # Stages that update by themselves do so, and look after their versions, after each backward: it is in the path.
-    apart = [0.0] * order.ranks
-    if plan.strategy.updates_within:
-        alone_s = np.median(found.factors, axis=0) * (found.compute_s + found.rest_s)
-        for rank, row in enumerate(order.rows):
-            left_s = float(alone_s[rank]) - sum(seconds[a.kind, a.stage] for a in row)
-            apart[rank] = max(left_s, 0.0) / plan.micro_batches
+    last = {row[-1] for row in order.rows}
+    # Stages that are cut themselves exchange in each action, about as much for what it computes as in any other.
+    stretch = found.compute_s / (found.compute_s - found.cut_s)
     prices.begin()
 
     def cost(action: Action) -> float:
-        own_s = seconds[action.kind, action.stage]
-        return own_s + (apart[order.stage_rank(action.stage)] if action.kind == "B" else 0.0)
+        own_s = stretch * seconds[action.kind, action.stage]
+        return own_s + seconds.get((END, action.stage), 0.0) if action in last else own_s
 
     def hop_s(before: Action, after: Action) -> float:
         ranks = order.stage_rank(before.stage), order.stage_rank(after.stage)
@@ -211,7 +208,9 @@ def through_stages(plan: Plan, computed: Computed, prices: Prices) -> Computed:
     # What a stage has more to do than another is in the path, so each rank varies about its own median.
     steady = found.factors / np.median(found.factors, axis=0)
     longer = replace(found, compute_s=span_s, cut_s=0.0, factors=steady)
-    cost_s = replace(computed.cost, compute_s=span_s)
-    if plan.strategy.updates_within:
-        longer, cost_s = replace(longer, update_s=0.0, rest_s=0.0), replace(cost_s, update_s=0.0, rest_s=0.0)
-    return replace(computed, cost=cost_s, measured=longer, bubble=tuple(1 - share for share in busy))
+    return replace(
+        computed,
+        cost=replace(computed.cost, compute_s=span_s),
+        measured=longer,
+        bubble=tuple(1 - share for share in busy),
+    )
