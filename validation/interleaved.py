@@ -28,7 +28,7 @@ from manyhands.modelling.calibration.collectives import meter
 from manyhands.modelling.calibration.repeating import Try
 from manyhands.modelling.exchanges import LONGEST_S, patterns_for
 from manyhands.modelling.keeping import Profile, operation
-from manyhands.modelling.operators.gauge import Gauge
+from manyhands.modelling.operators.gauge import Gauge, then
 from manyhands.modelling.profile import Steps, joined, mirrored
 from manyhands.plan import Plan
 from manyhands.simulation.folded import NotAlike
@@ -156,7 +156,7 @@ def job(
 def _gauge(cluster: Cluster | None, plan: Plan) -> Gauge:
     table = () if cluster is None or cluster.measured is None else cluster.measured.operators
     assert plan.workers is not None
-    return Gauge(table, plan.threads, plan.workers)
+    return Gauge(then(table, plan.threads, plan.workers))
 
 
 def _asked(member: Member, told: dict[str, Any]) -> list[Operation]:

@@ -218,8 +218,8 @@ def test_how_quick_the_machine_is_is_the_geometric_mean_over_the_gauges(monkeypa
     monkeypatch.setattr(gauge, "Training", Steady)
     first, second, third = (cell.batch for cell in gauge.GAUGES)
     then = {first: 2e-3 * first, second: 1e-3 * second, third: 0.25e-3 * third}
-    assert gauge.Gauge(gauges(then.get), 1, 1).slower(0.0) == pytest.approx((0.5 * 1 * 4) ** (1 / 3))
-    assert gauge.Gauge(gauges(then.get, threads=2), 1, 1).slower(0.0) == 1.0
+    assert gauge.Gauge(gauge.then(gauges(then.get), 1, 1)).slower(0.0) == pytest.approx((0.5 * 1 * 4) ** (1 / 3))
+    assert gauge.Gauge(gauge.then(gauges(then.get, threads=2), 1, 1)).slower(0.0) == 1.0
 
 
 def test_a_table_without_gauges_changes_nothing():

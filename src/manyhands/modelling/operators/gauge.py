@@ -13,6 +13,7 @@ import math
 import statistics
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from manyhands.cluster.measured import OperatorTime
 from manyhands.errors import CommunicationError, WorkerFailed
@@ -33,6 +34,9 @@ LEAST_STEPS = 3
 WARM_UP = 3
 DEADLINE_S = 60.0
 
+#: Of gauges: network, batch and optimizer, and seconds of a step's gradients.
+Then = tuple[tuple[str, str, float], ...]
+
 
 def row(cell: Cell, seconds: float, spread: float, *, threads: int, co_runners: int) -> OperatorTime:
     """A gauge's step as a table has it."""
@@ -50,28 +54,28 @@ def burst(training: Training, seconds: float) -> float:
     return statistics.median(took[1:])
 
 
-class Gauge:
-    """In a worker: the gauges that a table has with so many threads and co-runners."""
+def then(table: Sequence[OperatorTime], threads: int, co_runners: int) -> Then:
+    """What the gauges took when ``table`` was filled, with so many threads beside so many others."""
+    at = (GAUGE, threads, co_runners)
+    return tuple((x.name, x.options, x.seconds) for x in table if (x.phase, x.threads, x.co_runners) == at)
 
-    def __init__(self, table: Sequence[OperatorTime], threads: int, co_runners: int) -> None:
-        then = {
-            (x.name, x.options): x.seconds
-            for x in table
-            if (x.phase, x.threads, x.co_runners) == (GAUGE, threads, co_runners)
-        }
-        self._then = [s for cell in GAUGES if (s := then.get(_name(cell)))]
-        self._running = [Training(cell) for cell in GAUGES if _name(cell) in then]
-        for each in self._running:
+
+class Gauge:
+    """In a worker: the gauges of which it is known what they took."""
+
+    def __init__(self, said: Then) -> None:
+        took = {(name, options): seconds for name, options, seconds in said}
+        self._each = [(Training(cell), took[name]) for cell in GAUGES if (name := _name(cell)) in took]
+        for training, _ in self._each:
             for _ in range(WARM_UP):
-                each.compute()
+                training.compute()
 
     def slower(self, seconds: float) -> float:
-        """Now / then, of some ``seconds``; 1 where the table has no gauge."""
-        if not self._running:
+        """Now / then, of some ``seconds``; 1 without gauges."""
+        if not self._each:
             return 1.0
-        each_s = seconds / len(self._running)
-        pairs = zip(self._then, self._running, strict=True)
-        return math.exp(statistics.fmean(math.log(burst(each, each_s) / then_s) for then_s, each in pairs))
+        each_s = seconds / len(self._each)
+        return math.exp(statistics.fmean(math.log(burst(x, each_s) / then_s) for x, then_s in self._each))
 
 
 def _name(cell: Cell) -> tuple[str, str]:
@@ -79,29 +83,25 @@ def _name(cell: Cell) -> tuple[str, str]:
     return found.name, found.options
 
 
-@functools.lru_cache(maxsize=8)
-def slower(table: tuple[OperatorTime, ...], threads: int, co_runners: int) -> float:
+def slower(table: Sequence[OperatorTime], threads: int, co_runners: int) -> float:
     """Of this machine, once in a process: the median of all co-runners; 1 where it cannot be told."""
-    then = tuple(x for x in table if x.phase == GAUGE)
-    if not then:
-        return 1.0
+    said = then(table, threads, co_runners)
+    return _slower(said, threads, co_runners) if said else 1.0
+
+
+@functools.lru_cache(maxsize=8)
+def _slower(said: Then, threads: int, co_runners: int) -> float:
     transport = "shared" if environment.shared_memory_works() else "gloo"
     try:
         with team(transport, co_runners, threads=threads) as workers:
-            said = [[x.name, x.options, x.seconds] for x in then if (x.threads, x.co_runners) == (threads, co_runners)]
-            found: list[float] = workers.run(f"{__name__}:work", said, threads, co_runners, deadline_s=DEADLINE_S)
+            found: list[float] = workers.run(f"{__name__}:work", [list(x) for x in said], deadline_s=DEADLINE_S)
     except (WorkerFailed, CommunicationError):
         return 1.0
     return statistics.median(found)
 
 
-def work(member: Member, said: list[list[object]], threads: int, co_runners: int) -> float:
+def work(member: Member, said: Sequence[Sequence[Any]]) -> float:
     """What one worker does."""
-    table = [
-        OperatorTime(name=str(name), phase=GAUGE, operands=(), results=(), options=str(options), dtype="",
-                     threads=threads, co_runners=co_runners, seconds=float(seconds), spread=0.0)  # type: ignore[arg-type]
-        for name, options, seconds in said
-    ]  # fmt: skip
-    gauge = Gauge(table, threads, co_runners)
+    gauge = Gauge(tuple((name, options, seconds) for name, options, seconds in said))
     member.comm.barrier()
     return gauge.slower(SECONDS)
