@@ -8,6 +8,7 @@ themselves; what is compared is a turn with itself.
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -27,6 +28,7 @@ from manyhands.modelling import calibration, visits
 from manyhands.modelling.calibration.collectives import meter
 from manyhands.modelling.calibration.repeating import Try
 from manyhands.modelling.exchanges import LONGEST_S, patterns_for
+from manyhands.modelling.fetching import fetch_s
 from manyhands.modelling.keeping import Profile, operation
 from manyhands.modelling.operators.gauge import Gauge, then
 from manyhands.modelling.profile import Steps, joined, mirrored
@@ -44,8 +46,8 @@ TURN_S = 0.12
 TURNS = 8
 #: Of a turn, for each kind of exchange.
 EXCHANGE_S = 0.05
-#: Of a turn, for how quick the machine is.
-GAUGE_S = 0.06
+#: Of a turn, for how quick the machine is, and for fetching batches.
+GAUGE_S, FETCH_S = 0.06, 0.01
 #: Of a turn's steps the first are not counted: caches hold the other's.
 FIRST = 2
 
@@ -59,8 +61,9 @@ class Turns(NamedTuple):
     ends: NDArray[np.float64]
     #: By turn, at the task's batch and at others.
     profiles: list[list[Profile]]
-    #: By turn, how many times as long as at its calibration the machine took.
+    #: By turn, how many times as long as at its calibration the machine took, and seconds to fetch a batch.
     slower: list[float]
+    fetches: list[float]
 
 
 def alternated(
@@ -84,13 +87,15 @@ def alternated(
     by_turn = [[c for one in turn for c in one.curves(plan.transport, plan.workers)] for turn in tries]
     more: dict[str, Any] = {"plain": bool(told[0]["plain"])}
     curves = tuple(_median_curve(each) for each in zip(*by_turn, strict=True))
-    slower = [statistics.median(one["slower"][turn] for one in told) for turn in range(turns)]
+    slower, fetches = (
+        [statistics.median(one[name][turn] for one in told) for turn in range(turns)] for name in ("slower", "fetches")
+    )
     found = []
     for turn in range(turns):
         visited = visits.curves([one["visits"][turn] for one in told], plan.transport, plan.workers)
         each = [joined([one["profiles"][turn][i] for one in told]) for i in range(1 + len(batches))]
         found.append([dataclasses.replace(one, **more, curves=(*curves, *visited)) for one in each])
-    return Turns(told[0]["times"].numpy(), np.stack([one["ends"].numpy() for one in told]), found, slower)
+    return Turns(told[0]["times"].numpy(), np.stack([one["ends"].numpy() for one in told]), found, slower, fetches)
 
 
 def _median_curve(each: Sequence[Curve]) -> Curve:
@@ -126,12 +131,17 @@ def job(
     servers = mirrors[0].visits(member.comm)
     meters = _meters(member, operations, step_s, visited=servers is not None)
     gauge = _gauge(cluster, plan)
-    times, ends, profiles, exchanges, visited, slower = [], [], [], [], [], []
+    times, ends, profiles, exchanges, visited, slower, fetches = [], [], [], [], [], [], []
     for _ in range(turns):
+        member.comm.barrier()
+        before = gauge.slower(GAUGE_S / 2)
         member.comm.barrier()
         taken, ended = _steps(real, shares, FIRST + min(count, 500))
         times.append(taken[FIRST:])
         ends.append(ended[FIRST:])
+        member.comm.barrier()
+        slower.append(math.sqrt(before * gauge.slower(GAUGE_S / 2)))  # its speed lasts for seconds, or for less
+        fetches.append(fetch_s(real.splits.train, real.sampler.largest, threads=plan.threads, seconds=FETCH_S))
         for i, profiled in enumerate(mirrors):
             member.comm.barrier()
             profiled.begin()
@@ -139,8 +149,6 @@ def job(
         profiles.append([profiled.told() for profiled in mirrors])
         exchanges.append([measured() for measured in meters])
         visited.append([] if servers is None else servers.take(mirrors[0].median_s, EXCHANGE_S))
-        member.comm.barrier()
-        slower.append(gauge.slower(GAUGE_S))
     real.worker.meet()
     return {
         "times": torch.tensor(times, dtype=torch.float64),
@@ -150,6 +158,7 @@ def job(
         "profiles": profiles,
         "exchanges": exchanges,
         "slower": slower,
+        "fetches": fetches,
     }
 
 

@@ -171,14 +171,13 @@ def measure(row: Row, ways: Sequence[Way], turns: int, cluster: Cluster) -> None
             elif way == "grid":
                 computed = [grid(plan, turn) for turn in found]
             else:
-                # The gauge of each turn says how quick the machine was in it.
                 elsewhere = dataclasses.replace(given, here=False)
                 calculated = prediction.computing(elsewhere, plan, compute=way, fresh=False)
-                curves = found[0][0].curves
-                computed = [
-                    dataclasses.replace(calculated, cost=calculated.cost.times(k), curves=curves)
-                    for k in (turned.slower if way == "operators" else [1.0])
-                ]
+                calculated = dataclasses.replace(calculated, curves=found[0][0].curves)
+                computed = [calculated]
+                if way == "operators":  # each turn says how quick the machine was in it
+                    each_turn = zip(turned.slower, turned.fetches, strict=True)
+                    computed = [prediction.brought_up(calculated, k, fetch_s) for k, fetch_s in each_turn]
             guesses = [prediction.predicted(given, plan, computed=each) for each in computed]
         except ManyhandsError as e:
             row.failures[way] = str(e).splitlines()[0]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import gc
 import heapq
 import traceback
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 from manyhands.communication.communicator import Board, Lock
 from manyhands.communication.transports.events import Counters, Elapsed, Group, Operation, Turns
 from manyhands.communication.transports.inprocess import InProcessBoard, InProcessCommunicator, InProcessLock
-from manyhands.communication.transports.simulated import Observer, SimulatedCommunicator, SimulatedWorld
+from manyhands.communication.transports.simulated import SimulatedCommunicator, SimulatedWorld
 from manyhands.errors import ManyhandsError, WorkerFailed
 from manyhands.simulation import sized
 
@@ -151,20 +151,10 @@ class SizedBoard(InProcessBoard):
 class SizedWorld(GreenletWorld):
     """Ranks without numbers: in their symmetric memory floating point has a size only (but float64 has numbers)."""
 
-    def __init__(
-        self,
-        size: int,
-        price: Callable[[Operation], float] | None = None,
-        *,
-        queue: Callable[[Operation], Hashable | None] | None = None,
-        observe: Observer | None = None,
-    ) -> None:
-        super().__init__(size, price, queue=queue, observe=observe)
-        self._asked: list[Operation | None] = [None] * size  # what each rank does when it is the earliest
-        self._cost_s = [0.0] * size  # of what each rank has begun last
-
     def run(self, fn: Callable[..., Any], *args: Any) -> list[Any]:
         """See `World.run`. Nothing that a rank makes refers to itself, so that nobody need look for such things."""
+        self._asked: list[Operation | None] = [None] * self.size  # what each rank does when it is the earliest
+        self._cost_s = [0.0] * self.size  # of what each rank has begun last
         collecting = gc.isenabled()
         gc.disable()
         try:

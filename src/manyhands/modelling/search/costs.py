@@ -27,10 +27,9 @@ from manyhands.contract import Strategy
 from manyhands.errors import BadInput
 from manyhands.modelling import prediction
 from manyhands.modelling.given import Given
-from manyhands.modelling.prediction import ERRORS, Computed, Prediction, Source
+from manyhands.modelling.prediction import ERRORS, Computed, Prediction, Source, is_cut
 from manyhands.modelling.profile import co_runners, profiles
 from manyhands.modelling.search.room import Room
-from manyhands.partition.tensor import axis_of
 from manyhands.plan import Plan
 from manyhands.simulation import sizes
 from manyhands.simulation.outcome import Outcome
@@ -92,10 +91,10 @@ class Costs:
 
     def effort(self, plan: Plan) -> tuple[str, float]:
         """See `engine.Pricer.effort`."""
-        how = "numbers" if _is_cut(plan) else self._how(plan.strategy, min(plan.workers or 1, 2))
+        how = "numbers" if is_cut(plan) else self._how(plan.strategy, min(plan.workers or 1, 2))
         if how == "numbers":
             if self._compute != "measured":
-                return ("", 0.0) if not _is_cut(plan) else self._no_price(plan)
+                return ("", 0.0) if not is_cut(plan) else self._no_price(plan)
             _check_measurable(plan)
             return f"{MEASURINGS} measured steps", 1 / MEASURINGS
         if how == "ranks":
@@ -117,7 +116,7 @@ class Costs:
 
     def price(self, plan: Plan) -> Prediction:
         """See `engine.Pricer.price`."""
-        how = "numbers" if _is_cut(plan) else self._how(plan.strategy, min(plan.workers or 1, 2))
+        how = "numbers" if is_cut(plan) else self._how(plan.strategy, min(plan.workers or 1, 2))
         computed = None if how == "numbers" else self._computed(plan)
         steps = self._steps(plan, RANK_STEPS if how == "ranks" else STEPS)
         task = self._given.task
@@ -228,13 +227,8 @@ def spread_out(values: Sequence[int], most: int) -> list[int]:
     return sorted({min(values, key=lambda v: abs(v - want)) for want in wanted})
 
 
-def _is_cut(plan: Plan) -> bool:
-    assert isinstance(plan.mesh, Mesh)
-    return plan.mesh["data"] != plan.workers or axis_of(plan.tensor) == "data" or (plan.shard or 0) > 1
-
-
 def _passes(plan: Plan) -> int:
-    return 1 if _is_cut(plan) else plan.micro_batches or 1
+    return 1 if is_cut(plan) else plan.micro_batches or 1
 
 
 def _how(strategy: Strategy, workers: int) -> str:
