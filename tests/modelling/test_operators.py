@@ -1,6 +1,8 @@
 """Steps put together of operators: what was measured is read off, what lies between is bounded by it."""
 
+import itertools
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 from manyhands.cluster import load
 from manyhands.cluster.measured import OperatorTime
 from manyhands.errors import BadInput
+from manyhands.modelling import fetching, prediction
 from manyhands.modelling.operations import count
 from manyhands.modelling.operators import gauge, measure, measuring, overhead, price, updates
 from manyhands.modelling.operators.fitting import inverse_distance, nonnegative
@@ -19,6 +22,7 @@ from manyhands.modelling.operators.networks import NETWORKS, OPTIMIZERS, Network
 from manyhands.modelling.operators.table import Table, key, said
 from manyhands.models import losses, optimizers
 from manyhands.simulation.pace import StepCost
+from manyhands.simulation.stragglers import Delays
 from manyhands.training.team import team
 
 LOSS = losses.build("cross_entropy")
@@ -243,6 +247,44 @@ def test_a_step_on_a_slower_machine_takes_so_many_times_as_long():
     slow = cost.times(3)
     assert (slow.compute(7.5), slow.update(50), slow.rest_s) == (3 * cost.compute(7.5), 3 * cost.update(50), 0.75)
     assert slow.compute(5.0) == 4.5
+
+
+def test_a_slot_is_as_slow_as_its_neighbours_together_and_a_stray_pulse_counts_for_nothing():
+    slow = [2.0] * 10 + [3.0] * 11
+    assert measuring.smoothed(slow) == pytest.approx([2 / 3] * 10 + [1.0] * 11)
+    assert measuring.smoothed([1.0, 1.0, 1.0, 9.0, 1.0, 1.0]) == [1.0] * 6
+    assert measuring.smoothed([4.0]) == [1.0]
+
+
+class Counted:
+    """A thousand samples; how many were asked for at a time, and in which threads."""
+
+    def __init__(self):
+        self.asked = []
+
+    def __len__(self):
+        return 1000
+
+    def rows(self, indices):
+        assert indices.min() >= 0
+        assert indices.max() < 1000
+        self.asked.append((len(indices), torch.get_num_threads()))
+
+
+def test_fetching_is_of_whole_batches_on_the_plans_threads(monkeypatch):
+    ticks = itertools.accumulate(itertools.count())  # of four fetches the first takes 2 s, the others 4, 6 and 8
+    monkeypatch.setattr(fetching, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
+    data, before = Counted(), torch.get_num_threads()
+    found = fetching.fetch_s(data, 30, threads=3, seconds=0.0)
+    assert data.asked == [(30, 3)] * fetching.FEWEST
+    assert torch.get_num_threads() == before
+    assert found == 6.0
+
+
+def test_only_computing_is_slower_on_a_slower_machine_and_fetching_is_as_measured():
+    cost = StepCost(2.0, 0.5, 10, 100)
+    found = prediction.brought_up(prediction.Computed(cost, Delays((), 1, 0), "operators"), 3.0, 0.25).cost
+    assert (found.compute_s, found.update_s, found.rest_s) == (6.0, 1.5, 0.25)
 
 
 @pytest.mark.slow

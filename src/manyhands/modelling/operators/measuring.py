@@ -3,7 +3,8 @@
 Everything is as in training: the replica that trains, gradients in one vector, weights that move, the tuned allocator,
 in processes of their own (as many side by side as there are co-runners, each with its own networks). Steps with stamps
 alternate with steps without, which say what the host needs (`overhead`) and how long updates take. All networks are
-gone through several times, since the machine changes while one measures.
+gone through several times, since the machine changes while one measures; how quick it is in each slot a few steps of
+the first gauge say (`gauge`), and all times become those of the machine at its median.
 """
 
 from __future__ import annotations
@@ -30,15 +31,21 @@ from manyhands.training import environment
 from manyhands.training.member import Member
 from manyhands.training.team import team
 
-#: Of each network. A machine's state lasts for tens of seconds and changes all operators alike, by up to a half: what
-#: was measured in one go would be off as a whole.
+#: Of each network. A machine's state lasts for seconds and changes all operators alike, by up to a half: what was
+#: measured in one go would be off as a whole.
 ROUNDS = 4
+#: Slots whose pulses say together how quick the machine was in the middle one, 20 to 100 ms each.
+NEIGHBOURS = 5
 #: Steps before any is counted: the allocator and the convolutions' prepared kernels settle.
 WARM_UP = 3
 #: Of each kind in a slot, however short it is.
 LEAST_STEPS = 1
 #: What a worker may take longer than it was given, before it is ended.
 GRACE_S = 60.0
+
+
+#: Slot and seconds.
+Timed = tuple[int, float]
 
 
 @dataclass(frozen=True)
@@ -131,18 +138,27 @@ def work(member: Member, budget_s: float, rounds: int, networks: list[dict[str, 
     torch.manual_seed(0)
     todo = cells([Network(**x) for x in networks])
     running: list[_Running] = []
+    pulse, pulses = Training(gauge.GAUGES[0]), list[float]()
     for slot in range(rounds * len(todo)):
         at = slot % len(todo)
         if at == len(running):
             running.append(_Running(todo[at], excess))
+        pulses.append(gauge.burst(pulse, 0.0))
         left_s = began + budget_s * (slot + 1) / (rounds * len(todo)) - time.perf_counter()
         over = slot > 0 and time.perf_counter() - began > budget_s
         given = torch.tensor([-1.0 if over else max(left_s, 0.0)], dtype=torch.float64)
         member.comm.broadcast(given).wait()  # rank 0's clock says it, so that all run side by side and end alike
         if given.item() < 0:
             break
-        running[at].run_for(given.item())
-    return [x.seen() for x in running if x.rounds and x.stamped]
+        running[at].run_for(given.item(), slot)
+    slower = smoothed(pulses)
+    return [x.seen(slower) for x in running if x.ran and x.stamped]
+
+
+def smoothed(pulses: Sequence[float]) -> list[float]:
+    """In each slot now / median of all, by the median over its neighbours' pulses."""
+    middle, reach = statistics.median(pulses), NEIGHBOURS // 2
+    return [statistics.median(pulses[max(i - reach, 0) : i + reach + 1]) / middle for i in range(len(pulses))]
 
 
 class _Running(Training):
@@ -157,53 +173,66 @@ class _Running(Training):
         for _ in range(WARM_UP):
             self.compute()
             self.update()
-        self.rounds: list[tuple[float, float]] = []
-        self._bursts: list[float] = []
-        self._taken: list[list[float]] = [[] for _ in self._places]
-        self._updates: list[float] = []
-        self._whole: list[float] = []  # of steps without stamps
+        # With the slot of each.
+        self._bursts: list[Timed] = []
+        self._taken: list[list[Timed]] = [[] for _ in self._places]
+        self._updates: list[Timed] = []
+        self._whole: list[Timed] = []  # of steps without stamps
 
-    def run_for(self, seconds: float) -> None:
+    def run_for(self, seconds: float, slot: int) -> None:
         """Steps without and with stamps in turn."""
-        end = time.perf_counter() + seconds
-        whole: list[float] = []
-        updates: list[float] = []
-        while len(whole) < LEAST_STEPS or time.perf_counter() < end:
-            whole.append(self.compute())
-            updates.append(self.update())
+        end, steps = time.perf_counter() + seconds, 0
+        while steps < LEAST_STEPS or time.perf_counter() < end:
+            steps += 1
+            self._whole.append((slot, self.compute()))
+            self._updates.append((slot, self.update()))
             stamps = Stamps()
             with stamps:
                 self.compute()
             self.update()
             if (took := seconds_of(self._course, stamps, self._excess)) is not None:
                 for place, s in zip(self._taken, took, strict=True):
-                    place.append(s)
-        self._whole += whole
-        self._updates += updates
-        self.rounds.append((statistics.median(whole), statistics.median(updates)))
+                    place.append((slot, s))
         if self._gauges:
-            self._bursts.append(gauge.burst(self, gauge.BURST_S))
+            self._bursts.append((slot, gauge.burst(self, gauge.BURST_S)))
+
+    @property
+    def ran(self) -> int:
+        """Steps without stamps."""
+        return len(self._whole)
 
     @property
     def stamped(self) -> int:
         """Steps whose stamps are those of its operators: all, unless its course depends on values."""
         return len(self._taken[0])
 
-    def seen(self) -> dict[str, Any]:
-        """As it travels: the fields of `Observed`."""
+    def seen(self, slower: Sequence[float]) -> dict[str, Any]:
+        """As it travels: the fields of `Observed`. ``slower``: by slot, now / then."""
         course, median = self._course, statistics.median
         counts = (len(course.operations), course.views, course.calls)
         samples: dict[Operation, list[float]] = defaultdict(list)
-        for operation, seconds in zip(self._places, self._taken, strict=True):
-            samples[operation] += seconds
+        for operation, timed in zip(self._places, self._taken, strict=True):
+            samples[operation] += _alike(timed, slower)
         stamped_s = sum(len(seconds) / self.stamped * median(seconds) for seconds in samples.values())
-        samples[self._whole_update] = self._updates
+        whole, samples[self._whole_update] = _alike(self._whole, slower), _alike(self._updates, slower)
         return {
             "rows": [_row(x, seconds) for x, seconds in samples.items()],
-            "step": (median(self._whole), stamped_s, *counts),
-            "rounds": self.rounds,
-            "bursts": self._bursts,
+            "step": (median(whole), stamped_s, *counts),
+            "rounds": self._rounds(whole, samples[self._whole_update]),
+            "bursts": _alike(self._bursts, slower),
         }
+
+    def _rounds(self, whole: Sequence[float], updates: Sequence[float]) -> list[tuple[float, float]]:
+        """Medians of the steps of each slot."""
+        by_slot: dict[int, list[tuple[float, float]]] = defaultdict(list)
+        for (slot, _), *both in zip(self._whole, whole, updates, strict=True):
+            by_slot[slot].append((both[0], both[1]))
+        medians = ([statistics.median(part) for part in zip(*each, strict=True)] for each in by_slot.values())
+        return [(gradients, update) for gradients, update in medians]
+
+
+def _alike(timed: Sequence[Timed], slower: Sequence[float]) -> list[float]:
+    return [seconds / slower[slot] for slot, seconds in timed]
 
 
 def _row(x: Operation, seconds: Sequence[float]) -> dict[str, Any]:
