@@ -22,14 +22,13 @@ import torch
 
 from manyhands.communication import futex
 from manyhands.communication.topology import Mesh
-from manyhands.consistency.synchronous import Synchronous
 from manyhands.contract import Strategy
 from manyhands.errors import BadInput
 from manyhands.modelling import prediction
 from manyhands.modelling.given import Given
 from manyhands.modelling.prediction import ERRORS, Computed, Prediction, Source, is_cut
 from manyhands.modelling.profile import co_runners, profiles
-from manyhands.modelling.search.room import Room
+from manyhands.modelling.search.room import Room, plain
 from manyhands.plan import Plan
 from manyhands.simulation import sizes
 from manyhands.simulation.outcome import Outcome
@@ -149,27 +148,15 @@ class Costs:
     def _known(self, crowd: Crowd, shares: Sequence[int], like: Plan) -> list[Knot]:
         """By samples, ascending."""
         given, (side_by_side, threads) = self._given, crowd
-        plain = dataclasses.replace(
-            like,
-            strategy=Synchronous(update="replicated"),
-            mesh=Mesh(data=side_by_side),
-            workers=side_by_side,
-            threads=threads,
-            transport="single" if side_by_side == 1 else "threads" if like.transport == "threads" else "shared",
-            tensor=None,
-            pipeline=None,
-            shard=None,
-            compress=None,
-            micro_batches=1,
-            recompute=False,
-        )
+        transport = "single" if side_by_side == 1 else "threads" if like.transport == "threads" else "shared"
+        alike = dataclasses.replace(plain(like, side_by_side, transport), threads=threads)
         batches = [min(share * side_by_side, len(given.splits.train)) for share in shares]
         if self._compute == "measured":
-            profiles(given.task, plain, batches, given.cluster, data_dir=given.data_dir, fresh=self._fresh)
+            profiles(given.task, alike, batches, given.cluster, data_dir=given.data_dir, fresh=self._fresh)
         found: dict[float, Knot] = {}
         for batch in batches:
             task = dataclasses.replace(given.task, batch_size=batch)
-            computed = self._computing(task, plain)
+            computed = self._computing(task, alike)
             cost = computed.cost
             for samples, seconds in cost.points or ((float(cost.samples), cost.compute_s),):
                 found[samples] = Knot(samples, seconds, cost.update_s, cost.rest_s, cost.elements, computed)

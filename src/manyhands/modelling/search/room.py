@@ -38,19 +38,7 @@ class Room:
 
     def short(self, plan: Plan, margin: float) -> Problem | None:
         """What is missing if a part ``margin`` of the memory stays free; None: the plan fits."""
-        alone = dataclasses.replace(
-            plan,
-            strategy=Synchronous(update="replicated"),
-            mesh=Mesh(data=1),
-            workers=1,
-            micro_batches=1,
-            compress=None,
-            tensor=None,
-            pipeline=None,
-            shard=None,
-            recompute=False,
-            transport="single" if self._given.here else plan.transport,
-        )
+        alone = plain(plan, 1, "single" if self._given.here else plan.transport)
         vectors_B = (COPIES + (plan.workers or 1)) * self._parameters_B
         if self._most_B(plan, self._footprint(alone), vectors_B) <= self._there_B * (1 - margin):
             return None
@@ -84,6 +72,23 @@ class Room:
             given = self._given
             self._known[key] = footprint(given.task, key, given.model, given.splits, data_dir=self._data_dir)
         return self._known[key]
+
+
+def plain(plan: Plan, workers: int, transport: str) -> Plan:
+    """So many whole replicas that average gradients and do no more, in one pass each."""
+    return dataclasses.replace(
+        plan,
+        strategy=Synchronous(update="replicated"),
+        mesh=Mesh(data=workers),
+        workers=workers,
+        transport=transport,
+        micro_batches=1,
+        compress=None,
+        tensor=None,
+        pipeline=None,
+        shard=None,
+        recompute=False,
+    )
 
 
 def _this_machine(cluster: Cluster) -> Cluster:
