@@ -96,7 +96,8 @@ def test_a_terminal_without_our_letters_shows_others():
     "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)], ids=lambda s: s.name
 )
 def test_a_signal_ends_a_run_and_its_workers(tmp_path, number):
-    typed = ["train", "--data", "digits", "--workers", "2", "--epochs", "1000000", "--out", str(tmp_path / "run"), "-q"]
+    typed = ["train", "--data", "digits", "--workers", "2", "--epochs", "1000000", "--checkpoint", "1", "-q"]
+    typed += ["--out", str(tmp_path / "run")]
     with subprocess.Popen([*MANYHANDS, *typed], stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
         end = time.monotonic() + DEADLINE_S
         while not list(tmp_path.glob("run/checkpoints/step-*")):  # it is training

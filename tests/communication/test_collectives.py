@@ -18,7 +18,7 @@ from manyhands.testing import run_ranks
 SIZES = st.integers(1, 17)
 NUMELS = st.integers(0, 200)
 every_algorithm = pytest.mark.parametrize("name", ALGORITHMS)
-FEW_EACH = settings(max_examples=40)  # of each algorithm
+FEW_EACH = settings(max_examples=25)  # of each algorithm
 
 
 @st.composite

@@ -24,6 +24,7 @@ from manyhands.testing import run_ranks
 from manyhands.training import checkpoint
 from tests.consistency import jobs
 from tests.consistency.jobs import problem
+from tests.matrices import halved
 from tests.training.factories import HERE
 
 TRANSPORTS = ("simulated", "shared")
@@ -220,8 +221,15 @@ SAME_AS_SYNCHRONOUS = {
 }
 
 
-@pytest.mark.parametrize("on", [*TRANSPORTS, pytest.param("gloo", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("spec", SAME_AS_SYNCHRONOUS.values(), ids=SAME_AS_SYNCHRONOUS)
+def same_as_synchronous():
+    """All in virtual time; elsewhere per commit, on shared memory, a plain exchange and one in which paths differ."""
+    for name, spec in SAME_AS_SYNCHRONOUS.items():
+        for on in (*TRANSPORTS, "gloo"):
+            quick = on == "simulated" or (on == "shared" and name in ("even", "used by one worker"))
+            yield pytest.param(spec, on, marks=[] if quick else [pytest.mark.slow], id=f"{name}-{on}")
+
+
+@pytest.mark.parametrize(("spec", "on"), list(same_as_synchronous()))
 def test_averaging_parameters_after_every_step_of_plain_sgd_is_averaging_gradients(spec, on):
     """The first axis of deeplearning4j's taxonomy: parameter averaging with k = 1 equals the update-based form."""
     synchronous = run("synchronous(update='replicated')", on, 3, spec)
@@ -253,7 +261,7 @@ def test_with_adam_it_is_not_whatever_becomes_of_the_moments(text):
 
 
 @pytest.mark.parametrize("policy", ["local", "average", "reset"])
-@pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam"])
+@pytest.mark.parametrize("optimizer", ["sgd", pytest.param("momentum", marks=pytest.mark.slow), "adam"])
 @pytest.mark.parametrize(
     ("every", "shares"),
     [
@@ -326,9 +334,10 @@ def test_bytes_are_one_kth_of_those_of_synchronous_exactly(text, every):
 
 
 def everywhere():
-    """All of the family in virtual time and on shared memory; one that sends to a single peer on the others."""
+    """All of the family in virtual time, the `WAYS` on shared memory, one that sends to a single peer elsewhere."""
     for text in FAMILY:
-        yield from ((text, "simulated", 2), (text, "shared", 5))
+        yield text, "simulated", 2
+        yield pytest.param(text, "shared", 5, marks=[] if text in WAYS else [pytest.mark.slow])
         for on in ("gloo", "threads", "mpi"):
             slow = on == "mpi" or text != "elastic(every=2, mode='round_robin')"
             yield pytest.param(text, on, 3, marks=[pytest.mark.slow] if slow else [])
@@ -520,9 +529,10 @@ def test_workers_on_springs_of_no_strength_are_independent_bit_for_bit(mode, on)
         assert torch.equal(mine["consensus"], mine["parameters"][0])  # the centre has not moved
 
 
-@pytest.mark.parametrize("mode", ["synchronous", "round_robin"])
-@pytest.mark.parametrize("optimizer", ["decay", "momentum", "adam"])
-@pytest.mark.parametrize(("every", "alpha"), [(1, None), (2, 0.4), (3, None)])
+@pytest.mark.parametrize(
+    ("every", "alpha", "optimizer", "mode"),
+    halved([(1, None), (2, 0.4), (3, None)], ["decay", "momentum", "adam"], ["synchronous", "round_robin"]),
+)
 def test_elastic_is_the_naive_loop_over_p_models(every, alpha, optimizer, mode):
     spec = problem(optimizer=optimizer, batches=STEPS, shares="uneven")
     naive, centre = naive_elastic(spec, 3, every, BETA / 3 if alpha is None else alpha, mode)

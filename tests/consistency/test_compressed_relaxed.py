@@ -18,6 +18,7 @@ from manyhands.testing import run_ranks
 from tests.consistency import jobs
 from tests.consistency.jobs import problem
 from tests.consistency.test_contract import TOGETHER, assert_declared, assert_joined, plain, run
+from tests.matrices import halved
 
 HERE = "tests.consistency.test_compressed_relaxed"
 #: All meet in a mean; each sends by itself. A sparsifier, a quantizer, and of those who meet a low rank.
@@ -31,8 +32,7 @@ UNEVEN = problem(optimizer="nesterov", shares="uneven", batches=(8, 8, 2, 8))
 CLOSE = 1e-12
 
 
-@pytest.mark.parametrize("on", ["simulated", "shared"])
-@pytest.mark.parametrize("text", [*MEAN, *ALONE, *VARIABLE])
+@pytest.mark.parametrize(("text", "on"), halved([*MEAN, *ALONE, *VARIABLE], ["simulated", "shared"]))
 def test_what_is_sent_is_what_is_declared(text, on):
     assert_joined(text, on, 3, UNEVEN)
 

@@ -15,6 +15,7 @@ from manyhands.partition.pipeline.replica import PipelineReplica, keep_stages
 from manyhands.partition.tensor.cut import cut
 from manyhands.partition.tensor.rules import found
 from manyhands.plan import strategy_from
+from tests.matrices import halved
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 SAMPLES, STEPS = 10, 5
@@ -76,9 +77,7 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("axis", ["tensor", "pipeline"])
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("text", BEARERS)
+@pytest.mark.parametrize(("text", "optimizer", "axis"), halved(BEARERS, OPTIMIZERS, ["tensor", "pipeline"]))
 def test_a_cut_model_trains_as_the_whole_one_does_on_as_many_replicas(text, optimizer, axis):
     arguments = text, OPTIMIZERS[optimizer], 0.5 if text.startswith("synchronous") else None
     whole = SimulatedWorld(2).run(trained, Mesh(data=2), *arguments)
@@ -96,18 +95,16 @@ def test_a_cut_model_trains_as_the_whole_one_does_on_as_many_replicas(text, opti
             assert all(torch.equal(a, b) for a, b in zip(mine, others, strict=True)), "bit for bit"
 
 
-@pytest.mark.parametrize(
-    "mesh",
-    [
-        Mesh(data=1, tensor=2),
-        Mesh(tensor=3),
-        Mesh(data=3, tensor=2),
-        Mesh(pipeline=3),
-        Mesh(data=2, tensor=2, pipeline=2),
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("update", ["sharded", "replicated"])
+MESHES = [
+    Mesh(data=1, tensor=2),
+    Mesh(tensor=3),
+    Mesh(data=3, tensor=2),
+    Mesh(pipeline=3),
+    Mesh(data=2, tensor=2, pipeline=2),
+]
+
+
+@pytest.mark.parametrize(("update", "mesh"), halved(["sharded", "replicated"], MESHES), ids=str)
 def test_synchronous_on_any_mesh_equals_one_worker(mesh, update):
     arguments = f"synchronous(update='{update}')", OPTIMIZERS["adam"], 0.5
     ((expected, _, _),) = SimulatedWorld(1).run(trained, Mesh(data=1), *arguments)
@@ -121,8 +118,7 @@ def test_synchronous_on_any_mesh_equals_one_worker(mesh, update):
 CLIPPED = [text for text in BEARERS if not strategies.load(strategy_from(text).name).whole_batch]
 
 
-@pytest.mark.parametrize("axis", ["tensor", "pipeline"])
-@pytest.mark.parametrize("text", CLIPPED)
+@pytest.mark.parametrize(("text", "axis"), halved(CLIPPED, ["tensor", "pipeline"]))
 def test_gradients_are_clipped_by_the_norm_of_the_whole_replica(text, axis):
     arguments = text, OPTIMIZERS["sgd"], 0.05
     whole = SimulatedWorld(2).run(trained, Mesh(data=2), *arguments)

@@ -17,6 +17,7 @@ from manyhands.plan import strategy_from
 from manyhands.testing import run_ranks
 from tests.consistency import jobs
 from tests.consistency.jobs import problem
+from tests.matrices import halved
 
 #: float64 rounds at 1.1e-16; a few exchanges and steps of numbers of order 1.
 ROUNDING = 1e-12
@@ -116,19 +117,17 @@ def naive_push_sum(strategy, spec, size):
     return result, w
 
 
+def naive_cases():
+    more = (("even", "sgd"), ("even", "momentum"), ("uneven", "adam"))
+    yield from halved(GOSSIPS + PUSHES, [("uneven", "sgd"), ("uneven", "momentum"), ("even", "adam")])
+    yield from (pytest.param(text, *case, marks=pytest.mark.slow) for text in GOSSIPS + PUSHES for case in more)
+
+
 def ones(size):
     return torch.ones(size, dtype=torch.float64)
 
 
-@pytest.mark.parametrize(
-    ("shares", "optimizer"),
-    [
-        *(("uneven", "sgd"), ("uneven", "momentum"), ("even", "adam")),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("even", "sgd"), ("even", "momentum"))),
-        pytest.param("uneven", "adam", marks=pytest.mark.slow),
-    ],
-)
-@pytest.mark.parametrize("text", GOSSIPS + PUSHES)
+@pytest.mark.parametrize(("text", "shares", "optimizer"), list(naive_cases()))
 def test_it_is_the_naive_loop_over_p_models(text, shares, optimizer):
     spec = problem(optimizer=optimizer, shares=shares, batches=(8, 8, 5, 8, 8))
     strategy = strategy_from(text)

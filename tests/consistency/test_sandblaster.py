@@ -18,6 +18,7 @@ from manyhands.plan import strategy_from
 from manyhands.testing import run_ranks
 from tests.consistency import jobs
 from tests.consistency.jobs import problem
+from tests.matrices import halved
 
 SHARING = ("threads", "shared", "simulated")
 
@@ -229,8 +230,7 @@ def test_one_worker_is_the_serial_algorithm(optimizer, history):
     assert not mine["sent_B"][0]
 
 
-@pytest.mark.parametrize("on", SHARING)
-@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize(("name", "on"), halved(PROBLEMS, SHARING))
 def test_three_workers_are_one_and_bit_identical_everywhere(name, on):
     spec = PROBLEMS[name]
     (alone,), together = run(spec, 1, "single"), run(spec, 3, on)

@@ -42,8 +42,12 @@ OPTIONS: dict[type[Optimizer], list[dict[str, Any]]] = {
     torch.optim.Rprop: [{}],
     torch.optim.ASGD: [{}, {"weight_decay": 0.1, "t0": 2}],
 }
+#: Per commit each form of a class, with options in turn.
 CASES = [
-    (cls, {**kwargs, **form}) for cls, all_ in OPTIONS.items() for kwargs in all_ for form in ({}, {"foreach": True})
+    pytest.param(cls, {**kwargs, **form}, marks=[pytest.mark.slow] if (i + j) % 2 and len(all_) > 1 else [])
+    for cls, all_ in OPTIONS.items()
+    for i, kwargs in enumerate(all_)
+    for j, form in enumerate(({}, {"foreach": True}))
 ]
 FUSED = [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad]
 

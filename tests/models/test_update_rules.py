@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from manyhands.models.update_rules import rule_of, served
+from tests.matrices import halved
 
 RECIPES = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
@@ -20,8 +21,7 @@ RECIPES = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize(("name", "dtype"), halved(RECIPES, [torch.float32, torch.float64]))
 @given(seed=st.integers(0, 10_000), numel=st.sampled_from([1, 7, 64, 1000]), steps=st.integers(1, 5))
 def test_a_rule_is_torchs_optimizer_bit_for_bit(name, dtype, seed, numel, steps):
     generator = torch.Generator().manual_seed(seed)

@@ -30,6 +30,7 @@ from manyhands.partition.tensor.rehearsal import rehearsed
 from manyhands.plan import strategy_from
 from manyhands.training.evaluation import CHUNK, evaluate
 from manyhands.verbs import outlined
+from tests.matrices import halved
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 WIDTHS = [48, 13, 11, 5]  # of the features and of each dense layer
@@ -88,9 +89,11 @@ def difference(how, counts, **options):
 # -- equal to one worker -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("update", ["replicated", "sharded"])
-@pytest.mark.parametrize("counts", [[4, 6], [5, 0, 3, 2], [10, 0], [1, 0, 1]], ids=str)
+@pytest.mark.parametrize(
+    ("counts", "update", "scheme"),
+    halved([[4, 6], [5, 0, 3, 2], [10, 0], [1, 0, 1]], ["replicated", "sharded"], SCHEMES),
+    ids=str,
+)
 def test_workers_equal_one_on_the_joined_batch(scheme, update, counts):
     largest, expected, results = difference({"scheme": scheme}, counts, update=update)
     assert largest < 1e-12
@@ -106,9 +109,7 @@ LOSSES = {
 }
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("clip", [None, 0.2])
+@pytest.mark.parametrize(("clip", "loss", "scheme"), halved([None, 0.2], LOSSES, SCHEMES))
 def test_so_they_do_with_losses_that_count_for_themselves_and_sums(scheme, loss, clip):
     assert difference({"scheme": scheme}, [4, 0, 3], loss=LOSSES[loss], clip=clip)[0] < 1e-12
 
@@ -338,8 +339,7 @@ def test_it_trains_as_one_worker_does_everywhere(transport, scheme):
     close(run("data=1"), run("data=3", transport, how={"tensor": f"one_weird_trick(scheme={scheme})"}))
 
 
-@pytest.mark.parametrize("update", ["sharded", "replicated"])
-@pytest.mark.parametrize(("first", "then"), [(3, 2), (2, 1), (1, 2)])
+@pytest.mark.parametrize(("first", "then", "update"), halved([(3, 2), (2, 1), (1, 2)], ["sharded", "replicated"]))
 def test_a_run_goes_on_on_another_number_of_workers(tmp_path, first, then, update):
     how = {"tensor": TRICK, "strategy": f"synchronous(update={update})"}
     run(f"data={first}", out=tmp_path, steps=5, how=how)

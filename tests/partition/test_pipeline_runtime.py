@@ -15,24 +15,22 @@ from tests.partition import pipelines
 
 slow = pytest.mark.slow
 PLACES = [
-    ("single", 1),
-    ("threads", 4),
-    ("simulated", 2),
-    pytest.param("threads", 2, marks=slow),
-    pytest.param("simulated", 3, marks=slow),
-    ("shared", 2),
-    pytest.param("shared", 3, marks=slow),
-    pytest.param("gloo", 2, marks=slow),
-    pytest.param("gloo", 3, marks=slow),
-    pytest.param("mpi", 2, marks=slow),
+    *(("single", 1), ("threads", 4), ("simulated", 2), ("shared", 2)),
+    *(("threads", 2), ("simulated", 3), ("shared", 3), ("gloo", 2), ("gloo", 3), ("mpi", 2)),
 ]
+#: Where nothing is computed again per commit, and where all is.
+PLAIN, RECOMPUTED = [("single", 1), ("simulated", 2)], [("single", 1), ("threads", 4), ("shared", 2)]
 BUILT = [name for name in schedules if name != "written"]
 #: The first batch tells shapes, later ones use slots; the last ones have micro-batches that are smaller, empty, larger.
 SAMPLES = [8, 8, 7, 2, 0, 13, 8]
 
 
-@pytest.mark.parametrize(("on", "size"), PLACES)
-@pytest.mark.parametrize("recompute", [False, True])
+def ways():
+    for recompute, quick in ((False, PLAIN), (True, RECOMPUTED)):
+        yield from (pytest.param(recompute, *place, marks=() if place in quick else slow) for place in PLACES)
+
+
+@pytest.mark.parametrize(("recompute", "on", "size"), list(ways()))
 @pytest.mark.parametrize("schedule", BUILT)
 def test_gradients_are_the_single_process(schedule, recompute, on, size):
     options = {"recompute": recompute}

@@ -91,8 +91,22 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(("stage", "one_copy"), [(2, True), (3, False)], ids=str)
-@pytest.mark.parametrize("case", CASES)
+#: Per commit stage 2 where it is about gradients and the update, stage 3 where it is about parameters too.
+AT_2 = ("clip", "decay", "two groups", "micro-batches", "used later", "used by one", "two precisions", "a sum")
+AT_3 = (
+    *("clip", "state before the first step", "micro-batches", "more of them than samples", "tied", "frozen", "unused"),
+    *("used later", "counts for itself", "its own loss"),
+)
+
+
+@pytest.mark.parametrize(
+    ("case", "stage", "one_copy"),
+    [
+        pytest.param(case, *stage, marks=[] if case in quick else [pytest.mark.slow])
+        for case in CASES
+        for *stage, quick in ((2, True, AT_2), (3, False, AT_3))
+    ],
+)
 def test_workers_equal_one_on_the_joined_batch(case, stage, one_copy):
     assert_equal_to_one(SimulatedWorld(3).run(trained, stage, CASES[case], one_copy), CASES[case])
 

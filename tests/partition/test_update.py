@@ -36,7 +36,30 @@ MAKERS = {
     "rprop": torch.optim.Rprop,
     "asgd": torch.optim.ASGD,
 }
+#: One of each class, with most in its state, and the rate that is a tensor: per commit where state is looked at. The
+#: others are where updates in slices are, which these do too from the stop on.
+OF_EACH_CLASS = (
+    *("sgd, dampened", "sgd, tensor lr", "adam, amsgrad", "adamw", "adagrad", "rmsprop, centered"),
+    *("adadelta", "adamax", "nadam", "radam", "rprop", "asgd"),
+)
+#: With and without decay and momentum, and rules that count steps.
+MOVE_WITHOUT_GRADIENT = (
+    "sgd, decay",
+    "sgd, nesterov",
+    "adam",
+    "adamw",
+    "adagrad",
+    "rmsprop, centered",
+    "radam",
+    "asgd",
+)
 STEPS = 7  # RAdam changes its rule at the sixth
+
+
+def makers(names):
+    """All of `MAKERS`, slow but for those with these names."""
+    marked = ((name, maker, [] if name in names else [pytest.mark.slow]) for name, maker in MAKERS.items())
+    return pytest.mark.parametrize("maker", [pytest.param(m, marks=marks, id=name) for name, m, marks in marked])
 
 
 class Model(nn.Module):
@@ -130,7 +153,7 @@ def test_every_optimizer_that_works_element_by_element_is_tried_here():
     assert {type(maker(list(model.parameters()))) for maker in MAKERS.values()} == ELEMENTWISE
 
 
-@pytest.mark.parametrize("maker", MAKERS.values(), ids=MAKERS)
+@makers([*(name for name in MAKERS if name not in OF_EACH_CLASS), "adamw", "radam"])
 @given(cuts=cut_points, grouped=st.booleans())
 @settings(max_examples=15)
 def test_slices_of_updates_are_the_whole_update_bit_for_bit(maker, cuts, grouped):
@@ -141,7 +164,7 @@ def test_slices_of_updates_are_the_whole_update_bit_for_bit(maker, cuts, grouped
         assert torch.equal(values(model), expected), f"after step {step}"
 
 
-@pytest.mark.parametrize("maker", MAKERS.values(), ids=MAKERS)
+@makers(OF_EACH_CLASS)
 @given(first=cut_points, second=cut_points, at=st.integers(1, STEPS - 1))
 @settings(max_examples=15)
 def test_state_goes_on_exactly_under_another_cut(maker, first, second, at):
@@ -185,7 +208,7 @@ def test_the_slices_of_state_tile_each_parameter_once(maker, cuts):
         assert at == sizes[name]
 
 
-@pytest.mark.parametrize("maker", MAKERS.values(), ids=MAKERS)
+@makers(MOVE_WITHOUT_GRADIENT)
 @given(cuts=cut_points)
 @settings(max_examples=5)
 def test_a_parameter_without_a_gradient_so_far_is_skipped_as_torch_skips_none(maker, cuts):

@@ -36,8 +36,13 @@ GO_ON = [
 ]
 #: Whose servers are those of "asynchronous", where the others meet them in the same way.
 SERVED_ALIKE = ("asynchronous(servers=2)", "downpour(fetch=2, push=3)", "ssp(staleness=2)")
+#: What other tests of this file run to its end on shared memory without a worker.
+LOST_ELSEWHERE = ("asynchronous", "gossip")
 CASES = [
-    *(pytest.param(s, "shared", marks=[pytest.mark.slow] if s in SERVED_ALIKE else []) for s in (*GO_ON, "gossip")),
+    *(
+        pytest.param(s, "shared", marks=[pytest.mark.slow] if s in (*SERVED_ALIKE, *LOST_ELSEWHERE) else [])
+        for s in (*GO_ON, "gossip")
+    ),
     pytest.param("ssp(staleness=2)", "gloo"),
     pytest.param("push_sum", "gloo"),
     *(
@@ -443,9 +448,13 @@ def diverging() -> Diverging:
     return Diverging()
 
 
+#: One of each family: common memory, servers, single peers, all together.
+WAITING = ("hogwild", "ssp(staleness=2)", "asynchronous_gossip", "local")
+
+
 @pytest.mark.parametrize(
     "strategy",
-    [pytest.param(s, marks=[pytest.mark.slow] if s in SERVED_ALIKE[:2] else []) for s in (*GO_ON, "local", "gossip")],
+    [s if s in WAITING else pytest.param(s, marks=pytest.mark.slow) for s in (*GO_ON, "local", "gossip")],
 )
 def test_who_has_to_stop_meets_those_who_wait_at_the_end_of_the_epoch(tmp_path, strategy):
     with pytest.raises(NonFiniteLoss, match="of worker 1 is not finite at step 23"):

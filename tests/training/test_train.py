@@ -21,6 +21,7 @@ from manyhands.errors import BadInput, InvalidPlan, UnknownName
 from manyhands.plan import Plan
 from manyhands.task import Task, from_table
 from manyhands.training.sampler import order
+from tests.matrices import halved
 from tests.training import factories
 from tests.training.factories import HERE
 
@@ -144,8 +145,7 @@ def trained(workers: int, strategy: str = "synchronous", transport: str = "auto"
     return train(task(**changed), workers=workers, strategy=strategy, transport=transport)
 
 
-@pytest.mark.parametrize("workers", [2, 4])
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(("strategy", "workers"), halved(STRATEGIES, [2, 4]))
 def test_the_history_is_the_same_for_any_number_of_workers(strategy, workers):
     """To the rounding of float64 sums in another order, over 21 steps."""
     alone, together = trained(1), trained(workers, strategy)
