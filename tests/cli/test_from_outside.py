@@ -105,7 +105,7 @@ def test_a_signal_ends_a_run_and_its_workers(tmp_path, number):
             assert time.monotonic() < end
             time.sleep(0.05)
         process.send_signal(number)
-        _, error = process.communicate(timeout=10)
+        _, error = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 130
     interrupted, kept = error.splitlines()[-2:]
     assert interrupted == "manyhands: interrupted"
