@@ -91,7 +91,9 @@ def standing_pids() -> set[int]:
 
 @atexit.register
 def close_standing() -> None:
-    """End all standing teams."""
+    """End all standing teams; an MPI takes seconds to end, and so all of them do so at once."""
+    for crew in _standing.values():
+        crew.dismiss()
     while _standing:
         _standing.popitem()[1].close()
 

@@ -14,6 +14,7 @@ from manyhands.testing import run_ranks
 from manyhands.training.member import Member
 from manyhands.training.team import team
 from manyhands.training.team.processes import ended
+from tests import guards
 from tests.training.factories import wait_until_asleep
 
 HERE = "tests.training.test_team"
@@ -241,6 +242,22 @@ def test_closing_twice_is_closing_once():
     crew.close()
     crew.close()
     assert crew.pids == []
+
+
+@pytest.mark.parametrize("on", ["shared", pytest.param("mpi", marks=pytest.mark.slow)])
+def test_teams_that_are_dismissed_end_by_themselves_and_are_closed_all_the_same(on):
+    crews = [team(on, 2), team(on, 2)]
+    pids = [pid for crew in crews for pid in crew.pids]
+    assert len(pids) == 4
+    for crew in crews:
+        crew.dismiss()
+    end = time.monotonic() + 30
+    while any(guards._status(pid)[0] not in ("", "Z") for pid in pids):
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    for crew in crews:
+        crew.dismiss()
+        crew.close()
 
 
 def test_an_exit_status_in_words():

@@ -38,6 +38,10 @@ class Team(ABC):
         """Process ids of the workers, empty where they are threads."""
         return []
 
+    def dismiss(self) -> None:
+        """Ask the workers to end and wait for none, which `close` does; so several teams end side by side."""
+        return
+
     def close(self) -> None:
         """End the workers. Safe to call twice."""
         return

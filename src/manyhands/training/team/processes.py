@@ -144,12 +144,17 @@ class ProcessTeam(Team):
             "traceback": "",
         }
 
-    def close(self) -> None:
-        """Ask the workers to end, then see to it."""
+    def dismiss(self) -> None:
+        """See `Team.dismiss`."""
         if not self._closed:
             for connection in self._connections:
                 with contextlib.suppress(OSError):
                     connection.send_bytes(encode(["end"]))
+
+    def close(self) -> None:
+        """Ask the workers to end, then see to it."""
+        if not self._closed:
+            self.dismiss()
             self._leave(END_S)
 
     def abandon(self) -> None:
