@@ -256,6 +256,18 @@ def test_a_slot_is_as_slow_as_its_neighbours_together_and_a_stray_pulse_counts_f
     assert measuring.smoothed([4.0]) == [1.0]
 
 
+def test_what_a_slot_of_a_slow_machine_took_is_told_as_it_would_have_been():
+    running = measuring._Running(cells([SMALL])[0], 0.0)
+    for slot in (0, 1):
+        running.run_for(0.0, slot)
+    as_taken, slow, second = (running.seen(slower) for slower in ([1.0, 1.0], [2.0, 2.0], [1.0, 4.0]))
+    for a, b in zip(as_taken["rows"], slow["rows"], strict=True):
+        assert b["seconds"] == pytest.approx(a["seconds"] / 2)
+    assert slow["step"][:2] == pytest.approx([s / 2 for s in as_taken["step"][:2]])
+    assert second["rounds"][0] == as_taken["rounds"][0]
+    assert second["rounds"][1] == pytest.approx([s / 4 for s in as_taken["rounds"][1]])
+
+
 class Counted:
     """A thousand samples; how many were asked for at a time, and in which threads."""
 

@@ -25,10 +25,8 @@ def digits(*, limit: int | None = None) -> Splits:
 
     ``limit`` keeps only that many of the training samples.
     """
-    with (
-        PARSING,
-        np.load(Path(__file__).with_name("digits.npz"), allow_pickle=False) as stored,
-    ):  # a header is a dict's text
+    # An array's header is the text of a dict.
+    with PARSING, np.load(Path(__file__).with_name("digits.npz"), allow_pickle=False) as stored:
         images, labels = stored["images"], stored["labels"]
     x = torch.from_numpy(images).unsqueeze(1).to(torch.float32).div_(16)
     y = torch.from_numpy(labels).to(torch.int64)

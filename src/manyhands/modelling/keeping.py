@@ -29,8 +29,6 @@ from manyhands.training.whole_file import replacing
 
 #: A measurement holds for so long: the host's neighbours change.
 FRESH_S = 24 * 3600.0
-
-
 #: Of what a profile holds: to be counted up when a number comes to mean something else.
 MEANING = 2
 

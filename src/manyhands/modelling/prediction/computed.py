@@ -215,9 +215,5 @@ def through_stages(plan: Plan, computed: Computed, prices: Prices) -> Computed:
     # What a stage has more to do than another is in the path, so each rank varies about its own median.
     steady = found.factors / np.median(found.factors, axis=0)
     longer = replace(found, compute_s=span_s, cut_s=0.0, factors=steady)
-    return replace(
-        computed,
-        cost=replace(computed.cost, compute_s=span_s),
-        measured=longer,
-        bubble=tuple(1 - share for share in busy),
-    )
+    cost_s = replace(computed.cost, compute_s=span_s)
+    return replace(computed, cost=cost_s, measured=longer, bubble=tuple(1 - share for share in busy))
